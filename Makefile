@@ -1,0 +1,40 @@
+# Each target creates what it needs: a virtual environment and the packages in it.
+PYTHON ?= python3
+# The Flax compatibility tests need transformers < 5, the last line with FlaxGPT2LMHeadModel.
+FLAX_TESTS := tests/nn tests/convert
+PYTEST := -m pytest -q -n auto
+
+.PHONY: demo test lint format clean
+
+demo: .venv/.installed
+	.venv/bin/sparseffn demo
+
+test: .venv/.installed-dev .venv-flax/.installed
+	.venv/bin/python $(PYTEST)
+	.venv-flax/bin/python $(PYTEST) $(FLAX_TESTS)
+
+lint: .venv/.installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+format: .venv/.installed-dev
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv .venv-flax runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --editable .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	.venv/bin/pip install --quiet --editable '.[test,torch,lint]'
+	touch $@
+
+.venv-flax/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-flax
+	.venv-flax/bin/pip install --quiet --editable '.[test]' 'transformers<5'
+	touch $@
