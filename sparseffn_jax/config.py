@@ -1,0 +1,486 @@
+"""What a SparseFFN is made of: frozen, self-validating, hashable, exact in JSON.
+
+Every mask here is static: XLA compiles the masked program, and what is masked has no parameter.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.block_sparse import BlockMask
+
+Transform = Literal["klt", "dft"]
+# Of the budget, as found on trained models: see SparseFFNConfig.from_flops_ratio.
+_CORE_SHARE = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralConfig:
+    """The spectral branch: ``contract(activation(expand(x)))`` in a transform domain.
+
+    Attributes:
+      transform: ``"klt"``, data-adapted axes, of which ``rank`` are kept; or ``"dft"``, the
+        block-circulant map, of whose ``block_size // 2 + 1`` frequencies a mask keeps some.
+      width: hidden units of this branch (m_s); a multiple of ``block_size`` for ``"dft"``.
+      rank: klt only: components kept by the expansion.
+      contract_rank: klt only: components kept by the contraction; 0 takes ``rank``.
+      block_size: dft only: b, the side of one circulant block; divides ``d_model`` and ``width``.
+      frequency_mask: dft only: ``block_size // 2 + 1`` booleans, ``True`` keeps; ``None`` keeps
+        all.
+      implementation: plan to force (klt: ``"two_gemms"``, ``"merged"``; dft: ``"fft"``,
+        ``"dft"``, ``"dense"``); ``None`` lets the cost model choose.
+    """
+
+    transform: Transform = "klt"
+    width: int = 0
+    rank: int = 0
+    contract_rank: int = 0
+    block_size: int = 0
+    frequency_mask: tuple[bool, ...] | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        _check_types(self)
+        _check_positive("spectral width", self.width)
+        others = {"klt": ("block_size", "frequency_mask"), "dft": ("rank", "contract_rank")}
+        for name in others[self.transform]:
+            if getattr(self, name) not in (0, None):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no meaning with transform="
+                    f"{self.transform!r}: leave it out"
+                )
+        if self.transform == "klt":
+            _check_positive("klt rank", self.rank)
+            _check_positive("contract_rank", self.contract_rank or self.rank)
+            plans = ("two_gemms", "merged")
+        else:
+            self._check_dft()
+            plans = ("fft", "dft", "dense")
+        _check_implementation(self.implementation, plans)
+
+    def _check_dft(self):
+        _check_positive("dft block_size", self.block_size)
+        if self.width % self.block_size:
+            raise ValueError(
+                f"spectral width={self.width} is not a multiple of block_size={self.block_size}"
+            )
+        if self.frequency_mask is None:
+            return
+        frequencies = self.block_size // 2 + 1
+        if len(self.frequency_mask) != frequencies:
+            raise ValueError(
+                f"frequency_mask has {len(self.frequency_mask)} entries, but block_size="
+                f"{self.block_size} has {frequencies} frequencies (block_size // 2 + 1)"
+            )
+        if not any(self.frequency_mask):
+            raise ValueError("frequency_mask keeps no frequency: leave the spectral part out")
+
+    @property
+    def frequencies(self) -> tuple[int, ...]:
+        """The kept rFFT frequencies of a dft, ascending."""
+        count = self.block_size // 2 + 1
+        return tuple(
+            f for f in range(count) if self.frequency_mask is None or self.frequency_mask[f]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PolynomialConfig:
+    """The learned activation of the spectral branch, ``sum_k c_k T_k(u / radius)``.
+
+    Attributes:
+      degree: highest degree of the Chebyshev basis.
+      degree_mask: ``degree + 1`` booleans, ``True`` keeps the term; ``None`` keeps all.
+      radius: R > 0; outside ``[-R, R]`` the polynomial goes on as its tangent lines.
+      groups: channel groups with coefficients of their own; divides the spectral width.
+    """
+
+    degree: int = 4
+    degree_mask: tuple[bool, ...] | None = None
+    radius: float = 4.0
+    groups: int = 1
+
+    def __post_init__(self):
+        _check_types(self)
+        _check_positive("polynomial degree", self.degree)
+        _check_positive("polynomial groups", self.groups)
+        if not 0.0 < self.radius < float("inf"):
+            raise ValueError(f"polynomial radius={self.radius}: expected a positive number")
+        if self.degree_mask is None:
+            return
+        if len(self.degree_mask) != self.degree + 1:
+            raise ValueError(
+                f"degree_mask has {len(self.degree_mask)} entries, but degree={self.degree} has "
+                f"{self.degree + 1} terms (degree + 1)"
+            )
+        if not any(self.degree_mask):
+            raise ValueError("degree_mask keeps no term: leave the polynomial part out")
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """The kept degrees, ascending."""
+        return tuple(
+            k for k in range(self.degree + 1) if self.degree_mask is None or self.degree_mask[k]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreConfig:
+    """Micro-refinement of kind "ffn": ``W2 phi(W1 x + b1)`` on ``width`` hidden units.
+
+    Attributes:
+      width: hidden units; all ``d_ff`` of them with no masks is the dense FFN itself.
+      expand_mask: of W1, over ``(d_model, width)``; ``None`` keeps every block.
+      contract_mask: of W2, over ``(width, d_model)``; ``None`` keeps every block.
+      implementation: plan to force: ``"slice"``, ``"gather"`` or ``"masked"``.
+    """
+
+    width: int
+    expand_mask: BlockMask | None = None
+    contract_mask: BlockMask | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        _check_types(self)
+        _check_positive("core width", self.width)
+        _check_implementation(self.implementation, ("slice", "gather", "masked"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroRefinementConfig:
+    """The corrections: a core FFN beside the spectral branch, and linear steps after both.
+
+    Attributes:
+      core: kind "ffn", added to the spectral branch.
+      steps: kind "linear": one ``(d_model, d_model)`` mask a step of ``y = y + y B``.
+      implementation: plan to force for the steps: ``"slice"``, ``"gather"`` or ``"masked"``.
+    """
+
+    core: CoreConfig | None = None
+    steps: tuple[BlockMask, ...] = ()
+    implementation: str | None = None
+
+    def __post_init__(self):
+        _check_types(self)
+        if self.core is None and not self.steps:
+            raise ValueError("micro-refinement needs a core or at least one step: or leave it out")
+        _check_implementation(self.implementation, ("slice", "gather", "masked"))
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseFFNConfig:
+    """A sparse feed-forward layer: what stands in for a dense ``d_model -> d_ff -> d_model`` one.
+
+    Attributes:
+      d_model: channels in and out.
+      d_ff: hidden width of the dense FFN that it stands for.
+      activation: phi, by its Hugging Face name; used by the core, and by the spectral branch
+        when ``polynomial`` is ``None``.
+      spectral: the spectral branch, or ``None``.
+      polynomial: the spectral branch's activation, or ``None`` for phi itself.
+      micro: the micro-refinement, or ``None``.
+
+    Raises:
+      ValueError: on construction, if the parts do not fit together; the message names the value
+        and what was expected.
+    """
+
+    d_model: int
+    d_ff: int
+    activation: str = "gelu_new"
+    spectral: SpectralConfig | None = None
+    polynomial: PolynomialConfig | None = None
+    micro: MicroRefinementConfig | None = None
+
+    def __post_init__(self):
+        _check_types(self)
+        _check_positive("d_model", self.d_model)
+        _check_positive("d_ff", self.d_ff)
+        get_activation(self.activation)
+        if self.spectral is None and (self.micro is None or self.micro.core is None):
+            raise ValueError(
+                "a SparseFFN needs a spectral branch or a micro-refinement core: with neither, "
+                "its output is constant"
+            )
+        if self.polynomial is not None:
+            if self.spectral is None:
+                raise ValueError("polynomial is the spectral branch's activation: add spectral")
+            if self.spectral.width % self.polynomial.groups:
+                raise ValueError(
+                    f"polynomial groups={self.polynomial.groups} do not divide the spectral "
+                    f"width={self.spectral.width}"
+                )
+        if self.spectral is not None:
+            self._check_spectral(self.spectral)
+        if self.micro is not None:
+            self._check_micro(self.micro)
+
+    def _check_spectral(self, spectral: SpectralConfig):
+        if spectral.transform == "dft":
+            if self.d_model % spectral.block_size:
+                raise ValueError(
+                    f"block_size={spectral.block_size} does not divide d_model={self.d_model}"
+                )
+            return
+        for name in ("rank", "contract_rank"):
+            rank = getattr(spectral, name)
+            limit = min(self.d_model, spectral.width)
+            if rank > limit:
+                raise ValueError(
+                    f"{name}={rank} exceeds {limit}, the smaller of d_model={self.d_model} and "
+                    f"the spectral width={spectral.width}"
+                )
+
+    def _check_micro(self, micro: MicroRefinementConfig):
+        for i, mask in enumerate(micro.steps):
+            _check_mask_shape(f"steps[{i}]", mask, (self.d_model, self.d_model))
+        if micro.core is not None:
+            width = micro.core.width
+            _check_mask_shape("expand_mask", micro.core.expand_mask, (self.d_model, width))
+            _check_mask_shape("contract_mask", micro.core.contract_mask, (width, self.d_model))
+
+    @classmethod
+    def from_flops_ratio(
+        cls, d_model: int, d_ff: int, flops_ratio: float, activation: str = "gelu_new"
+    ) -> Self:
+        """Sizes a layer with all three parts for a pretrained FFN to a budget of FLOPs.
+
+        The most important units stay in a dense core; the others share a klt branch with a
+        quartic polynomial. 1.0 is the dense FFN itself.
+
+        Args:
+          d_model: channels in and out.
+          d_ff: hidden units of the dense FFN.
+          flops_ratio: of this layer over the dense FFN, above 0 and at most 1; not exceeded.
+          activation: of the dense FFN.
+
+        Raises:
+          ValueError: if the ratio is out of range or leaves no room for a component.
+        """
+        if not 0.0 < flops_ratio <= 1.0:
+            raise ValueError(f"flops_ratio={flops_ratio} must lie above 0 and not above 1")
+        if flops_ratio == 1.0:
+            return cls(d_model, d_ff, activation, micro=MicroRefinementConfig(CoreConfig(d_ff)))
+        core = _multiple(_CORE_SHARE * flops_ratio * d_ff)
+        width = d_ff - core
+        polynomial = PolynomialConfig(degree=4)
+        left = 4 * d_model * (flops_ratio * d_ff - core) - 3 * polynomial.degree * width
+        rank = int(left / (4 * (d_model + width)))
+        if rank < 1:
+            raise ValueError(
+                f"flops_ratio={flops_ratio} leaves no component for d_model={d_model} and "
+                f"d_ff={d_ff}: give a larger one"
+            )
+        return cls(
+            d_model,
+            d_ff,
+            activation,
+            spectral=SpectralConfig("klt", width, min(rank, d_model)),
+            polynomial=polynomial,
+            micro=MicroRefinementConfig(CoreConfig(core)),
+        )
+
+    def flops_per_token(self) -> dict[str, int]:
+        """Counts floating-point operations on nonzeros for one token's forward pass, by part.
+
+        A multiply-add counts as two. Biases and the core's activation are left out, as they are
+        in :attr:`dense_flops_per_token`; the polynomial is counted.
+        """
+        flops = {"spectral": 0, "polynomial": 0, "micro": 0}
+        if (spectral := self.spectral) is not None:
+            if self.polynomial is not None:
+                # One Clenshaw step is a multiply-add and a subtraction.
+                flops["polynomial"] = 3 * self.polynomial.degrees[-1] * spectral.width
+            if spectral.transform == "klt":
+                ranks = spectral.rank + (spectral.contract_rank or spectral.rank)
+                flops["spectral"] = 2 * ranks * (self.d_model + spectral.width)
+            else:
+                flops["spectral"] = 2 * self._block_circulant_multiply_adds(spectral)
+        if (micro := self.micro) is not None:
+            weights = sum(mask.size for mask in micro.steps)
+            if (core := micro.core) is not None:
+                full = self.d_model * core.width
+                for mask in (core.expand_mask, core.contract_mask):
+                    weights += full if mask is None else mask.size
+            flops["micro"] = 2 * weights
+        return flops
+
+    def _block_circulant_multiply_adds(self, spectral: SpectralConfig) -> int:
+        b = spectral.block_size
+        real_only = {0, b // 2} if b % 2 == 0 else {0}
+        components = sum(1 if f in real_only else 2 for f in spectral.frequencies)
+        products = sum(1 if f in real_only else 4 for f in spectral.frequencies)
+        p, q = self.d_model // b, spectral.width // b
+        # Both maps: products at each frequency, and a b-point transform in and out of it.
+        return 2 * (p * q * products + (p + q) * b * components)
+
+    @property
+    def dense_flops_per_token(self) -> int:
+        """Floating-point operations of the dense FFN's two products for one token."""
+        return 4 * self.d_model * self.d_ff
+
+    @property
+    def flops_ratio(self) -> float:
+        """This layer's FLOPs over the dense FFN's."""
+        return sum(self.flops_per_token().values()) / self.dense_flops_per_token
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready dict from which :meth:`from_dict` rebuilds an equal config."""
+        return dataclasses.asdict(self, dict_factory=_json_dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a config from :meth:`to_dict`'s output.
+
+        Raises:
+          ValueError: for an unknown, missing or wrongly typed key, and for values that do not
+            fit together.
+        """
+        return _from_dict(cls, values, "config")
+
+    @classmethod
+    def layers_from_json(cls, text: str) -> Self | tuple[Self | None, ...]:
+        """Reads one config for every layer, or a list with one, or null for dense, for each.
+
+        Raises:
+          ValueError: as :meth:`from_json`.
+        """
+        values = _load_json(text)
+        if not isinstance(values, list):
+            return cls.from_dict(values)
+        return tuple(
+            None if layer is None else _from_dict(cls, layer, f"layer {i}")
+            for i, layer in enumerate(values)
+        )
+
+    def to_json(self) -> str:
+        """Returns the config as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Builds a config from :meth:`to_json`'s output; raises ``ValueError`` if it is not one."""
+        return cls.from_dict(_load_json(text))
+
+
+def _load_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the config is not JSON: {error}") from error
+
+
+def _multiple(value: float, of: int = 16) -> int:
+    """Rounds down to a size that GEMMs like, but not to nothing."""
+    return max(1, int(value) // of * of)
+
+
+def _check_types(config: Any) -> None:
+    """Checks fields against their annotations; lists become tuples, NumPy values Python's."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _parse(hint, getattr(config, name), name))
+
+
+def _digits(row: tuple[bool, ...]) -> str:
+    return "".join("01"[block] for block in row)
+
+
+def _json_dict(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {
+        name: [_digits(row) for row in value] if name == "blocks" else value
+        for name, value in items
+    }
+
+
+def _from_dict(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a JSON object, got {type(values).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := set(values) - set(fields):
+        raise ValueError(
+            f"{where} has unknown keys {', '.join(sorted(map(str, unknown)))}: expected some of "
+            f"{', '.join(fields)}"
+        )
+    if missing := [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and name not in values
+    ]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    hints = typing.get_type_hints(cls)
+    parsed = {name: _parse(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return cls(**parsed)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _parse(hint: Any, value: Any, where: str) -> Any:
+    """Reads one value, of JSON or Python, as the type that a field is annotated with."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
+    if value is None:
+        if type(None) in options:
+            return None
+        raise ValueError(f"{where} must not be null")
+    (hint,) = (option for option in options if option is not type(None))
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        hint = typing.cast(type, hint)
+        return value if isinstance(value, hint) else _from_dict(hint, value, where)
+    if origin is tuple:
+        return _parse_tuple(typing.get_args(hint), value, where)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ValueError(f"{where}={value!r}: expected one of {', '.join(choices)}")
+        return value
+    # Python takes True for 1; a config does not.
+    if isinstance(value, bool) is not (hint is bool) or not isinstance(value, _ACCEPTED[hint]):
+        raise ValueError(f"{where}={value!r}: expected {_NAMES[hint]}")
+    try:
+        return hint(value)
+    except OverflowError as error:
+        raise ValueError(f"{where} is an integer too large for a number") from error
+
+
+def _parse_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    item = args[0]
+    if isinstance(value, str) and item is bool:
+        if set(value) - {"0", "1"}:
+            raise ValueError(f"{where}={value!r}: a row of a mask is written with 0 and 1")
+        return tuple(digit == "1" for digit in value)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{where} must be a list, got {type(value).__name__}")
+    return tuple(_parse(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
+
+
+_UNIONS = (typing.Union, type(int | None))
+_ACCEPTED = {bool: bool, int: int, float: (int, float), str: str}
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value!r}: expected a positive integer")
+
+
+def _check_implementation(implementation: str | None, plans: tuple[str, ...]) -> None:
+    if implementation is not None and implementation not in plans:
+        raise ValueError(
+            f"implementation={implementation!r}: expected one of {', '.join(plans)}, or null"
+        )
+
+
+def _check_mask_shape(name: str, mask: BlockMask | None, shape: tuple[int, int]) -> None:
+    if mask is not None and mask.shape != shape:
+        raise ValueError(
+            f"{name} covers {mask.shape} ({mask.grid[0]} x {mask.grid[1]} blocks of "
+            f"{mask.block_shape[0]} x {mask.block_shape[1]}), but the weight is {shape}"
+        )

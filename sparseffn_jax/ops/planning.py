@@ -1,0 +1,103 @@
+"""Which plan runs an operator: a small cost model, and the check of a forced choice."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+
+# A plan's cost is counted in multiply-adds of a large GEMM. What follows are the handicaps that
+# other kinds of work carry, as measured on CPU; only their order of magnitude matters.
+_GATHERED_GEMM = 1.6
+_SMALL_GEMM = 1.5
+_FFT = 12.0
+
+_recording: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar(
+    "recording", default=None
+)
+
+
+def pick(
+    operator: str,
+    implementation: str | None,
+    costs: Mapping[str, float],
+    refused: Mapping[str, str] | None = None,
+) -> str:
+    """Returns the plan to run: the forced one, or else the cheapest that can run.
+
+    Args:
+      operator: name for the error message.
+      implementation: a plan's name, or ``None`` to choose.
+      costs: estimated cost of every plan that can run here.
+      refused: why each of the other plans cannot run here.
+
+    Raises:
+      ValueError: if the forced plan is unknown or cannot run here; the message says why.
+    """
+    refused = refused or {}
+    if implementation in refused:
+        raise ValueError(
+            f"{operator} cannot run as {implementation!r} here: {refused[implementation]}; "
+            f"use one of {', '.join(costs)}, or None"
+        )
+    if implementation is not None and implementation not in costs:
+        raise ValueError(
+            f"{operator} has no plan {implementation!r}: use one of {', '.join(costs)}, or None"
+        )
+    plan = implementation
+    if plan is None:
+        plan = min(costs, key=lambda name: costs[name])
+    if (recording := _recording.get()) is not None:
+        recording.append((operator, plan))
+    return plan
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, str]]]:
+    """Yields a list that every (operator, plan) picked inside the block is appended to.
+
+    Plans are picked while a program is traced, so ``jax.eval_shape`` of it is enough.
+    """
+    picked: list[tuple[str, str]] = []
+    token = _recording.set(picked)
+    try:
+        yield picked
+    finally:
+        _recording.reset(token)
+
+
+def klt_costs(tokens: int, d_in: int, rank: int, d_out: int) -> dict[str, float]:
+    """Estimates the plans of the klt map ``(x U) K``, in multiply-adds."""
+    return {
+        "two_gemms": tokens * rank * (d_in + d_out),
+        "merged": (tokens + rank) * d_in * d_out,
+    }
+
+
+def block_circulant_costs(
+    tokens: int, p: int, q: int, block_size: int, components: int, products: int
+) -> dict[str, float]:
+    """Estimates the plans of the block-circulant map, in multiply-adds.
+
+    Args:
+      tokens: rows of the input.
+      p: circulant blocks along the input.
+      q: circulant blocks along the output.
+      block_size: b, the side of a block.
+      components: real components kept of a block's b.
+      products: real products for one entry of the filter, summed over kept frequencies.
+    """
+    d_in, d_out = p * block_size, q * block_size
+    transforms = tokens * (d_in + d_out) * components
+    return {
+        "dft": _SMALL_GEMM * (tokens * p * q * products + transforms),
+        "fft": _FFT * tokens * (p * q * products / 4 + (d_in + d_out)),
+        "dense": (tokens + components) * d_in * d_out,
+    }
+
+
+def block_sparse_costs(tokens: int, weights: int, full: int) -> dict[str, float]:
+    """Estimates the plans of a product whose mask keeps ``weights`` of ``full`` entries."""
+    return {
+        "slice": tokens * weights,
+        "gather": _GATHERED_GEMM * tokens * weights,
+        "masked": tokens * full + full,
+    }

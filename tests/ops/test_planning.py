@@ -1,0 +1,75 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparseffn_jax.ops import planning
+
+
+def test_none_picks_the_cheapest_that_can_run():
+    assert planning.pick("op", None, {"a": 3.0, "b": 1.0, "c": 2.0}, {"d": "never"}) == "b"
+
+
+def test_a_name_forces_the_plan():
+    assert planning.pick("op", "a", {"a": 3.0, "b": 1.0}) == "a"
+
+
+def test_a_forced_plan_that_cannot_run_says_why():
+    with pytest.raises(ValueError, match="op cannot run as 'b' here: no such chip; use one of a,"):
+        planning.pick("op", "b", {"a": 1.0}, {"b": "no such chip"})
+
+
+@pytest.mark.parametrize("name", ["", "A", "fft"])
+def test_an_unknown_plan_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match=f"op has no plan '{name}': use one of a, b, or None"):
+        planning.pick("op", name, {"a": 1.0, "b": 2.0})
+
+
+def test_recorded_lists_what_was_picked_inside_it():
+    planning.pick("before", None, {"a": 1.0})
+    with planning.recorded() as picked:
+        planning.pick("op", None, {"a": 3.0, "b": 1.0})
+        planning.pick("op", "a", {"a": 3.0, "b": 1.0})
+    planning.pick("after", None, {"a": 1.0})
+    assert picked == [("op", "b"), ("op", "a")]
+
+
+def test_klt_multiplies_the_factors_out_only_where_that_is_less_work():
+    def plan(tokens, rank):
+        return planning.pick("klt", None, planning.klt_costs(tokens, 768, rank, 3072))
+
+    assert plan(2048, 128) == "two_gemms"
+    assert plan(65536, 768) == "merged"
+    # The product of the factors is part of the program: one token does not pay for it.
+    assert plan(1, 768) == "two_gemms"
+
+
+def test_block_circulant_is_dense_only_without_blocks():
+    def plan(tokens, b):
+        p, q, complex_ones = 768 // b, 3072 // b, (b - 1) // 2
+        products = b - 2 * complex_ones + 4 * complex_ones
+        costs = planning.block_circulant_costs(tokens, p, q, b, b, products)
+        return planning.pick("block_circulant", None, costs)
+
+    assert plan(2048, 16) == "dft"
+    assert plan(2048, 1) == "dense"
+    assert plan(1, 16) != "dense"
+
+
+def test_block_sparse_gathers_only_when_sparse_enough():
+    def plan(density):
+        full = 768 * 3072
+        costs = planning.block_sparse_costs(2048, int(density * full), full)
+        del costs["slice"]
+        return planning.pick("block_sparse", None, costs)
+
+    assert plan(0.25) == "gather"
+    assert plan(0.9) == "masked"
+
+
+@given(
+    tokens=st.integers(0, 4096), full=st.integers(1, 10**6), share=st.floats(0, 1, allow_nan=False)
+)
+def test_costs_are_never_negative_and_slicing_never_loses(tokens, full, share):
+    costs = planning.block_sparse_costs(tokens, int(share * full), full)
+    assert min(costs.values()) >= 0
+    assert costs["slice"] <= min(costs.values())

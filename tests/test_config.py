@@ -1,0 +1,332 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparseffn_jax.config import (
+    CoreConfig,
+    MicroRefinementConfig,
+    PolynomialConfig,
+    SparseFFNConfig,
+    SpectralConfig,
+)
+from sparseffn_jax.ops.activations import ACTIVATIONS
+from sparseffn_jax.ops.block_sparse import BlockMask
+
+FULL = SparseFFNConfig(
+    d_model=12,
+    d_ff=48,
+    activation="silu",
+    spectral=SpectralConfig(
+        "dft", width=24, block_size=6, frequency_mask=(True, False, True, True)
+    ),
+    polynomial=PolynomialConfig(3, (True, True, False, True), radius=0.1, groups=2),
+    micro=MicroRefinementConfig(
+        core=CoreConfig(
+            8, expand_mask=BlockMask((3, 2), ((True,) * 4, (True,) * 4, (False,) * 4, (True,) * 4))
+        ),
+        steps=(BlockMask((6, 6), ((True, False), (True, True))),),
+        implementation="gather",
+    ),
+)
+
+
+def some(strategy):
+    return st.none() | strategy
+
+
+@st.composite
+def bool_rows(draw, size):
+    row = draw(st.lists(st.booleans(), min_size=size, max_size=size).filter(any))
+    return tuple(row)
+
+
+@st.composite
+def block_masks(draw, shape):
+    sides = tuple(draw(st.sampled_from([s for s in range(1, n + 1) if n % s == 0])) for n in shape)
+    rows, columns = (n // side for n, side in zip(shape, sides, strict=True))
+    flat = draw(bool_rows(rows * columns))
+    return BlockMask.from_array(np.reshape(flat, (rows, columns)), sides)
+
+
+@st.composite
+def spectral_configs(draw, d_model):
+    b = draw(st.sampled_from([b for b in range(1, d_model + 1) if d_model % b == 0]))
+    width = b * draw(st.integers(1, 6))
+    if draw(st.booleans()):
+        plan = draw(some(st.sampled_from(["fft", "dft", "dense"])))
+        mask = draw(some(bool_rows(b // 2 + 1)))
+        return SpectralConfig("dft", width, block_size=b, frequency_mask=mask, implementation=plan)
+    ranks = st.integers(1, min(d_model, width))
+    plan = draw(some(st.sampled_from(["two_gemms", "merged"])))
+    contract_rank = draw(st.just(0) | ranks)
+    return SpectralConfig("klt", width, draw(ranks), contract_rank, implementation=plan)
+
+
+@st.composite
+def polynomial_configs(draw, width):
+    degree = draw(st.integers(1, 8))
+    return PolynomialConfig(
+        degree,
+        draw(some(bool_rows(degree + 1))),
+        draw(st.floats(1e-3, 1e3)),
+        draw(st.sampled_from([g for g in range(1, width + 1) if width % g == 0])),
+    )
+
+
+@st.composite
+def configs(draw):
+    d_model = draw(st.integers(1, 12))
+    plan = some(st.sampled_from(["slice", "gather", "masked"]))
+    spectral = draw(some(spectral_configs(d_model)))
+    core = None
+    if spectral is None or draw(st.booleans()):
+        width = draw(st.integers(1, 12))
+        core = CoreConfig(
+            width,
+            draw(some(block_masks((d_model, width)))),
+            draw(some(block_masks((width, d_model)))),
+            draw(plan),
+        )
+    steps = tuple(draw(st.lists(block_masks((d_model, d_model)), max_size=2)))
+    micro = MicroRefinementConfig(core, steps, draw(plan)) if core or steps else None
+    return SparseFFNConfig(
+        d_model,
+        draw(st.integers(1, 64)),
+        draw(st.sampled_from(sorted(ACTIVATIONS))),
+        spectral,
+        draw(some(polynomial_configs(spectral.width))) if spectral else None,
+        micro,
+    )
+
+
+@given(configs())
+def test_json_round_trip_is_exact(config):
+    for again in (
+        SparseFFNConfig.from_json(config.to_json()),
+        SparseFFNConfig.from_dict(config.to_dict()),
+        SparseFFNConfig.from_dict(json.loads(json.dumps(config.to_dict()))),
+    ):
+        assert again == config
+        assert hash(again) == hash(config)
+        assert again.to_json() == config.to_json()
+
+
+@given(configs(), configs())
+def test_equal_exactly_when_their_json_is(one, other):
+    assert (one == other) == (one.to_json() == other.to_json())
+
+
+def test_json_is_written_as_people_would():
+    written = json.loads(FULL.to_json())
+    assert written["micro"]["steps"] == [{"block_shape": [6, 6], "blocks": ["10", "11"]}]
+    assert written["spectral"]["frequency_mask"] == [True, False, True, True]
+    assert written["polynomial"]["radius"] == 0.1
+
+
+def test_what_is_left_out_of_json_takes_its_default():
+    text = '{"d_model": 8, "d_ff": 32, "micro": {"core": {"width": 32}}}'
+    micro = MicroRefinementConfig(core=CoreConfig(width=32))
+    assert SparseFFNConfig.from_json(text) == SparseFFNConfig(8, 32, micro=micro)
+
+
+def test_numpy_values_and_lists_are_taken_as_pythons():
+    spectral = SpectralConfig(
+        "dft", np.int64(8), block_size=np.int32(4), frequency_mask=np.array([True, False, True])
+    )
+    assert spectral == SpectralConfig("dft", 8, block_size=4, frequency_mask=(True, False, True))
+    assert type(spectral.width) is int
+    assert type(PolynomialConfig(radius=np.float32(2)).radius) is float
+    assert PolynomialConfig(radius=2).radius == 2.0
+    step = BlockMask((4, 4), ((True, True), (False, True)))
+    assert hash(MicroRefinementConfig(steps=[step])) == hash(MicroRefinementConfig(steps=(step,)))
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FULL.d_model = 3
+
+
+def test_kept_components():
+    assert FULL.spectral.frequencies == (0, 2, 3)
+    assert FULL.polynomial.degrees == (0, 1, 3)
+    assert SpectralConfig("dft", 5, block_size=5).frequencies == (0, 1, 2)
+    assert PolynomialConfig(degree=2).degrees == (0, 1, 2)
+
+
+def test_dense_flops_are_those_of_the_stand_in():
+    config = SparseFFNConfig(8, 32, micro=MicroRefinementConfig(core=CoreConfig(32)))
+    assert config.dense_flops_per_token == 2 * (8 * 32 + 32 * 8)
+    assert config.flops_ratio == 1.0
+
+
+def build(**changes):
+    values = FULL.to_dict()
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        target = values
+        for parent in parents:
+            target = target[int(parent) if parent.isdigit() else parent]
+        target[key] = value
+    return SparseFFNConfig.from_json(json.dumps(values))
+
+
+KLT = {"transform": "klt", "width": 24, "rank": 4}
+
+BAD = {
+    "d_model not divisible by block_size": (
+        {"d_model": 16},
+        "block_size=6 does not divide d_model=16",
+    ),
+    "d_model zero": ({"d_model": 0}, "d_model=0: expected a positive integer"),
+    "d_ff negative": ({"d_ff": -4}, "d_ff=-4: expected a positive integer"),
+    "d_model float": ({"d_model": 12.0}, "config.d_model=12.0: expected an integer"),
+    "d_model string": ({"d_model": "12"}, "config.d_model='12': expected an integer"),
+    "d_model boolean": ({"d_model": True}, "config.d_model=True: expected an integer"),
+    "d_model null": ({"d_model": None}, "config.d_model must not be null"),
+    "unknown activation": (
+        {"activation": "mish"},
+        "unknown activation 'mish': expected one of gelu",
+    ),
+    "activation no string": ({"activation": ["gelu"]}, "activation=['gelu']: expected a string"),
+    "unknown key": ({"d_modle": 12}, "config has unknown keys d_modle: expected some of d_model"),
+    "unknown inner key": ({"polynomial__order": 3}, "config.polynomial has unknown keys order"),
+    "unknown transform": (
+        {"spectral__transform": "dct"},
+        "transform='dct': expected one of klt, dft",
+    ),
+    "transform null": ({"spectral__transform": None}, "spectral.transform must not be null"),
+    "part is no object": ({"spectral": 3}, "config.spectral must be a JSON object, got int"),
+    "width not a multiple": ({"spectral__width": 25}, "width=25 is not a multiple of block_size=6"),
+    "width left out": ({"spectral__width": 0}, "spectral width=0: expected a positive integer"),
+    "block_size negative": ({"spectral__block_size": -6}, "block_size=-6: expected a positive"),
+    "dft with a rank": ({"spectral__rank": 4}, "rank=4 has no meaning with transform='dft'"),
+    "klt with blocks": ({"spectral": KLT | {"block_size": 6}}, "block_size=6 has no meaning with"),
+    "klt with frequencies": (
+        {"spectral": KLT | {"frequency_mask": []}},
+        "frequency_mask=() has no",
+    ),
+    "klt rank too large": ({"spectral": KLT | {"rank": 13}}, "rank=13 exceeds 12, the smaller of"),
+    "klt rank negative": ({"spectral": KLT | {"rank": -1}}, "rank=-1: expected a positive integer"),
+    "contract_rank": ({"spectral": KLT | {"contract_rank": 13}}, "contract_rank=13 exceeds 12"),
+    "frequency_mask length": (
+        {"spectral__frequency_mask": [True] * 3},
+        "frequency_mask has 3 entries, but block_size=6 has 4 frequencies",
+    ),
+    "frequency_mask empty": (
+        {"spectral__frequency_mask": [False] * 4},
+        "frequency_mask keeps no frequency",
+    ),
+    "frequency_mask of integers": (
+        {"spectral__frequency_mask": [1, 0, 1, 1]},
+        "frequency_mask[0]=1: expected true or false",
+    ),
+    "plan of another transform": (
+        {"spectral__implementation": "merged"},
+        "implementation='merged': expected one of fft, dft, dense",
+    ),
+    "unknown plan": (
+        {"micro__implementation": "csr"},
+        "'csr': expected one of slice, gather, masked",
+    ),
+    "plan is no name": ({"micro__implementation": 1}, "implementation=1: expected a string"),
+    "degree zero": ({"polynomial__degree": 0}, "polynomial degree=0: expected a positive integer"),
+    "degree_mask length": (
+        {"polynomial__degree": 4},
+        "degree_mask has 4 entries, but degree=4 has 5 terms",
+    ),
+    "degree_mask empty": ({"polynomial__degree_mask": [False] * 4}, "degree_mask keeps no term"),
+    "radius negative": ({"polynomial__radius": -1.0}, "radius=-1.0: expected a positive number"),
+    "radius NaN": ({"polynomial__radius": float("nan")}, "radius=nan: expected a positive number"),
+    "radius infinite": ({"polynomial__radius": float("inf")}, "radius=inf: expected a positive"),
+    "radius boolean": ({"polynomial__radius": True}, "radius=True: expected a number"),
+    "radius string": ({"polynomial__radius": "4"}, "radius='4': expected a number"),
+    "radius too large": ({"polynomial__radius": 10**400}, "radius is an integer too large"),
+    "groups": ({"polynomial__groups": 5}, "groups=5 do not divide the spectral width=24"),
+    "polynomial alone": ({"spectral": None}, "polynomial is the spectral branch's activation"),
+    "nothing": (
+        {"spectral": None, "polynomial": None, "micro__core": None},
+        "needs a spectral branch or a micro-refinement core",
+    ),
+    "empty micro": ({"micro": {"steps": []}}, "config.micro: micro-refinement needs a core or"),
+    "core without width": ({"micro__core": {}}, "config.micro.core lacks width"),
+    "core width string": ({"micro__core__width": "8"}, "config.micro.core.width='8': expected"),
+    "expand_mask shape": (
+        {"micro__core__width": 10},
+        "expand_mask covers (12, 8) (4 x 4 blocks of 3 x 2), but the weight is (12, 10)",
+    ),
+    "step shape": (
+        {"micro__steps__0__block_shape": [6, 3]},
+        "steps[0] covers (12, 6) (2 x 2 blocks of 6 x 3), but the weight is (12, 12)",
+    ),
+    "steps no list": ({"micro__steps": "11"}, "config.micro.steps must be a list, got str"),
+    "step null": ({"micro__steps": [None]}, "config.micro.steps[0] must not be null"),
+    "block_shape length": (
+        {"micro__steps__0__block_shape": [6]},
+        "config.micro.steps[0]: block_shape=(6,): expected two positive integers",
+    ),
+    "block_shape zero": (
+        {"micro__steps__0__block_shape": [6, 0]},
+        "expected two positive integers",
+    ),
+    "block_shape string": ({"micro__steps__0__block_shape": "66"}, "block_shape must be a list"),
+    "block_shape float": (
+        {"micro__steps__0__block_shape": [6.0, 6]},
+        "[0]=6.0: expected an integer",
+    ),
+    "blocks empty": ({"micro__steps__0__blocks": ["00", "00"]}, "the block mask keeps no block"),
+    "blocks ragged": ({"micro__steps__0__blocks": ["10", "1"]}, "all of one and the same length"),
+    "blocks letters": ({"micro__steps__0__blocks": ["1x", "11"]}, "written with 0 and 1"),
+    "blocks missing": ({"micro__steps": [{"block_shape": [6, 6]}]}, "steps[0] lacks blocks"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refuses(name):
+    changes, message = BAD[name]
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is checked below)
+        build(**changes)
+    assert message in str(error.value)
+
+
+def test_the_bad_configs_differ_from_a_good_one():
+    assert build() == FULL
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the config is not JSON"),
+        ("{'d_model': 12}", "the config is not JSON"),
+        ('{"d_model": 12', "the config is not JSON"),
+        ("[]", "config must be a JSON object, got list"),
+        ("null", "config must be a JSON object, got NoneType"),
+        ('{"d_model": 12}', "config lacks d_ff"),
+    ],
+)
+def test_refuses_text_that_is_no_config(text, message):
+    with pytest.raises(ValueError, match=message):
+        SparseFFNConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SparseFFNConfig("12", 48), "d_model='12': expected an integer"),
+        (lambda: SparseFFNConfig(12, 48.0), "d_ff=48.0: expected an integer"),
+        (lambda: SpectralConfig("klt", 8, True), "rank=True: expected an integer"),
+        (lambda: SpectralConfig("dft", 8, rank="", block_size=4), "rank='': expected an integer"),
+        (lambda: PolynomialConfig(radius=np.nan), "radius=nan: expected a positive number"),
+        (lambda: PolynomialConfig(degree_mask="10x11"), "written with 0 and 1"),
+        (lambda: CoreConfig(8, expand_mask="1111"), "expand_mask must be a JSON object, got str"),
+        (lambda: MicroRefinementConfig(steps=(True,)), "must be a JSON object, got bool"),
+        (lambda: MicroRefinementConfig(steps=None), "steps must not be null"),
+    ],
+)
+def test_refuses_wrong_types_in_python(make, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is checked below)
+        make()
+    assert message in str(error.value)
