@@ -1,0 +1,1 @@
+"""Flax Linen modules: the SparseFFN and the decoders that it plugs into."""

@@ -1,0 +1,205 @@
+"""The sparse feed-forward layer: spectral map, learned polynomial, micro-refinement."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Float
+
+from sparseffn_jax.config import CoreConfig, SparseFFNConfig, SpectralConfig
+from sparseffn_jax.ops import spectral
+from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.block_sparse import BlockMask, block_sparse_matmul, matmul
+from sparseffn_jax.ops.polynomial import chebyshev
+
+Dtype = Any
+_kernel_init = nn.initializers.lecun_normal()
+
+
+class SpectralLinear(nn.Module):
+    """A linear map in a transform domain; see :mod:`sparseffn_jax.ops.spectral`.
+
+    Attributes:
+      features: output channels.
+      config: which transform, and what of it is kept.
+      rank: components kept (klt).
+      band_limited: whether the inputs lie mostly in the kept frequencies already (dft), so that
+        at initialisation a mask takes nothing from them that the others must make up for.
+      dtype: of the computation.
+      param_dtype: of the parameters: ``axes`` and ``filter`` (klt), ``real`` and, if any kept
+        frequency has an imaginary part, ``imag`` (dft).
+    """
+
+    features: int
+    config: SpectralConfig
+    rank: int = 0
+    band_limited: bool = False
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        config, channels = self.config, x.shape[-1]
+        if config.transform == "klt":
+            axes = self.param("axes", _kernel_init, (channels, self.rank), self.param_dtype)
+            filter = self.param(
+                "filter", _kernel_init, (self.rank, self.features), self.param_dtype
+            )
+            x, axes, filter = promote_dtype(x, axes, filter, dtype=self.dtype)
+            return spectral.klt(x, axes, filter, implementation=config.implementation)
+        b, frequencies = config.block_size, config.frequencies
+        blocks = (channels // b, self.features // b)
+        complex_count = len(spectral.complex_frequencies(frequencies, b))
+        # Outputs have the variance of inputs. By Parseval's theorem a complex frequency adds four
+        # times the entries' variance (real and imaginary part, and the same at the conjugate
+        # frequency), DC and Nyquist add it once.
+        carried = len(frequencies) + 3 * complex_count
+        if self.band_limited:
+            carried = b + 2 * ((b - 1) // 2)
+        init = nn.initializers.normal(b / (channels * carried) ** 0.5)
+        real = self.param("real", init, (len(frequencies), *blocks), self.param_dtype)
+        # No parameter without entries: Orbax refuses to save one.
+        imag = jnp.zeros((0, *blocks), self.param_dtype)
+        if complex_count:
+            imag = self.param("imag", init, (complex_count, *blocks), self.param_dtype)
+        x, real, imag = promote_dtype(x, real, imag, dtype=self.dtype)
+        return spectral.block_circulant(
+            x,
+            real,
+            imag,
+            block_size=b,
+            frequencies=frequencies,
+            implementation=config.implementation,
+        )
+
+
+class BlockSparseLinear(nn.Module):
+    """A linear map without bias whose kernel holds only the blocks that a static mask keeps.
+
+    Attributes:
+      features: output channels.
+      mask: over ``(input channels, features)``; ``None`` is a dense kernel.
+      implementation: plan to force, or ``None``.
+      dtype: of the computation.
+      param_dtype: of the parameter ``kernel``, whose shape is ``mask.kernel_shape``.
+      kernel_init: ``None`` keeps the variance of the inputs.
+    """
+
+    features: int
+    mask: BlockMask | None = None
+    implementation: str | None = None
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        shape = (x.shape[-1], self.features) if self.mask is None else self.mask.kernel_shape
+        fan_in = x.shape[-1]
+        if self.mask is not None:
+            # What a living output adds up, on average.
+            fan_in = self.mask.size / (len(self.mask.live_columns) * self.mask.block_shape[1])
+        init = self.kernel_init or nn.initializers.normal(fan_in**-0.5)
+        kernel = self.param("kernel", init, shape, self.param_dtype)
+        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+        if self.mask is None:
+            return matmul(x, kernel)
+        return block_sparse_matmul(x, kernel, self.mask, implementation=self.implementation)
+
+
+class SparseFFN(nn.Module):
+    """Drops into the place of a transformer's dense FFN (``mlp``): ``(..., d) -> (..., d)``.
+
+    ``y = contract(poly(expand(x) + bias)) + core(x) + bias``, then ``y = y + y B_k`` for every
+    linear step. Each part is optional; see :class:`SparseFFNConfig`. With only a core of all
+    hidden units it is the dense FFN itself.
+
+    Attributes:
+      config: the parts and their static masks.
+      dtype: of the computation; products accumulate in float32, the polynomial runs in float32.
+      param_dtype: of the parameters.
+    """
+
+    config: SparseFFNConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        config = self.config
+        if x.shape[-1] != config.d_model:
+            raise ValueError(f"x has {x.shape[-1]} channels, but d_model={config.d_model}")
+        y = self._bias("bias", config.d_model)
+        if config.spectral is not None:
+            y = y + self._spectral(x, config.spectral)
+        if config.micro is not None:
+            if config.micro.core is not None:
+                with jax.named_scope("core"):
+                    y = y + self._core(x, config.micro.core)
+            for i, mask in enumerate(config.micro.steps):
+                with jax.named_scope("steps"):
+                    y = y + self._linear(
+                        f"step_{i}",
+                        config.d_model,
+                        mask,
+                        config.micro.implementation,
+                        nn.initializers.zeros,
+                    )(y)
+        return y
+
+    def _spectral(self, x: Array, spectral_config: SpectralConfig):
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width, rank = spectral_config.width, spectral_config.rank
+        with jax.named_scope("spectral_expand"):
+            u = SpectralLinear(width, spectral_config, rank, name="expand", **dtypes)(x)
+            u = u + self._bias("expand_bias", width)
+        with jax.named_scope("polynomial"):
+            u = self._activation(u)
+        with jax.named_scope("spectral_contract"):
+            return SpectralLinear(
+                self.config.d_model,
+                spectral_config,
+                spectral_config.contract_rank or rank,
+                band_limited=True,
+                name="contract",
+                **dtypes,
+            )(u)
+
+    def _activation(self, u):
+        polynomial = self.config.polynomial
+        if polynomial is None:
+            return get_activation(self.config.activation)(u)
+        # T_1 alone: the identity until a warm start or training says otherwise.
+        start = jnp.array([polynomial.radius * (k == 1) for k in polynomial.degrees])
+        coefficients = self.param(
+            "polynomial",
+            lambda _, shape, dtype: jnp.broadcast_to(start, shape).astype(dtype),
+            (polynomial.groups, len(polynomial.degrees)),
+            self.param_dtype,
+        )
+        return chebyshev(u, coefficients, degrees=polynomial.degrees, radius=polynomial.radius)
+
+    def _core(self, x: Array, core: CoreConfig):
+        expand = self._linear("core_expand", core.width, core.expand_mask, core.implementation)
+        contract = self._linear(
+            "core_contract", self.config.d_model, core.contract_mask, core.implementation
+        )
+        hidden = expand(x) + self._bias("core_bias", core.width)
+        return contract(get_activation(self.config.activation)(hidden))
+
+    def _linear(self, name, features, mask, implementation, kernel_init=None):
+        return BlockSparseLinear(
+            features,
+            mask,
+            implementation,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=kernel_init,
+            name=name,
+        )
+
+    def _bias(self, name, features):
+        bias = self.param(name, nn.initializers.zeros, (features,), self.param_dtype)
+        return bias.astype(self.dtype)

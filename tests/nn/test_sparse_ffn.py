@@ -1,0 +1,465 @@
+import dataclasses
+import math
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from numerics import (
+    assert_close,
+    circulant,
+    dense_of,
+    dot_generals,
+    draw,
+    jit,
+    tangent_chebyshev,
+    value_and_vjp,
+)
+
+from sparseffn_jax.config import (
+    CoreConfig,
+    MicroRefinementConfig,
+    PolynomialConfig,
+    SparseFFNConfig,
+    SpectralConfig,
+)
+from sparseffn_jax.nn.sparse_ffn import SparseFFN
+from sparseffn_jax.ops.block_sparse import BlockMask
+
+D, M = 12, 24
+
+
+def mask_of(*rows, block_shape):
+    return BlockMask(block_shape, [[digit == "1" for digit in row] for row in rows])
+
+
+FREE = mask_of("1101", "0100", "1011", block_shape=(4, 6))
+FREE_BACK = mask_of("100", "011", "110", "010", block_shape=(6, 4))
+ROWS = mask_of("1010", "0000", "1010", block_shape=(4, 6))
+COLUMNS = mask_of("011", "000", "011", "000", block_shape=(6, 4))
+STEPS = (
+    mask_of("100", "010", "100", block_shape=(4, 4)),
+    mask_of("0110", "0110", block_shape=(6, 3)),
+)
+KLT = SpectralConfig("klt", M, rank=3, contract_rank=5)
+DFT = SpectralConfig("dft", M, block_size=6)
+MASKED_DFT = SpectralConfig("dft", M, block_size=6, frequency_mask=(False, True, False, True))
+POLYNOMIAL = PolynomialConfig(4, (True, True, False, True, True), radius=1.5, groups=3)
+ALL = SparseFFNConfig(
+    D,
+    M,
+    "silu",
+    MASKED_DFT,
+    POLYNOMIAL,
+    MicroRefinementConfig(CoreConfig(M, FREE, FREE_BACK), STEPS),
+)
+
+CONFIGS = {
+    "klt": SparseFFNConfig(D, M, spectral=KLT),
+    "klt and polynomial": SparseFFNConfig(D, M, spectral=KLT, polynomial=POLYNOMIAL),
+    "dft": SparseFFNConfig(D, M, spectral=DFT),
+    "masked dft": SparseFFNConfig(D, M, spectral=MASKED_DFT),
+    "core": SparseFFNConfig(D, M, micro=MicroRefinementConfig(CoreConfig(M))),
+    "free core": SparseFFNConfig(D, M, micro=MicroRefinementConfig(CoreConfig(M, FREE, FREE_BACK))),
+    "outer core": SparseFFNConfig(D, M, micro=MicroRefinementConfig(CoreConfig(M, ROWS, COLUMNS))),
+    "steps": SparseFFNConfig(D, M, spectral=KLT, micro=MicroRefinementConfig(steps=STEPS)),
+    "all": ALL,
+}
+
+
+def sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def gelu_new(x):
+    return x * sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))
+
+
+def reference(config, params, x):
+    """The layer in float64 NumPy, written from its formula."""
+    phi = {"gelu_new": gelu_new, "silu": lambda x: x * sigmoid(x)}[config.activation]
+
+    def spectral_map(x, part):
+        if config.spectral.transform == "klt":
+            return x @ part["axes"] @ part["filter"]
+        b, frequencies = config.spectral.block_size, config.spectral.frequencies
+        _, p, q = part["real"].shape
+        return circulant(x, part["real"], part.get("imag", np.zeros((0, p, q))), b, frequencies)
+
+    def linear(x, kernel, mask):
+        return x @ (kernel if mask is None else dense_of(kernel, mask))
+
+    def polynomial(u):
+        degrees, radius = config.polynomial.degrees, config.polynomial.radius
+        groups = len(params["polynomial"])
+        u = u.reshape(*u.shape[:-1], groups, u.shape[-1] // groups)
+        y = sum(
+            c[:, None] * tangent_chebyshev(u, k, radius)[0]
+            for k, c in zip(degrees, params["polynomial"].T, strict=True)
+        )
+        return y.reshape(*u.shape[:-2], config.spectral.width)
+
+    y = np.zeros_like(x) + params["bias"]
+    if config.spectral is not None:
+        u = spectral_map(x, params["expand"]) + params["expand_bias"]
+        y = y + spectral_map((polynomial if config.polynomial else phi)(u), params["contract"])
+    core = config.micro and config.micro.core
+    if core:
+        hidden = phi(
+            linear(x, params["core_expand"]["kernel"], core.expand_mask) + params["core_bias"]
+        )
+        y = y + linear(hidden, params["core_contract"]["kernel"], core.contract_mask)
+    for i, mask in enumerate(config.micro.steps if config.micro else ()):
+        y = y + linear(y, params[f"step_{i}"]["kernel"], mask)
+    return y
+
+
+def shapes_of(config):
+    x = jax.ShapeDtypeStruct((1, config.d_model), jnp.float32)
+    return jax.eval_shape(SparseFFN(config).init, jax.random.key(0), x)["params"]
+
+
+def random_params(config, seed=0):
+    """Nothing at zero, not even what starts there; and the same in float64."""
+    flat = flatten_dict(shapes_of(config))
+    arrays, exact = draw(seed, *(leaf.shape for leaf in flat.values()), scale=0.4)
+    return (
+        unflatten_dict(dict(zip(flat, arrays, strict=True))),
+        unflatten_dict(dict(zip(flat, exact, strict=True))),
+    )
+
+
+def apply(config, params, x, dtype=jnp.float32):
+    return jit(SparseFFN(config, dtype=dtype).apply)({"params": params}, x)
+
+
+def finite_differences(function, tree, step=1e-5):
+    """Central differences of a float64 scalar function, entry by entry."""
+    gradient = jax.tree.map(np.zeros_like, tree)
+    for leaf, slot in zip(jax.tree.leaves(tree), jax.tree.leaves(gradient), strict=True):
+        for index in np.ndindex(leaf.shape):
+            value = leaf[index]
+            leaf[index] = value + step
+            above = function(tree)
+            leaf[index] = value - step
+            slot[index] = (above - function(tree)) / (2 * step)
+            leaf[index] = value
+    return gradient
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_float64(name):
+    config = CONFIGS[name]
+    params, params64 = random_params(config)
+    (x, cotangent), (x64, cotangent64) = draw(1, (2, 2, D), (2, 2, D))
+    y, (params_bar, x_bar) = value_and_vjp(
+        lambda params, x: SparseFFN(config).apply({"params": params}, x), (params, x), cotangent
+    )
+    assert_close(y, reference(config, params64, x64))
+    expected = finite_differences(
+        lambda tree: np.vdot(reference(config, *tree), cotangent64), (params64, x64)
+    )
+    assert_close(x_bar, expected[1], what="gradient of x")
+    chex.assert_trees_all_equal_shapes(params_bar, params)
+    wanted = flatten_dict(expected[0], sep="/")
+    for path, bar in flatten_dict(params_bar, sep="/").items():
+        assert_close(bar, wanted[path], what=f"gradient of {path}")
+
+
+@pytest.mark.parametrize("name", ["klt and polynomial", "dft", "free core", "all"])
+def test_half_precision(name):
+    config = CONFIGS[name]
+    params, params64 = random_params(config)
+    # Rounding of the parameters is not what is measured.
+    params, params64 = (
+        jax.tree.map(lambda a: a.astype(jnp.bfloat16), t) for t in (params, params64)
+    )
+    params64 = jax.tree.map(lambda a: np.asarray(a, np.float64), params64)
+    (x,), (x64,) = draw(1, (64, D), dtype="bfloat16")
+    y = apply(config, params, x, jnp.bfloat16)
+    assert y.dtype == jnp.bfloat16
+    assert_close(y, reference(config, params64, x64), "bfloat16")
+
+
+def test_half_precision_leaves_parameters_and_gradients_float32():
+    layer = SparseFFN(ALL, dtype=jnp.bfloat16)
+    x = jnp.ones((2, 3, D), jnp.bfloat16)
+    params, _ = random_params(ALL)
+    made = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made)} == {"float32"}
+    y, (bars,) = value_and_vjp(lambda params: layer.apply({"params": params}, x), (params,), x)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(bars, params)
+    chex.assert_tree_all_finite(bars)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,)])
+def test_takes_any_batch(batch):
+    params, params64 = random_params(ALL)
+    (x,), (x64,) = draw(2, (*batch, D))
+    assert_close(apply(ALL, params, x), reference(ALL, params64, x64))
+
+
+def test_under_transformations():
+    params, params64 = random_params(ALL)
+    (x, cotangent), (x64, cotangent64) = draw(3, (3, D), (3, D))
+    layer = nn.remat(SparseFFN)(ALL)
+
+    def loss(params, x, cotangent):
+        return jnp.vdot(layer.apply({"params": params}, x), cotangent)
+
+    gradient = jit(jax.vmap(jax.grad(loss, argnums=1), (None, 0, 0)))
+    expected = finite_differences(lambda x: np.vdot(reference(ALL, params64, x), cotangent64), x64)
+    assert_close(gradient(params, x, cotangent), expected)
+
+
+@pytest.mark.parametrize("name", ["klt and polynomial", "masked dft"])
+def test_inside_nnx(name):
+    config = CONFIGS[name]
+    (x,), _ = draw(4, (2, 3, D))
+
+    @nnx.jit
+    def build(x):
+        return nnx.bridge.ToNNX(SparseFFN(config), rngs=nnx.Rngs(0)).lazy_init(x)
+
+    @nnx.jit
+    def value_and_gradient(module, x):
+        return nnx.value_and_grad(lambda module: jnp.sum(module(x) ** 2))(module)
+
+    wrapped = build(x)
+    params = nnx.to_pure_dict(nnx.state(wrapped, nnx.Param))
+    chex.assert_trees_all_equal_shapes(params, shapes_of(config))
+    y = apply(config, params, x)
+    assert_close(nnx.jit(lambda module, x: module(x))(wrapped, x), y)
+    value, gradient = value_and_gradient(wrapped, x)
+    assert_close(value, jnp.sum(y**2))
+    chex.assert_trees_all_equal_shapes(nnx.to_pure_dict(gradient), params)
+    chex.assert_tree_all_finite(nnx.to_pure_dict(gradient))
+
+
+def test_all_hidden_units_in_the_core_are_the_dense_ffn():
+    params, exact = random_params(CONFIGS["core"])
+    (x,), (x64,) = draw(5, (7, D))
+    hidden = gelu_new(x64 @ exact["core_expand"]["kernel"] + exact["core_bias"])
+    dense = hidden @ exact["core_contract"]["kernel"] + exact["bias"]
+    assert_close(apply(CONFIGS["core"], params, x), dense)
+
+
+def test_linear_steps_start_as_the_identity():
+    x = jax.random.normal(jax.random.key(1), (7, D))
+    params = jit(SparseFFN(CONFIGS["steps"]).init)(jax.random.key(0), x)["params"]
+    assert not any(np.any(params[f"step_{i}"]["kernel"]) for i in range(len(STEPS)))
+    np.testing.assert_array_equal(
+        apply(CONFIGS["steps"], params, x), apply(CONFIGS["klt"], params, x)
+    )
+
+
+@pytest.mark.parametrize("plan", ["fft", "dft", "dense"])
+def test_tokens_do_not_mix(plan):
+    spectral = dataclasses.replace(MASKED_DFT, implementation=plan)
+    layer = SparseFFN(dataclasses.replace(ALL, spectral=spectral))
+    params, _ = random_params(ALL)
+    apply = jit(lambda x: layer.apply({"params": params}, x))
+    x = jax.random.normal(jax.random.key(2), (2, 6, D))
+    before, after = apply(x), apply(x.at[1, 3].add(1.0))
+    moved = np.any(np.asarray(before) != np.asarray(after), axis=-1)
+    assert np.argwhere(moved).tolist() == [[1, 3]]
+
+
+def with_plans(config, spectral=None, micro=None):
+    if config.spectral is not None:
+        part = dataclasses.replace(config.spectral, implementation=spectral)
+        config = dataclasses.replace(config, spectral=part)
+    if config.micro is not None:
+        core = config.micro.core
+        if core is not None:
+            core = dataclasses.replace(core, implementation=micro)
+        part = dataclasses.replace(config.micro, core=core)
+        config = dataclasses.replace(config, micro=part)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "spectral", "micro"),
+    [
+        ("klt", "two_gemms", None),
+        ("klt", "merged", None),
+        ("all", "fft", "gather"),
+        ("all", "dft", "masked"),
+        ("all", "dense", "gather"),
+        ("outer core", None, "slice"),
+        ("outer core", None, "masked"),
+    ],
+)
+def test_forced_plans_reach_the_operators_and_agree(name, spectral, micro):
+    config = CONFIGS[name]
+    params, params64 = random_params(config)
+    (x,), (x64,) = draw(6, (5, D))
+    y = apply(with_plans(config, spectral, micro), params, x)
+    assert_close(y, reference(config, params64, x64))
+
+
+def test_forced_plans_change_the_program():
+    def multiply_adds(name, spectral=None, micro=None):
+        layer = SparseFFN(with_plans(CONFIGS[name], spectral, micro))
+        params, _ = random_params(CONFIGS[name])
+        dots = dot_generals(lambda x: layer.apply({"params": params}, x), jnp.ones((50, D)))
+        return sum(count for *_, count in dots)
+
+    assert multiply_adds("klt", "two_gemms") < multiply_adds("klt", "merged")
+    assert multiply_adds("dft", "dft") != multiply_adds("dft", "dense")
+    assert multiply_adds("outer core", micro="slice") < multiply_adds("outer core", micro="masked")
+    assert multiply_adds("free core", micro="gather") < multiply_adds("free core", micro="masked")
+
+
+def test_a_forced_plan_that_cannot_run_says_why():
+    layer = SparseFFN(with_plans(CONFIGS["free core"], micro="slice"))
+    with pytest.raises(ValueError, match="cannot run as 'slice' here"):
+        layer.init(jax.random.key(0), jnp.ones((2, D)))
+
+
+# Multiply-adds of one token, by hand: expansion + contraction, at D = 12 and M = 24.
+HAND_COUNTED = {
+    "klt": (3 * (12 + 24) + 5 * (24 + 12), 0),
+    "klt and polynomial": (3 * (12 + 24) + 5 * (24 + 12), 0),
+    # b = 6: 2 x 4 blocks; DC and Nyquist 1 product, the 2 others 4; all 6 components in and out.
+    "dft": (2 * (2 * 4 * (1 + 4 + 4 + 1) + (12 + 24) * 6), 0),
+    # Frequency 1 and Nyquist: 3 of 6 components.
+    "masked dft": (2 * (2 * 4 * (4 + 1) + (12 + 24) * 3), 0),
+    "core": (0, 12 * 24 * 2),
+    "free core": (0, 7 * 4 * 6 + 6 * 6 * 4),
+    "outer core": (0, 8 * 12 + 12 * 8),
+    # Steps: 3 blocks of 4 x 4, and both rows of 2 columns of 3.
+    "steps": (3 * (12 + 24) + 5 * (24 + 12), 3 * 16 + 12 * 6),
+    "all": (
+        2 * (2 * 4 * (4 + 1) + (12 + 24) * 3),
+        7 * 4 * 6 + 6 * 6 * 4 + 3 * 16 + 12 * 6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flops_by_hand_analytically_and_in_the_program(name):
+    config = CONFIGS[name]
+    spectral, micro = HAND_COUNTED[name]
+    flops = config.flops_per_token()
+    # One Clenshaw step is 3 operations, and degree 4 takes 4 of them for each of 24 units.
+    polynomial = 3 * 4 * 24 if config.polynomial else 0
+    assert flops == {"spectral": 2 * spectral, "polynomial": polynomial, "micro": 2 * micro}
+    plans = {"klt": "two_gemms", "dft": "dft"}
+    forced = with_plans(config, config.spectral and plans[config.spectral.transform])
+    if "free" in name or name == "all":
+        forced = with_plans(forced, forced.spectral and forced.spectral.implementation, "gather")
+    params, _ = random_params(config)
+    tokens = 5
+    dots = dot_generals(
+        lambda x: SparseFFN(forced).apply({"params": params}, x), jnp.ones((tokens, D))
+    )
+    assert sum(count for *_, count in dots) == tokens * (spectral + micro)
+
+
+PARAMETERS = {
+    "klt": 12 * 3 + 3 * 24 + 24 + 24 * 5 + 5 * 12 + 12,
+    "klt and polynomial": 12 * 3 + 3 * 24 + 24 + 24 * 5 + 5 * 12 + 12 + 3 * 4,
+    "dft": 2 * (2 * 4 * 6) + 24 + 12,
+    "masked dft": 2 * (2 * 4 * 3) + 24 + 12,
+    "core": 12 * 24 * 2 + 24 + 12,
+    "free core": 7 * 4 * 6 + 6 * 6 * 4 + 24 + 12,
+    "outer core": 8 * 12 + 12 * 8 + 24 + 12,
+    "steps": 12 * 3 + 3 * 24 + 24 + 24 * 5 + 5 * 12 + 12 + 3 * 16 + 12 * 6,
+    "all": (2 * (2 * 4 * 3) + 24 + 3 * 4) + (7 * 4 * 6 + 6 * 6 * 4 + 24) + (3 * 16 + 12 * 6) + 12,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_masked_has_no_parameter(name):
+    leaves = jax.tree.leaves(shapes_of(CONFIGS[name]))
+    assert sum(leaf.size for leaf in leaves) == PARAMETERS[name]
+    assert all(leaf.size for leaf in leaves)
+
+
+@pytest.mark.parametrize(("b", "mask"), [(1, None), (2, None), (6, (True, False, False, True))])
+def test_real_frequencies_alone_have_no_imaginary_parameter(b, mask):
+    spectral = SpectralConfig("dft", M, block_size=b, frequency_mask=mask)
+    config = SparseFFNConfig(D, M, spectral=spectral)
+    assert set(shapes_of(config)["expand"]) == {"real"}
+    params, params64 = random_params(config)
+    (x,), (x64,) = draw(7, (3, D))
+    assert_close(apply(config, params, x), reference(config, params64, x64))
+
+
+def wide(**parts):
+    return SparseFFNConfig(96, 384, **parts)
+
+
+def wide_core(expand, contract):
+    core = CoreConfig(
+        384,
+        BlockMask.from_array(expand, (8, 8)),
+        BlockMask.from_array(contract, (8, 8)),
+    )
+    return wide(micro=MicroRefinementConfig(core))
+
+
+def scattered(rows, columns, density):
+    blocks = np.random.default_rng(0).random((rows, columns)) < density
+    return blocks | np.eye(rows, columns, dtype=bool)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        wide(spectral=SpectralConfig("klt", 384, rank=24)),
+        wide(spectral=SpectralConfig("dft", 384, block_size=8)),
+        wide(spectral=SpectralConfig("dft", 384, block_size=3)),
+        wide(spectral=SpectralConfig("dft", 384, block_size=1)),
+        wide(
+            spectral=SpectralConfig(
+                "dft", 384, block_size=16, frequency_mask=(False, True, True) + (False,) * 6
+            )
+        ),
+        wide(
+            spectral=SpectralConfig("dft", 384, block_size=4, frequency_mask=(True, False, False))
+        ),
+        wide(
+            spectral=SpectralConfig("klt", 384, rank=24),
+            polynomial=PolynomialConfig(4, radius=100.0),
+        ),
+        wide(micro=MicroRefinementConfig(CoreConfig(384))),
+        wide_core(scattered(12, 48, 0.25), scattered(48, 12, 0.25)),
+        # A quarter of the hidden units live.
+        wide_core(
+            np.ones((12, 1)) * (np.arange(48) < 12), (np.arange(48) < 12)[:, None] * np.ones(12)
+        ),
+    ],
+    ids=[
+        "klt",
+        "dft",
+        "odd dft",
+        "diagonal",
+        "two frequencies",
+        "only DC",
+        "polynomial",
+        "dense core",
+        "free core",
+        "outer core",
+    ],
+)
+def test_a_fresh_layer_has_the_variance_of_a_dense_one(config):
+    x = jax.random.normal(jax.random.key(0), (256, 96))
+    rng = np.random.default_rng(0)
+    first = rng.normal(0.0, 96**-0.5, (96, 384))
+    second = rng.normal(0.0, 384**-0.5, (384, 96))
+    hidden = np.asarray(x, np.float64) @ first
+    dense = (hidden if config.polynomial else gelu_new(hidden)) @ second
+    y, _ = jit(SparseFFN(config).init_with_output)(jax.random.key(1), x)
+    assert 0.25 < float(jnp.var(y)) / dense.var() < 4.0
+
+
+def test_refuses_other_channels():
+    with pytest.raises(ValueError, match="x has 13 channels, but d_model=12"):
+        SparseFFN(ALL).init(jax.random.key(0), jnp.ones((2, 13)))
