@@ -1,0 +1,528 @@
+"""Dense FFNs in, SparseFFNs out: :func:`sparsify`.
+
+Closed forms come before gradients. For each layer, on calibration activations: the units whose
+loss would cost most go to the core as they are; the spectral expansion takes the other units'
+weights in the transform domain; the polynomial is fitted to what those units really output; the
+output weights of all branches are regressed jointly on the dense FFN's outputs. Then every
+SparseFFN regresses its dense FFN's outputs by gradient, in parallel for all layers, before any
+end-to-end loss sees it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparseffn_jax.config import (
+    CoreConfig,
+    PolynomialConfig,
+    SparseFFNConfig,
+    SpectralConfig,
+)
+from sparseffn_jax.convert import closed_form
+from sparseffn_jax.convert.closed_form import Moments
+from sparseffn_jax.convert.distill import distill_layers
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, d_ff
+from sparseffn_jax.ops import polynomial, spectral
+from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.block_sparse import BlockMask, decompress
+
+Params = Mapping[str, Any]
+Start = Literal["select", "refit"]
+# Share of the pre-activations that lie inside the polynomial's interval.
+_INSIDE = 0.999
+_BACKFITTING_TURNS = 4
+_POLYNOMIAL_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseFFN:
+    """A dense FFN's weights, ``phi(x expand + expand_bias) contract + bias``, in float64.
+
+    Attributes:
+      expand: (d, m).
+      expand_bias: (m,).
+      contract: (m, d).
+      bias: (d,).
+      activation: phi, by its Hugging Face name.
+    """
+
+    expand: Float[np.ndarray, "d m"]
+    expand_bias: Float[np.ndarray, " m"]
+    contract: Float[np.ndarray, "m d"]
+    bias: Float[np.ndarray, " d"]
+    activation: str
+
+    @classmethod
+    def from_gpt2(cls, mlp: Params, activation: str) -> "DenseFFN":
+        """Reads a GPT-2 layer's ``mlp`` parameters (kernels stored as (out, in))."""
+        leaves = {
+            (module, name): np.asarray(mlp[module][name], np.float64)
+            for module in ("c_fc", "c_proj")
+            for name in ("kernel", "bias")
+        }
+        return cls(
+            leaves["c_fc", "kernel"].T,
+            leaves["c_fc", "bias"],
+            leaves["c_proj", "kernel"].T,
+            leaves["c_proj", "bias"],
+            activation,
+        )
+
+    @property
+    def width(self) -> int:
+        """Hidden units."""
+        return len(self.expand_bias)
+
+    def units(self, chosen: Int[np.ndarray, " k"]) -> "DenseFFN":
+        """Returns the FFN of the chosen hidden units alone."""
+        return dataclasses.replace(
+            self,
+            expand=self.expand[:, chosen],
+            expand_bias=self.expand_bias[chosen],
+            contract=self.contract[chosen],
+        )
+
+    def __call__(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+        """Returns the FFN's outputs in float32."""
+        hidden = _activate(x @ _f32(self.expand) + _f32(self.expand_bias), self.activation)
+        return hidden @ _f32(self.contract) + _f32(self.bias)
+
+
+def sparsify(
+    model: GPT2LMHeadModel,
+    params: Params,
+    config: SparseFFNConfig | Sequence[SparseFFNConfig | None],
+    calibration: Int[np.ndarray, "n t"],
+    *,
+    start: Start = "refit",
+    distill_steps: int = 300,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
+    """Replaces dense FFNs by SparseFFNs that start near them.
+
+    Args:
+      model: a model whose layers to be replaced are dense.
+      params: its parameters; not changed.
+      config: for every layer, or one a layer, ``None`` keeping that layer dense. The
+        polynomial's radius is overwritten by what the calibration activations need.
+      calibration: (n, t) token ids of ordinary text; some 10 tokens a hidden unit or more.
+      start: ``"refit"``, the closed forms; or ``"select"``, plain selection without data-driven
+        weights: the most important units as they are, truncated SVD, the activation's own
+        polynomial.
+      distill_steps: gradient steps of layer-wise distillation after the closed forms; 0 for none.
+      batch_size: windows in one forward pass of the dense model.
+      seed: of the distillation's batches.
+
+    Returns:
+      The sparse model, and its parameters with fresh leaves only under the replaced ``mlp``.
+
+    Raises:
+      ValueError: if the config does not fit the model or there is too little calibration text.
+    """
+    configs = _per_layer(model, config)
+    _check_calibration(model, configs, calibration)
+    inputs = collect_ffn_inputs(model, params, calibration, batch_size)
+    layers = params["transformer"]["h"]
+    dense, fitted, fitted_configs = {}, {}, list(configs)
+    for i, layer_config in enumerate(configs):
+        if layer_config is None:
+            continue
+        dense[i] = DenseFFN.from_gpt2(layers[str(i)]["mlp"], layer_config.activation)
+        fitted_configs[i], fitted[i] = fit_layer(dense[i], layer_config, inputs[i], start)
+    if distill_steps:
+        trainable = {i: fitted_configs[i] for i in fitted if not _is_whole(configs[i])}
+        fitted |= distill_layers(
+            trainable,
+            {i: fitted[i] for i in trainable},
+            {i: inputs[i] for i in trainable},
+            {i: dense[i](inputs[i]) for i in trainable},
+            steps=distill_steps,
+            seed=seed,
+        )
+    kept = {str(i): layers[str(i)] | {"mlp": leaves} for i, leaves in fitted.items()}
+    transformer = dict(params["transformer"]) | {"h": dict(layers) | kept}
+    ffns = tuple(
+        old if new is None else new
+        for old, new in zip(model.ffns or (None,) * len(configs), fitted_configs, strict=True)
+    )
+    return model.clone(ffns=ffns), dict(params) | {"transformer": transformer}
+
+
+def collect_ffn_inputs(
+    model: GPT2LMHeadModel,
+    params: Params,
+    tokens: Int[np.ndarray, "n t"],
+    batch_size: int,
+) -> list[Float[np.ndarray, "nt d"]]:
+    """Returns what each layer's FFN receives on the given text, in float32 on the host."""
+
+    @jax.jit
+    def forward(params: Params, tokens: Array) -> list[Array]:
+        out: Any = model.apply({"params": params}, tokens, mutable=["intermediates"])
+        layers = out[1]["intermediates"]["transformer"]["h"]
+        return [layers[str(i)]["ffn_input"][0] for i in range(model.config.n_layer)]
+
+    parts = [[] for _ in range(model.config.n_layer)]
+    for start in range(0, len(tokens), batch_size):
+        for part, x in zip(parts, forward(params, tokens[start : start + batch_size]), strict=True):
+            part.append(np.asarray(x, np.float32).reshape(-1, x.shape[-1]))
+    return [np.concatenate(part) for part in parts]
+
+
+def fit_layer(
+    dense: DenseFFN, config: SparseFFNConfig, x: Float[np.ndarray, "n d"], start: Start
+) -> tuple[SparseFFNConfig, dict[str, Any]]:
+    """Fits one SparseFFN to one dense FFN on its inputs ``x``.
+
+    Returns:
+      The config with the polynomial's fitted radius, and float32 parameters.
+    """
+    if _is_whole(config):
+        # The dense FFN itself: its own weights, to the bit.
+        leaves = {
+            "bias": dense.bias,
+            "core_bias": dense.expand_bias,
+            "core_contract": {"kernel": dense.contract},
+            "core_expand": {"kernel": dense.expand},
+        }
+        return config, jax.tree.map(_f32, leaves)
+    fit = _Fit(dense, config, x, start)
+    fit.choose_units()
+    if config.spectral is not None:
+        fit.expand_spectral(config.spectral)
+    if config.micro is not None and config.micro.core is not None:
+        fit.expand_core(config.micro.core)
+    fit.contract_all()
+    fit.add_steps()
+    return fit.config, jax.tree.map(_f32, fit.params)
+
+
+class _Fit:
+    """The state of fitting one layer: what is decided so far, in the order of the methods."""
+
+    def __init__(
+        self, dense: DenseFFN, config: SparseFFNConfig, x: Float[np.ndarray, "n d"], start: Start
+    ):
+        self.dense, self.config, self.x = dense, config, x
+        self.refits = start == "refit"
+        self.preactivation = x @ _f32(dense.expand) + _f32(dense.expand_bias)
+        self.hidden, slope = _activate_with_slope(self.preactivation, dense.activation)
+        norms = np.linalg.norm(dense.contract, axis=1)
+        # The output variance that each hidden unit carries, summed over channels.
+        self.importance = (self.hidden.std(0, dtype=np.float64) * norms) ** 2
+        # How strongly an error of each pre-activation moves the output, root mean square. A unit
+        # that never fires must not divide by zero where this scale is undone.
+        sensitivity = np.sqrt(np.mean(np.square(slope), 0, dtype=np.float64)) * norms
+        floor = 1e-3 * sensitivity.mean() + np.finfo(np.float64).tiny
+        self.sensitivity = np.maximum(sensitivity, floor)
+        self.params: dict[str, Any] = {}
+        # What the output weights of each branch act on.
+        self.spectral_features = self.core_features = np.zeros((len(x), 0), np.float32)
+
+    def choose_units(self) -> None:
+        """Splits the hidden units between the core and the spectral branch."""
+        core = self.config.micro.core if self.config.micro is not None else None
+        branch = self.config.spectral
+        importance = self.importance.copy()
+        core_width = 0 if core is None else core.width
+        if core is not None and branch is not None and self.refits:
+            # The core takes the units that the spectral branch would serve worst.
+            ranked = np.argsort(-self._spectral_error(branch), kind="stable")
+        else:
+            ranked = np.argsort(-importance, kind="stable")
+        self.core_units = np.sort(ranked[:core_width])
+        if branch is not None:
+            # Units outside the core first, then the core's own, each by importance.
+            importance[self.core_units] -= importance.max() + 1.0
+            self.spectral_units = np.sort(np.argsort(-importance, kind="stable")[: branch.width])
+
+    def expand_spectral(self, branch: SpectralConfig) -> None:
+        """Fits the expansion and the polynomial, and computes what they output."""
+        dense = self.dense.units(self.spectral_units)
+        factors, weight = self._expansion(branch, self.spectral_units)
+        bias = dense.expand_bias + self.x_mean @ (dense.expand - weight) * self.refits
+        u = self.x @ _f32(weight) + _f32(bias)
+        self.params |= {"expand": factors, "expand_bias": bias}
+        if self.config.polynomial is None:
+            self.spectral_features = _activate(u, dense.activation)
+            return
+        # What the channel should say: the true unit's output, of which u knows only a part.
+        if self.refits:
+            target = self.hidden[:, self.spectral_units]
+        else:
+            target = _activate(u, dense.activation)
+        weights = np.linalg.norm(dense.contract, axis=1) ** 2
+        fitted, coefficients = fit_polynomial(self.config.polynomial, u, target, weights)
+        self.config = dataclasses.replace(self.config, polynomial=fitted)
+        self.params["polynomial"] = coefficients
+        self.spectral_features = np.asarray(
+            polynomial.chebyshev(
+                jnp.asarray(u),
+                jnp.asarray(coefficients, jnp.float32),
+                degrees=fitted.degrees,
+                radius=fitted.radius,
+            )
+        )
+
+    def expand_core(self, core: CoreConfig) -> None:
+        """Takes over the core units' input weights and computes what they output."""
+        dense = self.dense.units(self.core_units)
+        weight, bias = dense.expand, dense.expand_bias
+        if (mask := core.expand_mask) is not None:
+            weight = closed_form.masked_regression(self._input_moments(dense.expand), mask)
+            bias = bias + self.x_mean @ (dense.expand - weight) * self.refits
+        self.params |= {
+            "core_expand": {"kernel": _compress(weight, core.expand_mask)},
+            "core_bias": bias,
+        }
+        if core.expand_mask is None:
+            self.core_features = self.hidden[:, self.core_units]
+        else:
+            self.core_features = _activate(self.x @ _f32(weight) + _f32(bias), dense.activation)
+
+    def contract_all(self) -> None:
+        """Fits the output weights of both branches, jointly, and the bias."""
+        config, d_model = self.config, self.config.d_model
+        branch = config.spectral
+        core = config.micro.core if config.micro is not None else None
+        features = np.concatenate([self.spectral_features, self.core_features], axis=1)
+        target = self.hidden @ _f32(self.dense.contract) + _f32(self.dense.bias)
+        moments = Moments.of(features, target)
+        ours = slice(0, self.spectral_features.shape[1])
+        cores = slice(ours.stop, None)
+        weight = np.zeros((features.shape[1], d_model))
+        mask = core.contract_mask if core is not None else None
+        if not self.refits:
+            weight[cores] = self.dense.contract[self.core_units]
+            if mask is not None:
+                weight[cores] = _mask_out(weight[cores], mask)
+            if branch is not None:
+                plain = _unit_moments(self.dense.contract[self.spectral_units])
+                factors, weight[ours] = self._contraction(branch, plain)
+                self.params["contract"] = factors
+            bias = self.dense.bias
+        else:
+            # Unmasked, the core's weights can be solved for exactly at any spectral part;
+            # masked, the two take turns.
+            for _ in range(1 if mask is None or branch is None else _BACKFITTING_TURNS):
+                if branch is not None:
+                    if core is None:
+                        left = moments
+                    elif mask is None:
+                        left = moments.without(ours, cores)
+                    else:
+                        left = moments.residual(ours, cores, weight[cores])
+                    factors, weight[ours] = self._contraction(branch, left)
+                    self.params["contract"] = factors
+                if core is not None:
+                    left = moments.residual(cores, ours, weight[ours])
+                    weight[cores] = closed_form.masked_regression(left, mask)
+            bias = moments.y_mean - moments.x_mean @ weight
+        if core is not None:
+            self.params["core_contract"] = {"kernel": _compress(weight[cores], mask)}
+        self.params["bias"] = bias
+        self.output, self.target = features @ _f32(weight) + _f32(bias), target
+
+    def add_steps(self) -> None:
+        """Regresses what is left of the error on the output, step by step."""
+        for i, mask in enumerate(self.config.micro.steps if self.config.micro is not None else ()):
+            weight = np.zeros(mask.shape)
+            if self.refits:
+                # Not centred: the step sees the output with its mean and adds no bias.
+                error = self.target - self.output
+                n, zeros = len(error), np.zeros(mask.shape[0])
+                moments = Moments(
+                    (self.output.T @ self.output / n).astype(np.float64),
+                    (self.output.T @ error / n).astype(np.float64),
+                    zeros,
+                    zeros,
+                )
+                weight = closed_form.masked_regression(moments, mask)
+                self.output = self.output + self.output @ _f32(weight)
+            self.params[f"step_{i}"] = {"kernel": _compress(weight, mask)}
+
+    @functools.cached_property
+    def x_mean(self) -> Float[np.ndarray, " d"]:
+        return self.x.mean(0, dtype=np.float64)
+
+    @functools.cached_property
+    def x_covariance(self) -> Float[np.ndarray, "d d"]:
+        return Moments.of(self.x, self.x[:, :0]).xx
+
+    def _input_moments(self, weight):
+        if not self.refits:
+            return _unit_moments(weight)
+        xx = self.x_covariance
+        return Moments(xx, xx @ weight, self.x_mean, self.x_mean @ weight)
+
+    def _expansion(self, branch, units):
+        weight = self.dense.expand[:, units]
+        moments = self._input_moments(weight)
+        if branch.transform == "klt":
+            scale = self.sensitivity[units] if self.refits else np.ones(len(units))
+            axes, filter = closed_form.whitened_svd(weight, moments.xx, branch.rank, scale)
+            return {"axes": axes, "filter": filter}, axes @ filter
+        return _fit_dft(branch, moments)
+
+    def _contraction(self, branch, moments):
+        if branch.transform == "klt":
+            rank = branch.contract_rank or branch.rank
+            axes, filter = closed_form.reduced_rank_regression(moments, rank)
+            return {"axes": axes, "filter": filter}, axes @ filter
+        return _fit_dft(branch, moments)
+
+    def _spectral_error(self, branch):
+        """Returns each unit's share of the output error if the spectral branch had it."""
+        _, weight = self._expansion(branch, np.arange(self.dense.width))
+        lost = self.dense.expand - weight
+        variance = np.einsum("dm,de,em->m", lost, self.x_covariance, lost, optimize=True)
+        return variance * self.sensitivity**2
+
+
+def fit_polynomial(
+    config: PolynomialConfig,
+    u: Float[np.ndarray, "n m"],
+    target: Float[np.ndarray, "n m"],
+    weights: Float[np.ndarray, " m"],
+) -> tuple[PolynomialConfig, Float[np.ndarray, "groups k"]]:
+    """Fits the polynomial to what it should output, by least squares weighted by channel.
+
+    Returns:
+      The config with the radius that holds nearly all pre-activations, and the coefficients.
+    """
+    # A sample of tokens is plenty for a handful of coefficients.
+    sample = slice(None, None, max(1, len(u) // _POLYNOMIAL_TOKENS))
+    u, target = u[sample], target[sample]
+    radius = max(round(float(np.quantile(np.abs(u), _INSIDE)), 3), 1e-3)
+    groups, terms = config.groups, len(config.degrees)
+    xx, xy = np.zeros((groups, terms, terms)), np.zeros((groups, terms))
+    for start in range(0, len(u), 1024):
+        rows = slice(start, start + 1024)
+        basis = polynomial.basis(u[rows], config.degrees, radius)
+        basis = basis.reshape(len(basis), groups, -1, terms)
+        weighted = basis * weights.reshape(groups, -1, 1)
+        xx += np.einsum("ngmk,ngml->gkl", weighted, basis, optimize=True)
+        wanted = target[rows].reshape(len(basis), groups, -1)
+        xy += np.einsum("ngmk,ngm->gk", weighted, wanted, optimize=True)
+    coefficients = np.stack(
+        [closed_form.ridge_solve(a, b[:, None], 1e-6)[:, 0] for a, b in zip(xx, xy, strict=True)]
+    )
+    return dataclasses.replace(config, radius=radius), coefficients
+
+
+def _per_layer(model, config) -> tuple[SparseFFNConfig | None, ...]:
+    n_layer = model.config.n_layer
+    if isinstance(config, SparseFFNConfig):
+        config = (config,) * n_layer
+    if len(config) != n_layer:
+        raise ValueError(f"{len(config)} FFN configs for a model of n_layer={n_layer}")
+    for i, (layer, ffn) in enumerate(zip(config, model.ffns or (None,) * n_layer, strict=True)):
+        if layer is None:
+            continue
+        if ffn is not None:
+            raise ValueError(f"layer {i} is already sparse: sparsify the dense checkpoint instead")
+        for name, ours in (
+            ("d_model", model.config.n_embd),
+            ("d_ff", d_ff(model.config)),
+            ("activation", model.config.activation_function),
+        ):
+            if getattr(layer, name) != ours:
+                raise ValueError(
+                    f"the FFN config of layer {i} has {name}={getattr(layer, name)!r}, but the "
+                    f"model has {ours!r}"
+                )
+        for name, width in (
+            ("core", layer.micro.core.width if layer.micro and layer.micro.core else 0),
+            ("spectral", layer.spectral.width if layer.spectral else 0),
+        ):
+            if width > layer.d_ff:
+                raise ValueError(
+                    f"the {name} width={width} of layer {i} exceeds the d_ff={layer.d_ff} hidden "
+                    "units that it could start from"
+                )
+    return tuple(config)
+
+
+def _check_calibration(model, configs, calibration) -> None:
+    if calibration.ndim != 2 or calibration.shape[1] > model.config.n_positions:
+        raise ValueError(
+            f"calibration has shape {calibration.shape}: expected (windows, tokens) with at most "
+            f"n_positions={model.config.n_positions} tokens"
+        )
+    if calibration.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"calibration holds token id {calibration.max()}, but the model has vocab_size="
+            f"{model.config.vocab_size}: was it tokenised with another tokenizer?"
+        )
+    widest = max((layer.d_ff for layer in configs if layer is not None), default=0)
+    if calibration.size < 2 * widest:
+        raise ValueError(
+            f"{calibration.size} calibration tokens are too few to fit {widest} hidden units: "
+            f"give at least {2 * widest}, better ten times as many"
+        )
+
+
+def _is_whole(config: SparseFFNConfig | None) -> bool:
+    """Whether the config is the dense FFN itself."""
+    if config is None or config.spectral is not None or config.micro is None:
+        return False
+    core = config.micro.core
+    return (
+        core is not None
+        and not config.micro.steps
+        and core.width == config.d_ff
+        and core.expand_mask is None
+        and core.contract_mask is None
+    )
+
+
+def _fit_dft(branch: SpectralConfig, moments: Moments):
+    real, imag = closed_form.block_circulant_regression(
+        moments, branch.block_size, branch.frequencies
+    )
+    weight = spectral.circulant_matrix(
+        jnp.asarray(real, jnp.float32),
+        jnp.asarray(imag, jnp.float32),
+        branch.block_size,
+        branch.frequencies,
+    )
+    return {"real": real, "imag": imag}, np.asarray(weight, np.float64)
+
+
+def _unit_moments(weight):
+    """Moments of white inputs: regression on them is approximation of the weight itself."""
+    identity, zeros = np.eye(weight.shape[0]), np.zeros(weight.shape[0])
+    return Moments(identity, weight, zeros, np.zeros(weight.shape[1]))
+
+
+def _compress(weight, mask: BlockMask | None):
+    return weight if mask is None else mask.compress(weight)
+
+
+def _mask_out(weight, mask: BlockMask):
+    return np.asarray(decompress(jnp.asarray(mask.compress(weight)), mask))
+
+
+def _activate(u, name):
+    return np.asarray(_activation_and_slope(name)(u)[0])
+
+
+def _activate_with_slope(u, name):
+    return tuple(map(np.asarray, _activation_and_slope(name)(u)))
+
+
+@functools.cache
+def _activation_and_slope(name):
+    phi = get_activation(name)
+    return jax.jit(lambda u: jax.jvp(phi, (u,), (jnp.ones_like(u),)))
+
+
+def _f32(x):
+    return np.asarray(x, np.float32)

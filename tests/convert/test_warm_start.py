@@ -1,0 +1,193 @@
+"""sparsify: exact where it can be, and each stage nearer to the dense model than the one before."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from transformers import GPT2Config
+
+from sparseffn_jax.config import (
+    CoreConfig,
+    MicroRefinementConfig,
+    PolynomialConfig,
+    SparseFFNConfig,
+    SpectralConfig,
+)
+from sparseffn_jax.convert.warm_start import sparsify
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, ffn_module
+from sparseffn_jax.ops.block_sparse import BlockMask
+
+D, D_FF, VOCAB, WINDOW = 32, 128, 97, 16
+DENSE = SparseFFNConfig(D, D_FF, micro=MicroRefinementConfig(CoreConfig(D_FF)))
+
+
+def checkered(rows, columns, side):
+    blocks = np.indices((rows // side, columns // side)).sum(0) % 2 == 0
+    return BlockMask.from_array(blocks, (side, side))
+
+
+PARTS = {
+    "klt": SparseFFNConfig(
+        D, D_FF, spectral=SpectralConfig("klt", D_FF, rank=12), polynomial=PolynomialConfig(4)
+    ),
+    "klt and core": SparseFFNConfig(
+        D,
+        D_FF,
+        spectral=SpectralConfig("klt", 96, rank=8, contract_rank=10),
+        polynomial=PolynomialConfig(3, groups=4),
+        micro=MicroRefinementConfig(CoreConfig(32)),
+    ),
+    "dft and core": SparseFFNConfig(
+        D,
+        D_FF,
+        spectral=SpectralConfig("dft", 64, block_size=4, frequency_mask=(True, True, False)),
+        polynomial=PolynomialConfig(4),
+        micro=MicroRefinementConfig(CoreConfig(48)),
+    ),
+    "masked core and a step": SparseFFNConfig(
+        D,
+        D_FF,
+        spectral=SpectralConfig("klt", 64, rank=8),
+        micro=MicroRefinementConfig(
+            CoreConfig(64, checkered(D, 64, 16), checkered(64, D, 16)),
+            steps=(checkered(D, D, 8),),
+        ),
+    ),
+    "narrow": SparseFFNConfig(D, D_FF, micro=MicroRefinementConfig(CoreConfig(48))),
+}
+
+
+@pytest.fixture(scope="module")
+def dense():
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=WINDOW, n_embd=D, n_layer=2, n_head=4, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    # A freshly drawn model is nearly linear; a trained one is not.
+    return model, jax.tree.map(lambda x: np.asarray(x) * (8.0 if x.ndim == 2 else 1.0), params)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(VOCAB, size=(224, WINDOW))
+
+
+def ffn_error(dense, sparse, tokens):
+    """Share of the dense FFNs' output variance that the sparse FFNs miss on the same inputs."""
+    model, params = dense
+    _, state = model.apply({"params": params}, tokens, mutable=["intermediates"])
+    shares = []
+    for i in range(model.config.n_layer):
+        x = state["intermediates"]["transformer"]["h"][str(i)]["ffn_input"][0]
+        outputs = []
+        for m, p in (dense, sparse):
+            leaves = jax.tree.map(jnp.asarray, p["transformer"]["h"][str(i)]["mlp"])
+            outputs.append(ffn_module(m, i).apply({"params": leaves}, x))
+        target, output = (np.asarray(y, np.float64).reshape(-1, D) for y in outputs)
+        shares.append(np.sum((target - output) ** 2) / np.sum((target - target.mean(0)) ** 2))
+    return np.mean(shares)
+
+
+def test_density_one_is_the_dense_model(dense, tokens):
+    model, params = dense
+    sparse_model, sparse_params = sparsify(model, params, DENSE, tokens)
+    logits = model.apply({"params": params}, tokens[:8])
+    sparse_logits = sparse_model.apply({"params": sparse_params}, tokens[:8])
+    np.testing.assert_allclose(sparse_logits, logits, atol=1e-5)
+    for i in ("0", "1"):
+        old = params["transformer"]["h"][i]["mlp"]
+        new = sparse_params["transformer"]["h"][i]["mlp"]
+        np.testing.assert_array_equal(new["core_expand"]["kernel"], old["c_fc"]["kernel"].T)
+        np.testing.assert_array_equal(new["core_contract"]["kernel"], old["c_proj"]["kernel"].T)
+
+
+def test_all_components_lose_nothing(dense, tokens):
+    config = SparseFFNConfig(D, D_FF, spectral=SpectralConfig("klt", D_FF, rank=D))
+    sparse = sparsify(*dense, config, tokens, distill_steps=0)
+    assert ffn_error(dense, sparse, tokens[:32]) < 1e-3
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_each_stage_is_better(dense, tokens, name):
+    train, held_out = tokens[:192], tokens[192:]
+    errors = [
+        ffn_error(
+            dense,
+            sparsify(*dense, PARTS[name], train, start=start, distill_steps=steps),
+            held_out,
+        )
+        for start, steps in (("select", 0), ("refit", 0), ("refit", 150))
+    ]
+    assert errors[0] > errors[1] > errors[2], errors
+
+
+def test_the_core_takes_the_important_units(dense, tokens):
+    model, params = dense
+    layer = params["transformer"]["h"]["0"]["mlp"]
+    silent = np.arange(0, D_FF, 2)
+    contract = layer["c_proj"]["kernel"].copy()
+    contract[:, silent] = 0.0
+    layer = {**layer, "c_proj": {**layer["c_proj"], "kernel": contract}}
+    layers = {**params["transformer"]["h"], "0": {**params["transformer"]["h"]["0"], "mlp": layer}}
+    params = {**params, "transformer": {**params["transformer"], "h": layers}}
+    config = SparseFFNConfig(D, D_FF, micro=MicroRefinementConfig(CoreConfig(D_FF // 2)))
+    _, sparse = sparsify(
+        model, params, (config, None), tokens, start="select", distill_steps=0
+    )
+    kernel = sparse["transformer"]["h"]["0"]["mlp"]["core_expand"]["kernel"]
+    np.testing.assert_array_equal(kernel, layer["c_fc"]["kernel"].T[:, 1::2])
+
+
+def test_only_the_replaced_ffns_change(dense, tokens):
+    model, params = dense
+    before = {path: leaf.copy() for path, leaf in flatten_dict(params).items()}
+    sparse_model, sparse = sparsify(
+        model, params, (None, PARTS["klt and core"]), tokens, distill_steps=2
+    )
+    assert sparse_model.ffns[0] is None
+    for path, leaf in flatten_dict(params).items():
+        np.testing.assert_array_equal(leaf, before[path])
+        if path[:4] != ("transformer", "h", "1", "mlp"):
+            assert flatten_dict(sparse)[path] is leaf
+    radius = sparse_model.ffns[1].polynomial.radius
+    assert radius != PARTS["klt and core"].polynomial.radius
+
+
+def test_distillation_is_deterministic(dense, tokens):
+    runs = [sparsify(*dense, PARTS["klt"], tokens, distill_steps=3, seed=1)[1] for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_model": 64}, "d_model=64"),
+        ({"d_ff": 256}, "d_ff=256"),
+        ({"activation": "relu"}, "activation='relu'"),
+        ({"micro": MicroRefinementConfig(CoreConfig(129))}, "core width=129"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(dense, tokens, change, message):
+    config = dataclasses.replace(DENSE, **change)
+    with pytest.raises(ValueError, match=message):
+        sparsify(*dense, config, tokens)
+
+
+def test_other_bad_inputs_are_refused(dense, tokens):
+    model, params = dense
+    with pytest.raises(ValueError, match="3 FFN configs for a model of n_layer=2"):
+        sparsify(model, params, (DENSE,) * 3, tokens)
+    with pytest.raises(ValueError, match="calibration tokens are too few"):
+        sparsify(model, params, DENSE, tokens[:2])
+    with pytest.raises(ValueError, match="token id 97"):
+        sparsify(model, params, DENSE, np.full_like(tokens, 97))
+    with pytest.raises(ValueError, match="n_positions=16"):
+        sparsify(model, params, DENSE, np.zeros((64, 17), np.int32))
+    sparse_model, sparse_params = sparsify(model, params, DENSE, tokens)
+    with pytest.raises(ValueError, match="layer 0 is already sparse"):
+        sparsify(sparse_model, sparse_params, DENSE, tokens)
