@@ -1,0 +1,1 @@
+"""Data, losses, recipes and the loop that fine-tunes."""

@@ -1,0 +1,107 @@
+"""The settings of a training run."""
+
+import dataclasses
+
+from sparseffn_jax.train.guard import GuardConfig
+from sparseffn_jax.train.recipes import RECIPES
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to fine-tune.
+
+    Attributes:
+      steps: optimizer updates; also batches read.
+      batch_size: windows an update.
+      recipe: what trains: ``"full"``, ``"ffn_only"``, ``"lora"`` (feed-forward layers, and
+        adapters on attention) or ``"stepwise"`` (half of the steps ``ffn_only``, then attention
+        and LayerNorm too).
+      learning_rate: peak rate.
+      ffn_learning_rate: peak rate of sparse feed-forward layers; ``None``: half of
+        ``learning_rate``.
+      warmup_steps: of each stage of the recipe; ``None``: a tenth of it.
+      weight_decay: decoupled, of matrices.
+      clip_norm: largest global norm of the gradient.
+      accumulate_steps: microbatches a batch is split into to save memory; divides
+        ``batch_size``, changes nothing but rounding and dropout.
+      lora_rank: of the adapters.
+      dropout: apply the model's dropout rates.
+      distill_weight: weight of the distillation loss, from 0 to 1; cross-entropy has the rest.
+      temperature: of the distillation loss.
+      hidden_weight: weight of the hidden states' mean squared error, added to both.
+      seed: of the data order, dropout and adapters.
+      log_every: steps between lines of the log.
+      eval_every: steps between validation losses, and one at the end; 0: none.
+      save_every: steps between checkpoints, and one at the end.
+      keep_checkpoints: how many of the newest stay.
+      guard: the divergence guard's settings.
+
+    Raises:
+      ValueError: on construction, if a value is out of its range; the message names it.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    recipe: str = "ffn_only"
+    learning_rate: float = 5e-4
+    ffn_learning_rate: float | None = None
+    warmup_steps: int | None = None
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    accumulate_steps: int = 1
+    lora_rank: int = 8
+    dropout: bool = False
+    distill_weight: float = 0.0
+    temperature: float = 2.0
+    hidden_weight: float = 0.0
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 200
+    save_every: int = 500
+    keep_checkpoints: int = 3
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+
+    def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise ValueError(
+                f"unknown recipe {self.recipe!r}: expected one of {', '.join(RECIPES)}"
+            )
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate_steps",
+            "lora_rank",
+            "log_every",
+            "save_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("learning_rate", "ffn_learning_rate", "clip_norm", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise ValueError(f"{name}={value} must be positive")
+        for name in ("weight_decay", "hidden_weight", "eval_every", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0.0 <= self.distill_weight <= 1.0:
+            raise ValueError(f"distill_weight={self.distill_weight} must lie between 0 and 1")
+        if self.batch_size % self.accumulate_steps:
+            raise ValueError(
+                f"accumulate_steps={self.accumulate_steps} does not divide "
+                f"batch_size={self.batch_size}"
+            )
+        shortest = self.steps // len(RECIPES[self.recipe])
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps < max(1, shortest):
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must lie between 0 and the {shortest} steps of "
+                "a stage"
+            )
+        if shortest < 1:
+            raise ValueError(f"steps={self.steps} are too few for the stages of {self.recipe!r}")
+
+    @property
+    def stage_ends(self) -> tuple[int, ...]:
+        """The step at which each stage of the recipe is over."""
+        stages = len(RECIPES[self.recipe])
+        return tuple(self.steps * (i + 1) // stages for i in range(stages))

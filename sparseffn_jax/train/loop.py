@@ -1,0 +1,352 @@
+"""The fine-tuning loop: batches in, updates, guard, log, checkpoints; resumable bit for bit."""
+
+import contextlib
+import dataclasses
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseffn_jax.train import guard
+from sparseffn_jax.train.checkpoints import CheckpointStore, Position, Snapshot
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.data import TokenWindows, make_batches
+from sparseffn_jax.train.losses import check_token_ids, make_evaluator
+from sparseffn_jax.train.metrics import MetricsLog, Record
+from sparseffn_jax.train.recipes import combine, partition
+from sparseffn_jax.train.step import (
+    TrainState,
+    add_adapters,
+    init_state,
+    make_stage,
+    make_step,
+    merge_adapters,
+)
+
+Params = dict[str, Any]
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind.
+
+    Attributes:
+      params: the model's parameters after the last step, adapters merged; what trained is
+        float32.
+      history: the records of ``metrics.jsonl``, from the run's first step on.
+      data_hash: SHA-256 chained over the batches read: equal for two runs that saw the same.
+    """
+
+    params: Params
+    history: list[Record]
+    data_hash: str
+
+
+def train(
+    model: nn.Module,
+    params: Params,
+    windows: TokenWindows,
+    config: TrainConfig,
+    out_dir: str | Path,
+    *,
+    teacher: tuple[nn.Module, Params] | None = None,
+    resume: Resume = "auto",
+    on_step: Callable[[int, Record], None] | None = None,
+) -> TrainResult:
+    """Fine-tunes ``params`` on ``windows.train``.
+
+    A stopped run goes on from its newest checkpoint and ends, on the same machine, with the same
+    bits as one that was never stopped. Ctrl-C finishes the step, saves and raises; pressed again,
+    it stops at once.
+
+    Args:
+      model: a decoder, ``apply({"params": p}, input_ids, deterministic=..., rngs=...)`` giving
+        logits; its ``dtype`` is the precision of the computation, the weights are float32.
+      params: where to start; not changed. A resumed run takes its own from the checkpoint.
+      windows: training and validation text.
+      config: the settings; a resumed run must have those it started with.
+      out_dir: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
+      teacher: model and parameters to distil from; needs a weight in ``config``.
+      resume: ``"auto"`` goes on where there is a checkpoint; ``"must"`` raises where there is
+        none, ``"never"`` where there is one.
+      on_step: called after every step with its number, from 1, and its metrics.
+
+    Raises:
+      ValueError: if the settings, the text, the teacher or the checkpoint do not fit together.
+      FileNotFoundError, FileExistsError: see ``resume``.
+      DivergenceError: if the guard gives up.
+      KeyboardInterrupt: after Ctrl-C; its message says where the run can be resumed.
+    """
+    _check_teacher(config, teacher)
+    for split in (windows.train, windows.validation):
+        check_token_ids(model, params, split)
+    out_dir = Path(out_dir)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(CheckpointStore(out_dir, config.keep_checkpoints))
+        run = _Run(model, params, windows, config, store, teacher, resume)
+        log = stack.enter_context(MetricsLog(out_dir, run.position.step, config.steps))
+        interrupted = stack.enter_context(_deferred_interrupt())
+        while run.position.step < config.steps and not interrupted.is_set():
+            metrics = run.advance(log)
+            if on_step is not None:
+                on_step(run.position.step, metrics)
+        run.save()
+    if run.position.step < config.steps:
+        raise KeyboardInterrupt(
+            f"stopped after step {run.position.step} of {config.steps}; the checkpoint is in "
+            f"{store.path / str(run.position.step)}, and the same call goes on from there"
+        )
+    return TrainResult(run.model_params(), log.history, run.position.data_hash)
+
+
+class _Run:
+    """A run's changing parts, and how one step changes them."""
+
+    def __init__(self, model, params, windows, config, store, teacher, resume):
+        self._model, self._config, self._store = model, config, store
+        self._teacher_model, teacher_params = teacher or (None, None)
+        self._teacher_params = jax.tree.map(jnp.asarray, teacher_params)
+        self._validation, self._evaluate = windows.validation, make_evaluator(model)
+        self._batches = make_batches(windows.train, config.batch_size, config.seed)
+        self._batch_shape = (config.batch_size, windows.train.shape[1])
+        # What a resumed run must have in common with its beginning, or its steps would differ.
+        self._settings = dataclasses.asdict(config) | {
+            "training_text": hashlib.sha256(windows.train.tobytes()).hexdigest()
+        }
+        self._tokens, self._seconds = 0, 0.0
+        params = add_adapters(config, params)
+        latest = store.latest_step()
+        if resume == "never" and latest is not None:
+            raise FileExistsError(
+                f"{store.path} already holds the checkpoints of a run, up to step {latest}: resume "
+                "it, or give another folder"
+            )
+        if resume == "must" and latest is None:
+            raise FileNotFoundError(f"there is no checkpoint to resume from in {store.path}")
+        if latest is not None:
+            self._restore(latest, params)
+        else:
+            self.position = Position(
+                step=0,
+                stage=0,
+                updates=0,
+                data=self._batches.get_state(),
+                data_hash=hashlib.sha256().hexdigest(),
+                guard=guard.GuardState(),
+            )
+            self._start_stage(params)
+
+    def model_params(self) -> Params:
+        return merge_adapters(combine(self._state.trainable, self._frozen))
+
+    def advance(self, log: MetricsLog) -> Record:
+        """Reads one batch, updates, lets the guard judge it, and logs; returns the metrics."""
+        config, position = self._config, self.position
+        if position.step == self._stage.end:
+            self.position = position = dataclasses.replace(
+                position, stage=position.stage + 1, updates=0
+            )
+            self._start_stage(combine(self._state.trainable, self._frozen))
+        # Taken before the step and kept if its loss is good: so a snapshot has been seen to work.
+        candidate = self._take_snapshot() if self._is_snapshot_due() else None
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self._state, metrics = self._step(
+            self._state,
+            self._frozen,
+            self._teacher_params,
+            batch,
+            np.int32(position.step),
+            np.int32(position.updates),
+            np.float32(position.guard.rate_factor),
+        )
+        metrics = {name: float(value) for name, value in metrics.items()}
+        self._seconds += time.perf_counter() - started
+        self._tokens += batch[:, 1:].size
+
+        guard_state, verdict = guard.observe(
+            config.guard,
+            position.guard,
+            metrics["loss"],
+            metrics["grad_norm"],
+            metrics["update_norm"],
+        )
+        chained = hashlib.sha256(bytes.fromhex(position.data_hash) + batch.tobytes())
+        self.position = Position(
+            step=position.step + 1,
+            stage=position.stage,
+            updates=position.updates + 1,
+            data=self._batches.get_state(),
+            data_hash=chained.hexdigest(),
+            guard=guard_state,
+        )
+        if verdict is guard.Verdict.DIVERGED:
+            self._go_back(log, guard.describe(config.guard, position.guard, metrics))
+            return metrics
+        if verdict is guard.Verdict.GOOD and candidate is not None:
+            self._good = candidate
+            if candidate.position.step % config.save_every == 0:
+                self._save(candidate)
+        self._log(log, metrics)
+        return metrics
+
+    def save(self) -> None:
+        """Writes a checkpoint of the run as it stands, complete enough to go on exactly."""
+        is_over = self.position.step == self._config.steps
+        snapshot = self._take_snapshot()
+        self._save(snapshot, None if is_over or snapshot is self._good else self._good)
+
+    def _start_stage(self, params: Params) -> None:
+        self._stage = make_stage(self._config, params, self.position.stage)
+        self._state, self._frozen = init_state(self._stage, params)
+        self._good = Snapshot(self.position, _to_host(self._state))
+        self._compile()
+
+    def _restore(self, step: int, params: Params) -> None:
+        self.position, good_position, settings = self._store.read(step)
+        changed = [name for name in self._settings if settings.get(name) != self._settings[name]]
+        if changed:
+            raise ValueError(
+                f"the run in {self._store.path} was started with other settings "
+                f"({', '.join(changed)}) and cannot go on with these: give another folder, or "
+                "what it was started with"
+            )
+        params = self._store.restore_params(step, params)
+        self._stage = make_stage(self._config, params, self.position.stage)
+        like, _ = jax.eval_shape(lambda p: init_state(self._stage, p), params)
+        trainable, frozen = partition(params, self._stage.labels)
+        optimizer = self._store.restore_optimizer(step, like.optimizer)
+        self._state = _to_device(TrainState(trainable, optimizer))
+        self._frozen = _to_device(frozen)
+        if good_position is None:
+            self._good = Snapshot(self.position, _to_host(self._state))
+        else:
+            self._good = Snapshot(good_position, self._store.restore_last_good(step, like))
+        self._batches.set_state(self.position.data)
+        self._compile()
+
+    def _compile(self) -> None:
+        # Ahead of time, so that neither the clock nor the time left counts it.
+        self._step = (
+            make_step(self._model, self._stage, self._config, self._teacher_model)
+            .lower(
+                self._state,
+                self._frozen,
+                self._teacher_params,
+                jax.ShapeDtypeStruct(self._batch_shape, jnp.int32),
+                np.int32(0),
+                np.int32(0),
+                np.float32(1.0),
+            )
+            .compile()
+        )
+
+    def _is_snapshot_due(self) -> bool:
+        step, config = self.position.step, self._config
+        return step % config.guard.snapshot_every == 0 or step % config.save_every == 0
+
+    def _take_snapshot(self) -> Snapshot:
+        if self._good.position.step == self.position.step:
+            return self._good
+        return Snapshot(self.position, _to_host(self._state))
+
+    def _save(self, snapshot: Snapshot, last_good: Snapshot | None = None) -> None:
+        step = snapshot.position.step
+        if step > 0 and step != self._store.latest_step():
+            self._store.save(snapshot, self._frozen, self._settings, last_good)
+
+    def _go_back(self, log: MetricsLog, reason: str) -> None:
+        limits, step = self._config.guard, self.position.step
+        state = guard.after_restore(limits, self.position.guard)
+        if state.restores > limits.max_restores:
+            latest = self._store.latest_step()
+            checkpoint = (
+                "no checkpoint had been written yet"
+                if latest is None
+                else f"the last good checkpoint is {self._store.path / str(latest)}"
+            )
+            raise guard.DivergenceError(
+                f"step {step}: {reason}; training diverged again after {limits.max_restores} "
+                f"restores, each with a lower rate; {checkpoint}. Try a lower learning_rate or a "
+                "longer warm-up"
+            )
+        good = self._good
+        self._state = _to_device(good.state)
+        self.position = dataclasses.replace(
+            self.position, updates=good.position.updates, guard=state
+        )
+        log.event(
+            {
+                "step": step,
+                "event": "restore",
+                "reason": reason,
+                "restored_step": good.position.step,
+                "rate_factor": state.rate_factor,
+            },
+            f"step {step}: {reason}; restored the state of step {good.position.step}, going on "
+            f"past this batch with the learning rate times {state.rate_factor:g} "
+            f"(restore {state.restores} of {limits.max_restores})",
+        )
+
+    def _log(self, log: MetricsLog, metrics: Record) -> None:
+        config, step = self._config, self.position.step
+        log.advance(step, metrics["loss"])
+        is_last = step == config.steps
+        evaluates = config.eval_every and (is_last or step % config.eval_every == 0)
+        if not (evaluates or is_last or step % config.log_every == 0):
+            return
+        metrics["tokens_per_second"] = self._tokens / self._seconds
+        self._tokens, self._seconds = 0, 0.0
+        if evaluates:
+            microbatch = config.batch_size // config.accumulate_steps
+            metrics["validation_loss"] = self._evaluate(
+                self.model_params(), self._validation, microbatch
+            )
+        log.record({"step": step} | metrics)
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Yields an event that the first Ctrl-C sets; the second interrupts as usual."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested  # Only the main thread may handle signals.
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def request(*_):
+        requested.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _check_teacher(config: TrainConfig, teacher: Any) -> None:
+    wants_teacher = config.distill_weight > 0 or config.hidden_weight > 0
+    if wants_teacher and teacher is None:
+        raise ValueError("distill_weight and hidden_weight need a teacher to distil from")
+    if teacher is not None and not wants_teacher:
+        raise ValueError("a teacher is given, but distill_weight and hidden_weight are both 0")
+
+
+def _to_host(tree: Any) -> Any:
+    # A copy: on the CPU backend a view would share the buffers that the next step is given.
+    return jax.tree.map(np.array, tree)
+
+
+def _to_device(tree: Any) -> Any:
+    # A copy too, for the same reason.
+    return jax.tree.map(jnp.array, tree)

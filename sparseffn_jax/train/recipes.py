@@ -1,0 +1,198 @@
+"""What trains, and at which rate: each recipe gives an optax transform and a tree of labels.
+
+A label says for every parameter ``"ffn"`` (part of a SparseFFN: new, with a rate of its own),
+``"rest"`` (whatever else trains) or ``"frozen"``. The transform is for the trainable part alone:
+
+    optimizer, labels = ffn_only(params, 1e-3, 5e-4)
+    trainable, frozen = partition(params, labels)
+    state = optimizer.init(trainable)
+
+so that taking gradients with respect to ``trainable`` leaves nothing behind for what is frozen:
+no gradient, no optimizer slot.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Params = dict[str, Any]
+Labels = dict[str, Any]
+Path = tuple[str, ...]
+Recipe = Callable[..., tuple[optax.GradientTransformation, Labels]]
+
+
+def full(
+    params: Params,
+    learning_rate: optax.ScalarOrSchedule,
+    ffn_learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.1,
+    clip_norm: float = 1.0,
+) -> tuple[optax.GradientTransformation, Labels]:
+    """Trains every parameter.
+
+    Args:
+      params: the model's parameters, or their shapes.
+      learning_rate: of what is labelled ``"rest"``.
+      ffn_learning_rate: of what is labelled ``"ffn"``.
+      weight_decay: decoupled, of matrices only; embeddings and polynomial coefficients have none.
+      clip_norm: the largest global norm of the gradient that is let through.
+
+    Returns:
+      AdamW (Loshchilov & Hutter 2017, 1711.05101) after clipping, for the trainable part of
+      ``params``; and the labels, a tree like ``params``.
+    """
+    return _recipe(
+        params, lambda _: True, learning_rate, ffn_learning_rate, weight_decay, clip_norm
+    )
+
+
+def ffn_only(
+    params: Params,
+    learning_rate: optax.ScalarOrSchedule,
+    ffn_learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.1,
+    clip_norm: float = 1.0,
+) -> tuple[optax.GradientTransformation, Labels]:
+    """Trains the feed-forward layers, sparse and dense; see :func:`full` for the arguments."""
+    return _recipe(params, _is_ffn, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
+
+
+def lora(
+    params: Params,
+    learning_rate: optax.ScalarOrSchedule,
+    ffn_learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.1,
+    clip_norm: float = 1.0,
+) -> tuple[optax.GradientTransformation, Labels]:
+    """Trains the feed-forward layers and the LoRA adapters; see :func:`full` for the arguments.
+
+    ``params`` holds the adapters of :func:`sparseffn_jax.nn.lora.init_lora` under ``"lora"``.
+
+    Raises:
+      ValueError: if there are no adapters.
+    """
+    if "lora" not in params:
+        raise ValueError("the lora recipe trains adapters: add them as params['lora']")
+    return _recipe(
+        params,
+        lambda path: _is_ffn(path) or path[0] == "lora",
+        learning_rate,
+        ffn_learning_rate,
+        weight_decay,
+        clip_norm,
+    )
+
+
+def stepwise(
+    params: Params,
+    learning_rate: optax.ScalarOrSchedule,
+    ffn_learning_rate: optax.ScalarOrSchedule,
+    *,
+    stage: Literal[1, 2],
+    weight_decay: float = 0.1,
+    clip_norm: float = 1.0,
+) -> tuple[optax.GradientTransformation, Labels]:
+    """Unfreezes in two stages: first the feed-forward layers, then attention and LayerNorm too.
+
+    Gradual unfreezing is from Howard & Ruder 2018 (1801.06146). Embeddings never train. See
+    :func:`full` for the other arguments.
+    """
+    trains = _is_ffn if stage == 1 else lambda path: _is_ffn(path) or _is_attention_or_norm(path)
+    return _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
+
+
+# The stages of each recipe, one after the other.
+RECIPES: Mapping[str, tuple[Recipe, ...]] = MappingProxyType(
+    {
+        "full": (full,),
+        "ffn_only": (ffn_only,),
+        "lora": (lora,),
+        "stepwise": (partial(stepwise, stage=1), partial(stepwise, stage=2)),
+    }
+)
+
+
+def partition(params: Params, labels: Labels) -> tuple[Params, Params]:
+    """Splits a tree in two by its labels, (trainable, frozen): each lacks the other's leaves."""
+    flat_labels = flatten_dict(labels)
+    parts: tuple[dict, dict] = ({}, {})
+    for path, leaf in flatten_dict(params).items():
+        parts[flat_labels[path] == "frozen"][path] = leaf
+    return unflatten_dict(parts[0]), unflatten_dict(parts[1])
+
+
+def combine(trainable: Params, frozen: Params) -> Params:
+    """The inverse of :func:`partition`."""
+    return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
+
+
+def warmup_cosine(peak: float, warmup_steps: int, steps: int) -> optax.Schedule:
+    """A linear rise to ``peak``, then a cosine down to a tenth of it (Brown et al. 2020, App. B).
+
+    The first update already has a rate above zero.
+    """
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (warmup_steps + 1),
+        peak_value=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=steps,
+        end_value=0.1 * peak,
+    )
+
+
+def _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm):
+    paths = flatten_dict(params).keys()
+    new = _sparse_ffns(paths)
+    labels = unflatten_dict(
+        {
+            path: "frozen" if not trains(path) else "ffn" if _ffn_of(path) in new else "rest"
+            for path in paths
+        }
+    )
+
+    def adamw(rate):
+        # b2 as in GPT-3: second moments that forget sooner ride out a spike better.
+        return optax.adamw(rate, b2=0.95, weight_decay=weight_decay, mask=_decayed)
+
+    trainable_labels, _ = partition(labels, labels)
+    by_label: dict[Hashable, Any] = {"ffn": adamw(ffn_learning_rate), "rest": adamw(learning_rate)}
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(clip_norm), optax.multi_transform(by_label, trainable_labels)
+    )
+    return optimizer, labels
+
+
+def _decayed(params: Params) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim >= 2 and path[-1].key not in ("embedding", "polynomial"),
+        params,
+    )
+
+
+def _is_ffn(path: Path) -> bool:
+    return "mlp" in path
+
+
+def _is_attention_or_norm(path: Path) -> bool:
+    return any(name == "attn" or name.startswith("ln_") for name in path)
+
+
+def _ffn_of(path: Path) -> Path:
+    return path[: path.index("mlp") + 1] if _is_ffn(path) else ()
+
+
+def _sparse_ffns(paths) -> set[Path]:
+    # A SparseFFN has a spectral branch or a core; no dense FFN has a part named like theirs.
+    return {
+        _ffn_of(path)
+        for path in paths
+        if _is_ffn(path) and path[path.index("mlp") + 1].startswith(("expand", "core_expand"))
+    }

@@ -1,0 +1,198 @@
+"""One optimizer update, compiled: loss, gradients of what trains, update."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+
+from sparseffn_jax.nn.lora import init_lora, is_attention_kernel, merge_lora
+from sparseffn_jax.train import losses
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.recipes import RECIPES, Labels, combine, partition, warmup_cosine
+
+Params = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """What an update changes: float32 master weights, and the optimizer's state for them."""
+
+    trainable: Params
+    optimizer: optax.OptState
+
+
+class Stage(NamedTuple):
+    """One stage of a recipe: its transform, labels, and rates by number of updates."""
+
+    optimizer: optax.GradientTransformation
+    labels: Labels
+    learning_rate: optax.Schedule
+    ffn_learning_rate: optax.Schedule
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """What one compiled step needs, in bytes.
+
+    Attributes:
+      temporary: activations, gradients and other buffers that live inside the step.
+      optimizer: the optimizer's slots.
+      trainable: the parameters that train.
+    """
+
+    temporary: int
+    optimizer: int
+    trainable: int
+
+
+def make_stage(config: TrainConfig, params: Params, index: int) -> Stage:
+    """Builds stage ``index`` of the config's recipe for ``params`` (or their shapes)."""
+    ends = (0, *config.stage_ends)
+    steps = ends[index + 1] - ends[index]
+    warmup = steps // 10 if config.warmup_steps is None else config.warmup_steps
+    ffn_peak = config.ffn_learning_rate or config.learning_rate / 2
+    rates = [warmup_cosine(peak, warmup, steps) for peak in (config.learning_rate, ffn_peak)]
+    optimizer, labels = RECIPES[config.recipe][index](
+        params, *rates, weight_decay=config.weight_decay, clip_norm=config.clip_norm
+    )
+    return Stage(optimizer, labels, *rates, end=ends[index + 1])
+
+
+def add_adapters(config: TrainConfig, params: Params) -> Params:
+    """Returns ``params``, for the lora recipe with new adapters on attention under ``"lora"``."""
+    if config.recipe != "lora":
+        return params
+    key = jax.random.key(config.seed)
+    return {**params, "lora": init_lora(key, params, config.lora_rank, is_attention_kernel)}
+
+
+def merge_adapters(params: Params) -> Params:
+    """Returns the model's own parameters: those without adapters as they are."""
+    if "lora" not in params:
+        return params
+    params = dict(params)
+    adapters = params.pop("lora")
+    # alpha = rank: with Adam, tuning alpha is tuning the learning rate (Hu et al. 2021, 4.1).
+    flat: dict[tuple[str, ...], Any] = flatten_dict(adapters)
+    rank = next(a for path, a in flat.items() if path[-1] == "a").shape[1]
+    return merge_lora(params, adapters, alpha=rank)
+
+
+def init_state(stage: Stage, params: Params) -> tuple[TrainState, Params]:
+    """Splits ``params`` into a fresh train state, its leaves copied in float32, and the frozen."""
+    trainable, frozen = partition(params, stage.labels)
+    # The step donates its state: without the copy it would take the caller's arrays away.
+    trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable)
+    frozen = jax.tree.map(jnp.asarray, frozen)
+    return TrainState(trainable, jax.jit(stage.optimizer.init)(trainable)), frozen
+
+
+def make_step(
+    model: nn.Module, stage: Stage, config: TrainConfig, teacher_model: nn.Module | None = None
+):
+    """Returns the jitted update, whose first argument, the state, is donated.
+
+    It maps ``(state, frozen, teacher_params, batch, index, updates, rate_factor)`` to ``(state,
+    metrics)``: ``batch`` holds ``(batch_size, window + 1)`` token ids; ``index`` is the step's
+    number, from which dropout's keys come; ``updates`` counts the stage's updates so far; and
+    ``rate_factor`` multiplies the learning rates. The metrics are the float32 scalars ``loss``,
+    ``grad_norm`` (before clipping), ``update_norm``, ``learning_rate`` and ``ffn_learning_rate``,
+    and with a teacher ``cross_entropy``.
+    """
+
+    def loss_and_metrics(trainable, frozen, teacher_params, windows, key):
+        params = merge_adapters(combine(trainable, frozen))
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        logits, states = losses.forward(
+            model,
+            params,
+            inputs,
+            dropout_key=key if config.dropout else None,
+            with_hidden_states=config.hidden_weight > 0,
+        )
+        loss = cross_entropy = losses.cross_entropy(logits, targets)
+        if teacher_model is None:
+            return loss, {"loss": loss}
+        teacher_logits, teacher_states = losses.forward(
+            teacher_model,
+            teacher_params,
+            inputs,
+            with_hidden_states=config.hidden_weight > 0,
+        )
+        if config.distill_weight > 0:
+            soft = losses.distillation_loss(logits, teacher_logits, config.temperature)
+            loss = (1.0 - config.distill_weight) * loss + config.distill_weight * soft
+        if config.hidden_weight > 0:
+            loss = loss + config.hidden_weight * losses.hidden_state_mse(states, teacher_states)
+        return loss, {"loss": loss, "cross_entropy": cross_entropy}
+
+    def step(state, frozen, teacher_params, batch, index, updates, rate_factor):
+        key = jax.random.fold_in(jax.random.key(config.seed), index)
+        gradient = jax.grad(loss_and_metrics, has_aux=True)
+
+        def microbatch_gradient(windows, number):
+            key_here = jax.random.fold_in(key, number)
+            return gradient(state.trainable, frozen, teacher_params, windows, key_here)
+
+        count = config.accumulate_steps
+        if count == 1:
+            grads, metrics = microbatch_gradient(batch, 0)
+        else:
+            # A scan, not optax.MultiSteps: that keeps its accumulator between updates, in memory
+            # and in checkpoints, and updates at some steps only.
+            microbatches = batch.reshape(count, -1, batch.shape[-1])
+
+            def add(total, numbered):
+                return jax.tree.map(jnp.add, total, microbatch_gradient(*numbered)), None
+
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(microbatch_gradient, microbatches[0], 0),
+            )
+            total, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(count)))
+            grads, metrics = jax.tree.map(lambda x: x / count, total)
+
+        deltas, optimizer = stage.optimizer.update(grads, state.optimizer, state.trainable)
+        deltas = jax.tree.map(lambda delta: rate_factor * delta, deltas)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["update_norm"] = optax.tree.norm(deltas)
+        metrics["learning_rate"] = rate_factor * stage.learning_rate(updates)
+        metrics["ffn_learning_rate"] = rate_factor * stage.ffn_learning_rate(updates)
+        trainable: Any = optax.apply_updates(state.trainable, deltas)
+        return TrainState(trainable, optimizer), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def step_memory(model: nn.Module, config: TrainConfig, window: int, stage: int = 0) -> StepMemory:
+    """Compiles a recipe's update without running it, and returns the memory that it needs.
+
+    Args:
+      model: a decoder; nothing of it is allocated.
+      config: recipe, batch size and microbatches.
+      window: tokens a window predicts.
+      stage: of the recipe.
+    """
+    ids = jax.ShapeDtypeStruct((1, window), jnp.int32)
+    params = jax.eval_shape(lambda i: model.init(jax.random.key(0), i)["params"], ids)
+    params = jax.eval_shape(lambda p: add_adapters(config, p), params)
+    this = make_stage(config, params, stage)
+    state, frozen = jax.eval_shape(lambda p: init_state(this, p), params)
+    batch = jax.ShapeDtypeStruct((config.batch_size, window + 1), jnp.int32)
+    step = make_step(model, this, config)
+    scalars = np.int32(0), np.int32(0), np.float32(1.0)
+    analysis: Any = step.lower(state, frozen, None, batch, *scalars).compile().memory_analysis()
+    return StepMemory(
+        temporary=analysis.temp_size_in_bytes,
+        optimizer=_bytes(state.optimizer),
+        trainable=_bytes(state.trainable),
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

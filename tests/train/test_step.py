@@ -1,0 +1,129 @@
+import dataclasses
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from train_models import make_model
+from transformers import GPT2Config
+
+from sparseffn_jax.config import (
+    CoreConfig,
+    MicroRefinementConfig,
+    PolynomialConfig,
+    SparseFFNConfig,
+    SpectralConfig,
+)
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
+from sparseffn_jax.train import losses
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.step import (
+    add_adapters,
+    init_state,
+    make_stage,
+    make_step,
+    merge_adapters,
+    step_memory,
+)
+
+CONFIG = TrainConfig(recipe="ffn_only", batch_size=4, warmup_steps=0)
+
+
+def run_step(model, params, batch, config, teacher=(None, None), rate_factor=1.0):
+    params = add_adapters(config, params)
+    stage = make_stage(config, params, 0)
+    state, frozen = init_state(stage, params)
+    step = make_step(model, stage, config, teacher[0])
+    return step(state, frozen, teacher[1], batch, 0, 0, rate_factor)
+
+
+def test_accumulation_changes_nothing_but_rounding(model_and_params, windows):
+    model, params = model_and_params
+    batch = windows.train[:4]
+    whole, metrics = run_step(model, params, batch, CONFIG)
+    config = dataclasses.replace(CONFIG, accumulate_steps=4)
+    parts, metrics_in_parts = run_step(model, params, batch, config)
+    chex.assert_trees_all_close(metrics_in_parts, metrics, rtol=1e-4)
+    # The first moments: Adam's update itself is the gradient's sign, which rounding may turn.
+    chex.assert_trees_all_close(
+        jax.tree.leaves(parts.optimizer), jax.tree.leaves(whole.optimizer), rtol=1e-3, atol=1e-6
+    )
+
+
+def test_the_callers_parameters_survive_the_donation(model_and_params, windows):
+    model, params = model_and_params
+    before = jax.tree.map(np.array, params)
+    run_step(model, params, windows.train[:4], CONFIG)
+    chex.assert_trees_all_equal(params, before)
+
+
+def test_bfloat16_model_has_float32_master_weights(windows):
+    model, params = make_model(dtype=jnp.bfloat16)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    state, metrics = run_step(model, params, windows.train[:4], CONFIG)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
+    assert metrics["loss"].dtype == jnp.float32
+    assert np.isfinite(metrics["loss"])
+
+
+def test_the_rate_factor_scales_the_update(model_and_params, windows):
+    model, params = model_and_params
+    _, whole = run_step(model, params, windows.train[:4], CONFIG)
+    _, half = run_step(model, params, windows.train[:4], CONFIG, rate_factor=0.5)
+    for name in ("update_norm", "learning_rate", "ffn_learning_rate"):
+        np.testing.assert_allclose(half[name], 0.5 * whole[name], rtol=1e-5)
+    assert whole["learning_rate"] == pytest.approx(CONFIG.learning_rate)
+    assert whole["ffn_learning_rate"] == pytest.approx(CONFIG.learning_rate / 2)
+
+
+def test_losses_are_weighted(model_and_params, windows):
+    model, params = model_and_params
+    teacher, teacher_params = make_model(ffns=(None,))
+    config = dataclasses.replace(CONFIG, distill_weight=0.7, temperature=3.0, hidden_weight=0.2)
+    batch = windows.train[:4]
+    _, metrics = run_step(model, params, batch, config, (teacher, teacher_params))
+    (logits, states), (soft, soft_states) = (
+        jax.jit(partial(losses.forward, m, with_hidden_states=True))(p, batch[:, :-1])
+        for m, p in ((model, params), (teacher, teacher_params))
+    )
+    cross_entropy = losses.cross_entropy(logits, batch[:, 1:])
+    expected = (
+        0.3 * cross_entropy
+        + 0.7 * losses.distillation_loss(logits, soft, 3.0)
+        + 0.2 * losses.hidden_state_mse(states, soft_states)
+    )
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["cross_entropy"], cross_entropy, rtol=1e-5)
+
+
+def test_adapters_start_exact_and_merge_away(model_and_params):
+    _, params = model_and_params
+    with_adapters = add_adapters(TrainConfig(recipe="lora", lora_rank=3), params)
+    adapters = flatten_dict(with_adapters["lora"])
+    assert {path[-2:] for path in adapters} == {("kernel", "a"), ("kernel", "b")}
+    assert {leaf.shape[1] for path, leaf in adapters.items() if path[-1] == "a"} == {3}
+    chex.assert_trees_all_equal(merge_adapters(with_adapters), params)
+
+
+@pytest.mark.slow(reason="compiles the 124M model's update twice, about 20 seconds each")
+def test_freezing_saves_memory_on_gpt2_124m():
+    ffn = SparseFFNConfig(
+        d_model=768,
+        d_ff=3072,
+        spectral=SpectralConfig(width=3072, rank=192),
+        polynomial=PolynomialConfig(),
+        micro=MicroRefinementConfig(core=CoreConfig(width=384)),
+    )
+    model = GPT2LMHeadModel(GPT2Config(), (ffn,) * 12)
+    needed = {}
+    for recipe in ("full", "ffn_only"):
+        memory = step_memory(model, TrainConfig(recipe=recipe, batch_size=2), window=128)
+        needed[recipe] = memory.temporary + memory.optimizer
+        print(
+            f"\n{recipe}: temporary {memory.temporary / 2**20:.1f} MiB + optimizer "
+            f"{memory.optimizer / 2**20:.1f} MiB = {needed[recipe] / 2**20:.1f} MiB"
+        )
+    assert needed["ffn_only"] < 0.6 * needed["full"]
