@@ -1,0 +1,62 @@
+"""Sparse feed-forward layers for pretrained transformers, in JAX.
+
+What this module exports is the public API; the rest may change.
+"""
+
+from pathlib import Path
+
+from sparseffn_jax.config import (
+    CoreConfig,
+    MicroRefinementConfig,
+    PolynomialConfig,
+    SparseFFNConfig,
+    SpectralConfig,
+)
+from sparseffn_jax.convert.checkpoint import (
+    CheckpointError,
+    Pretrained,
+    load_pretrained,
+    load_tokenizer,
+    save_pretrained,
+)
+from sparseffn_jax.convert.warm_start import sparsify
+from sparseffn_jax.nn.generation import generate
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, init_cache
+from sparseffn_jax.nn.sparse_ffn import SparseFFN
+from sparseffn_jax.ops.block_sparse import BlockMask
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.data import TokenWindows, load_windows
+from sparseffn_jax.train.guard import DivergenceError, GuardConfig
+from sparseffn_jax.train.loop import TrainResult, train
+from sparseffn_jax.train.losses import evaluate_loss
+
+# A small GPT-2 that writes Python, in Hugging Face format; see its README.md.
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "stdlib-gpt2"
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "BlockMask",
+    "CheckpointError",
+    "CoreConfig",
+    "DivergenceError",
+    "GPT2LMHeadModel",
+    "GuardConfig",
+    "MicroRefinementConfig",
+    "PolynomialConfig",
+    "Pretrained",
+    "SparseFFN",
+    "SparseFFNConfig",
+    "SpectralConfig",
+    "TokenWindows",
+    "TrainConfig",
+    "TrainResult",
+    "evaluate_loss",
+    "generate",
+    "init_cache",
+    "load_pretrained",
+    "load_tokenizer",
+    "load_windows",
+    "save_pretrained",
+    "sparsify",
+    "train",
+]

@@ -1,0 +1,412 @@
+"""The command line: ``sparseffn demo | convert | finetune | evaluate | generate | inspect``."""
+
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from sparseffn_jax import EMBEDDED_MODEL
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.convert.checkpoint import (
+    Pretrained,
+    check_replaceable,
+    check_tokenizer,
+    load_pretrained,
+    load_tokenizer,
+    save_pretrained,
+)
+from sparseffn_jax.convert.warm_start import sparsify
+from sparseffn_jax.demo import DemoSettings, run_demo
+from sparseffn_jax.measure import report
+from sparseffn_jax.measure.layers import describe_layer
+from sparseffn_jax.nn.generation import generate
+from sparseffn_jax.nn.gpt2 import d_ff
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.data import STDLIB, load_windows, read_text
+from sparseffn_jax.train.guard import DivergenceError
+from sparseffn_jax.train.loop import Resume, train
+from sparseffn_jax.train.losses import evaluate_tokens
+
+_EMBEDDED = str(EMBEDDED_MODEL)
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """The main job: a dense GPT-2 in, a faster sparse GPT-2 out, with a report and pictures.
+
+    Without arguments it takes the small model that comes with the package and needs no network:
+    load, evaluate, sparsify, distil, fine-tune sparse and dense on the same batches, evaluate,
+    time both, let both write. Everything lands in the folder given by --out.
+
+    Attributes:
+      model: Folder or hub name of a dense GPT-2.
+      text: "stdlib" (the source of Python's standard library), a text file, a folder of text
+        files, or a Hugging Face dataset with a "text" column.
+      out: Folder for report.json, the pictures and the sparse model; an earlier report there is
+        replaced.
+      flops: FFN FLOPs of the sparse model over the dense one's.
+      steps: Fine-tuning steps, for both models.
+      batch_size: Windows in a step.
+      window: Tokens in a window; at most the model's n_positions, which is the default.
+      learning_rate: Peak rate.
+      calibration_windows: For the warm start.
+      distill_steps: Of layer-wise distillation.
+      evaluation_windows: Held-out windows behind every loss.
+      sweep: FFN FLOPs ratios of the picture of quality against time.
+      sweep_steps: Fine-tuning steps for each of them; 0 shows the loss right after conversion.
+      prompt: What both models continue.
+      seed: Of the data order and of sampling.
+    """
+
+    model: str = _EMBEDDED
+    text: str = STDLIB
+    out: Path = Path("runs/demo")
+    flops: float = 0.4
+    steps: int = 60
+    batch_size: int = 16
+    window: int | None = None
+    learning_rate: float = 5e-4
+    calibration_windows: int = 128
+    distill_steps: int = 150
+    evaluation_windows: int = 128
+    sweep: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+    sweep_steps: int = 0
+    prompt: str = "def read_config(path):\n"
+    seed: int = 0
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        for ratio in (self.flops, *self.sweep):
+            _check_ratio(ratio)
+        for name in ("steps", "batch_size", "calibration_windows", "evaluation_windows"):
+            _check_at_least(name, getattr(self, name), 1)
+        for name in ("distill_steps", "sweep_steps"):
+            _check_at_least(name, getattr(self, name), 0)
+        _make_folder(self.out)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["flops_ratio"] = values.pop("flops")
+        run_demo(DemoSettings(**values), console)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Replace a dense checkpoint's FFNs by SparseFFNs that start near them.
+
+    Closed-form warm start, then layer-wise distillation; no end-to-end training (that is
+    "finetune"). The result is a folder in Hugging Face format.
+
+    Attributes:
+      model: Folder or hub name of a dense GPT-2.
+      out: Folder to write.
+      config: JSON file of one SparseFFNConfig for every layer, or a list with one (or null, to
+        keep the layer dense) for each; see "inspect". Without it --flops decides.
+      flops: FFN FLOPs over the dense ones, where no --config is given.
+      text: Calibration text; see "demo".
+      calibration_windows: Windows of it to use.
+      distill_steps: Of layer-wise distillation; 0 for none.
+      seed: Of the choice of windows.
+      overwrite: Replace an existing model in --out.
+    """
+
+    model: str
+    out: Path
+    config: Path | None = None
+    flops: float = 0.4
+    text: str = STDLIB
+    calibration_windows: int = 128
+    distill_steps: int = 300
+    seed: int = 0
+    overwrite: bool = False
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        _check_at_least("calibration_windows", self.calibration_windows, 1)
+        _check_at_least("distill_steps", self.distill_steps, 0)
+        check_replaceable(self.out, self.overwrite)
+        dense = load_pretrained(self.model)
+        configs = self._configs(dense)
+        tokenizer = _tokenizer(self.model, dense)
+        windows = load_windows(self.text, tokenizer, dense.config.n_positions).train
+        order = np.random.default_rng(self.seed).permutation(len(windows))
+        calibration = windows[order[: self.calibration_windows], :-1]
+        with console.status(f"fitting {dense.config.n_layer} layers"):
+            model, params = sparsify(
+                dense.model(),
+                dense.params,
+                configs,
+                calibration,
+                distill_steps=self.distill_steps,
+                seed=self.seed,
+            )
+        save_pretrained(self.out, model, params, tokenizer=tokenizer, overwrite=self.overwrite)
+        console.print(f"wrote {self.out}; recover its quality with: sparseffn finetune")
+
+    def _configs(self, dense: Pretrained) -> Any:
+        config = dense.config
+        if self.config is None:
+            _check_ratio(self.flops)
+            return SparseFFNConfig.from_flops_ratio(
+                config.n_embd, d_ff(config), self.flops, config.activation_function
+            )
+        return SparseFFNConfig.layers_from_json(read_text(self.config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Fine-tune a dense or sparse model; stop and resume at will.
+
+    --out gets checkpoints, metrics.jsonl, TensorBoard events and, at the end, the model in
+    Hugging Face format in --out/model. The same command goes on where it stopped.
+
+    Attributes:
+      model: Folder or hub name.
+      out: Folder of the run.
+      train: How to train.
+      text: What to train on; see "demo".
+      window: Tokens in a window; default n_positions.
+      teacher: Folder or hub name of a dense model to distil from; needs --distill-weight.
+      dtype: Of the computation; weights stay float32.
+      resume: "auto" goes on from the newest checkpoint if there is one, "must" demands one,
+        "never" refuses one.
+    """
+
+    model: str
+    out: Path
+    train: tyro.conf.OmitArgPrefixes[TrainConfig]
+    text: str = STDLIB
+    window: int | None = None
+    teacher: str | None = None
+    dtype: Precision = "float32"
+    resume: Resume = "auto"
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        _make_folder(self.out)
+        pretrained = load_pretrained(self.model)
+        tokenizer = _tokenizer(self.model, pretrained)
+        windows = load_windows(self.text, tokenizer, _window(self.window, pretrained))
+        model = pretrained.model(_DTYPES[self.dtype])
+        teacher = None
+        if self.teacher is not None:
+            loaded = load_pretrained(self.teacher)
+            teacher = (loaded.model(_DTYPES[self.dtype]), loaded.params)
+        result = train(
+            model,
+            pretrained.params,
+            windows,
+            self.train,
+            self.out,
+            teacher=teacher,
+            resume=self.resume,
+        )
+        folder = self.out / "model"
+        save_pretrained(folder, model, result.params, tokenizer=tokenizer, overwrite=True)
+        console.print(f"wrote {folder} (batches {result.data_hash[:12]})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure a model's loss on a text: nats a token over the whole file.
+
+    The file is cut into non-overlapping windows; every token but the file's first is predicted
+    once, from what stands before it in its window.
+
+    Attributes:
+      model: Folder or hub name, dense or sparse.
+      text: UTF-8 text file.
+      window: Tokens in a window; default n_positions.
+      batch_size: Windows computed at once; changes the time, not the result.
+      json: File to write loss, tokens and perplexity to.
+    """
+
+    model: str
+    text: Path
+    window: int | None = None
+    batch_size: int = 8
+    json: Path | None = None
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        _check_at_least("batch_size", self.batch_size, 1)
+        if self.json is not None:
+            _make_folder(self.json.parent)
+        text = read_text(self.text)
+        pretrained = load_pretrained(self.model)
+        tokenizer = _tokenizer(self.model, pretrained)
+        tokens = np.array(tokenizer.backend_tokenizer.encode(text).ids, np.int32)
+        if len(tokens) < 2:
+            raise ValueError(f"{self.text} has {len(tokens)} tokens: at least 2 are needed")
+        window = _window(self.window, pretrained)
+        model = pretrained.model()
+        loss = evaluate_tokens(model, pretrained.params, tokens, window, self.batch_size)
+        result = {
+            "loss": loss,
+            "tokens": len(tokens) - 1,
+            "perplexity": math.exp(loss),
+            "window": window,
+            "model": self.model,
+            "text": str(self.text),
+        }
+        if self.json is not None:
+            report.write_json(self.json, result)
+        console.print(
+            f"loss {loss:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
+            f"{result['tokens']:,} tokens"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue a prompt.
+
+    Attributes:
+      model: Folder or hub name, dense or sparse.
+      prompt: The beginning.
+      max_new_tokens: Tokens to add.
+      temperature: 0 takes the likeliest token; higher is bolder.
+      top_k: Sample from the k likeliest tokens only.
+      seed: Of sampling.
+    """
+
+    model: str = _EMBEDDED
+    prompt: str = "def read_config(path):\n"
+    max_new_tokens: int = 120
+    temperature: float = 0.6
+    top_k: int | None = 40
+    seed: int = 0
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        pretrained = load_pretrained(self.model)
+        tokenizer = _tokenizer(self.model, pretrained)
+        ids = tokenizer.encode(self.prompt)
+        out = generate(
+            pretrained.model(),
+            pretrained.params,
+            jnp.asarray([ids], jnp.int32).reshape(1, -1),
+            self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            key=jax.random.key(self.seed),
+        )
+        new = np.asarray(out[0, len(ids) :]).tolist()
+        if tokenizer.eos_token_id in new:
+            new = new[: new.index(tokenizer.eos_token_id)]
+        console.print(tokenizer.decode(ids + new), markup=False, highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Show what a model's FFNs are made of: parts, parameters, FLOPs and plans, layer by layer.
+
+    Attributes:
+      model: Folder or hub name, dense or sparse.
+      tokens: Rows for which the execution plans are chosen (1: decoding).
+      json: Also print the layers' SparseFFNConfigs, in the form that "convert --config" reads.
+    """
+
+    model: str = _EMBEDDED
+    tokens: int = 2048
+    json: bool = False
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        _check_at_least("tokens", self.tokens, 1)
+        pretrained = load_pretrained(self.model)
+        config = pretrained.config
+        table = Table(title=f"{self.model}: d_model={config.n_embd}, d_ff={d_ff(config)}")
+        for name in ("layer", "parts", "parameters", "FLOPs a token", "of dense", "plans"):
+            table.add_column(name, justify="left" if name in ("parts", "plans") else "right")
+        for i in range(config.n_layer):
+            layer = describe_layer(pretrained.model(), i, self.tokens)
+            table.add_row(
+                str(i),
+                "\n".join(layer.parts),
+                f"{layer.parameters:,}",
+                f"{layer.flops:,}",
+                f"{layer.flops_ratio:.3f}",
+                "\n".join(f"{operator}: {plan}" for operator, plan in layer.plans),
+            )
+        console.print(table)
+        if self.json:
+            ffns = pretrained.ffns or (None,) * config.n_layer
+            layers = [None if ffn is None else ffn.to_dict() for ffn in ffns]
+            console.print_json(data=layers)
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs ``sparseffn``; exits with 2 after one line about bad input, 130 after Ctrl-C."""
+    command = tyro.cli(
+        Command,  # pyright: ignore[reportArgumentType]
+        prog="sparseffn",
+        description="Sparse feed-forward layers for pretrained transformers.",
+        args=argv,
+    )
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        command.run(Console())
+    except KeyboardInterrupt as interrupt:
+        errors.print(str(interrupt) or "stopped", markup=False, highlight=False)
+        sys.exit(130)
+    except (ValueError, OSError, DivergenceError) as error:
+        if os.environ.get("SPARSEFFN_TRACEBACK"):
+            raise
+        errors.print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(2)
+
+
+def _tokenizer(source: str, pretrained: Pretrained) -> Any:
+    tokenizer = load_tokenizer(source)
+    check_tokenizer(tokenizer, pretrained.config)
+    return tokenizer
+
+
+def _window(window: int | None, pretrained: Pretrained) -> int:
+    limit = pretrained.config.n_positions
+    if window is None:
+        return limit
+    if not 1 <= window <= limit:
+        raise ValueError(f"window={window} must lie between 1 and the model's n_positions={limit}")
+    return window
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"a FLOPs ratio of {ratio} must lie above 0 and not above 1")
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes sure, before any work, that results can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".sparseffn-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; give another") from error

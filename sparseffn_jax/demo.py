@@ -1,0 +1,400 @@
+"""The main job from end to end: a pretrained GPT-2 goes in, a faster sparse one comes out."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+from rich.console import Console
+from rich.table import Table
+
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.convert.checkpoint import (
+    Pretrained,
+    check_tokenizer,
+    load_pretrained,
+    load_tokenizer,
+    save_pretrained,
+)
+from sparseffn_jax.convert.warm_start import sparsify
+from sparseffn_jax.measure import report
+from sparseffn_jax.measure.timing import PairedTimes, time_pair
+from sparseffn_jax.nn.generation import generate
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, d_ff, ffn_module
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.data import TokenWindows, load_windows
+from sparseffn_jax.train.loop import TrainResult, train
+from sparseffn_jax.train.losses import cross_entropy, make_evaluator
+
+_EVALUATION_BATCH = 16
+_TIMED_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoSettings:
+    """What the main job runs on, and for how long.
+
+    Attributes:
+      model: folder or hub name of a dense GPT-2.
+      text: what to calibrate, fine-tune and evaluate on; see ``load_windows``.
+      out: folder for the report, pictures and the sparse model.
+      flops_ratio: FFN FLOPs of the sparse model over the dense one's.
+      steps: of fine-tuning, for the sparse and the dense model alike.
+      batch_size: windows a step.
+      window: tokens a window; at most the model's ``n_positions``.
+      learning_rate: peak rate of both fine-tuning runs.
+      calibration_windows: for the warm start.
+      distill_steps: of layer-wise distillation.
+      evaluation_windows: held-out windows for every loss in the report.
+      sweep: FFN FLOPs ratios of the picture of quality against time.
+      sweep_steps: fine-tuning steps for each point of the sweep; 0 shows it right after conversion.
+      prompt: what both models continue at the end.
+      seed: of the data order and of sampling.
+    """
+
+    model: str
+    text: str
+    out: Path
+    flops_ratio: float
+    steps: int
+    batch_size: int
+    window: int
+    learning_rate: float
+    calibration_windows: int
+    distill_steps: int
+    evaluation_windows: int
+    sweep: tuple[float, ...]
+    sweep_steps: int
+    prompt: str
+    seed: int
+
+
+def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
+    """Runs the main job and returns what it writes to ``report.json``.
+
+    Load, evaluate, sparsify in three stages, fine-tune sparse and dense on the same batches,
+    evaluate, time both in turn, let both write; losses are in nats a token on held-out text.
+
+    Raises:
+      CheckpointError, FileNotFoundError, ValueError: if model, text or settings do not fit.
+    """
+    started = time.perf_counter()
+    job = _Job(settings, console)
+    job.evaluate_dense()
+    job.sparsify()
+    job.fine_tune()
+    job.sweep()
+    job.time_models()
+    job.write_samples()
+    job.report["seconds"] = round(time.perf_counter() - started, 1)
+    job.finish()
+    return job.report
+
+
+class _Job:
+    """What is known so far; every method adds its part of the report."""
+
+    def __init__(self, settings: DemoSettings, console: Console):
+        self.settings, self.console = settings, console
+        self.say("Loading the model and the text")
+        self.dense: Pretrained = load_pretrained(settings.model)
+        if self.dense.ffns:
+            raise ValueError(f"{settings.model} is sparse already: give a dense GPT-2")
+        self.model = self.dense.model()
+        config = self.dense.config
+        if settings.window > config.n_positions:
+            raise ValueError(
+                f"window={settings.window} exceeds the model's n_positions={config.n_positions}"
+            )
+        self.tokenizer = load_tokenizer(settings.model)
+        check_tokenizer(self.tokenizer, config)
+        self.config = SparseFFNConfig.from_flops_ratio(
+            config.n_embd, d_ff(config), settings.flops_ratio, config.activation_function
+        )
+        windows = load_windows(settings.text, self.tokenizer, settings.window)
+        rng = np.random.default_rng(settings.seed)
+        held_out = rng.permutation(len(windows.validation))[: settings.evaluation_windows]
+        self.windows = TokenWindows(windows.train, windows.validation[held_out])
+        chosen = rng.permutation(len(windows.train))[: settings.calibration_windows]
+        self.calibration: Int[np.ndarray, "n t"] = windows.train[chosen, :-1]
+        self.report: dict[str, Any] = {
+            "model": settings.model,
+            "text": settings.text,
+            "settings": dataclasses.asdict(settings) | {"out": str(settings.out)},
+            "versions": report.versions(),
+            "parameters": {"dense": _count(self.dense.params)},
+            "dense": {},
+            "sparse": {},
+        }
+
+    def say(self, what: str) -> None:
+        self.console.print(f"[bold]> {what}[/bold]")
+
+    def loss(self, model: GPT2LMHeadModel, params: Any) -> float:
+        return make_evaluator(model)(params, self.windows.validation, _EVALUATION_BATCH)
+
+    def evaluate_dense(self) -> None:
+        self.say(f"Evaluating the dense model on {self.windows.validation[:, 1:].size:,} tokens")
+        self.report["dense"]["pretrained_val_loss"] = self.loss(self.model, self.dense.params)
+
+    def sparsify(self) -> None:
+        """Converts in three stages, each of which must be better than the one before."""
+        self.say(f"Replacing every FFN: FLOPs {self.config.flops_ratio:.3f} of dense")
+        losses = {}
+        for stage, start, steps in (
+            ("selection", "select", 0),
+            ("closed_form", "refit", 0),
+            ("layer_distillation", "refit", self.settings.distill_steps),
+        ):
+            self.sparse_model, self.sparse_params = self.convert(self.config, start, steps)
+            losses[stage] = self.loss(self.sparse_model, self.sparse_params)
+            self.console.print(f"  after {stage.replace('_', ' ')}: {losses[stage]:.4f}")
+        self.report["warm_start"] = losses
+        self.report["parameters"]["sparse"] = _count(self.sparse_params)
+        self.report["ffn_flops_ratio"] = self.config.flops_ratio
+        self.report["ffn_flops_per_token"] = self.config.flops_per_token() | {
+            "dense": self.config.dense_flops_per_token
+        }
+        self.report["ffn_config"] = self.config.to_dict()
+
+    def convert(self, config: SparseFFNConfig, start: Any, distill_steps: int):
+        return sparsify(
+            self.model,
+            self.dense.params,
+            config,
+            self.calibration,
+            start=start,
+            distill_steps=distill_steps,
+            batch_size=_EVALUATION_BATCH,
+            seed=self.settings.seed,
+        )
+
+    def fine_tune(self) -> None:
+        """Trains both on the same batches, the sparse model with the dense one as its teacher."""
+        self.curves, hashes = {}, {}
+        teacher = (self.model, self.dense.params)
+        for name, model, params, taught in (
+            ("dense", self.model, self.dense.params, None),
+            ("sparse", self.sparse_model, self.sparse_params, teacher),
+        ):
+            self.say(f"Fine-tuning the {name} model for {self.settings.steps} steps")
+            result, points = self.train(name, model, params, self.settings.steps, taught)
+            self.curves[name], hashes[name] = points, result.data_hash
+            self.report[name]["val_loss"] = self.loss(model, result.params)
+            if name == "sparse":
+                self.sparse_params = result.params
+            else:
+                self.dense = dataclasses.replace(self.dense, params=result.params)
+        if hashes["dense"] != hashes["sparse"]:
+            raise AssertionError("dense and sparse training read different batches")
+        self.report["data_hash"] = hashes["dense"]
+        self.report["loss_gap"] = (
+            self.report["sparse"]["val_loss"] - self.report["dense"]["val_loss"]
+        )
+
+    def train(
+        self, name: str, model: GPT2LMHeadModel, params: Any, steps: int, teacher: Any
+    ) -> tuple[TrainResult, list[tuple[int, float]]]:
+        config = TrainConfig(
+            steps=steps,
+            batch_size=self.settings.batch_size,
+            recipe="full",
+            learning_rate=self.settings.learning_rate,
+            ffn_learning_rate=self.settings.learning_rate,
+            distill_weight=0.5 if teacher is not None else 0.0,
+            temperature=1.0,
+            seed=self.settings.seed,
+            eval_every=0,
+            save_every=max(1, steps),
+        )
+        points: list[tuple[int, float]] = []
+
+        def remember(step: int, metrics: dict[str, float]) -> None:
+            points.append((step, metrics.get("cross_entropy", metrics["loss"])))
+
+        folder = self.settings.out / "training" / name
+        result = train(
+            model, params, self.windows, config, folder, teacher=teacher, on_step=remember
+        )
+        return result, points
+
+    def sweep(self) -> None:
+        """Converts at several budgets, to show what quality each amount of time buys."""
+        self.points: list[dict[str, float]] = []
+        original = load_pretrained(self.settings.model).params
+        teacher = (self.model, original)
+        dense_tuned, self.dense = self.dense, dataclasses.replace(self.dense, params=original)
+        for ratio in self.settings.sweep:
+            self.say(f"Quality and time at FFN FLOPs {ratio:g}")
+            config = SparseFFNConfig.from_flops_ratio(
+                self.config.d_model, self.config.d_ff, ratio, self.config.activation
+            )
+            model, params = self.convert(config, "refit", self.settings.distill_steps)
+            point = {"flops_ratio": config.flops_ratio, "val_loss": self.loss(model, params)}
+            if self.settings.sweep_steps:
+                name, steps = f"sweep_{ratio:g}", self.settings.sweep_steps
+                point["converted_val_loss"] = point["val_loss"]
+                result, _ = self.train(name, model, params, steps, teacher)
+                params = result.params
+                point["val_loss"] = self.loss(model, params)
+            times = self.time_ffns(model, params)
+            point |= {"ffn_speedup": times.speedup, "time_ratio": 1.0 / times.speedup}
+            self.points.append(point)
+            self.console.print(f"  loss {point['val_loss']:.4f}, FFN {times.speedup:.2f}x")
+        self.dense = dense_tuned
+        self.report["sweep"] = self.points
+
+    def time_ffns(self, model: GPT2LMHeadModel, params: Any, train: bool = False) -> PairedTimes:
+        """Times the FFNs of all layers, one after the other, on activations of one batch."""
+        x = jax.random.normal(jax.random.key(0), (_TIMED_TOKENS, self.config.d_model))
+        sides = [
+            _ffn_stack(m, p, train) for m, p in ((self.model, self.dense.params), (model, params))
+        ]
+        return time_pair(lambda: sides[0](x), lambda: sides[1](x))
+
+    def time_models(self) -> None:
+        self.say("Timing both, in turn, on identical inputs")
+        batch = jnp.asarray(self.windows.train[: self.settings.batch_size])
+        sides = ((self.model, self.dense.params), (self.sparse_model, self.sparse_params))
+        forward = [_forward(model, params) for model, params in sides]
+        gradient = [_gradient(model, params) for model, params in sides]
+        times = {
+            "ffn": self.time_ffns(self.sparse_model, self.sparse_params),
+            "ffn_training": self.time_ffns(self.sparse_model, self.sparse_params, train=True),
+            "model": time_pair(lambda: forward[0](batch), lambda: forward[1](batch)),
+            "model_training": time_pair(
+                lambda: gradient[0](batch), lambda: gradient[1](batch), repeats=7
+            ),
+        }
+        self.report |= {f"{name}_speedup": pair.speedup for name, pair in times.items()}
+        self.report["times"] = {name: pair.summary() for name, pair in times.items()}
+        self.report["times"]["tokens"] = {"ffn": _TIMED_TOKENS, "model": batch[:, 1:].size}
+
+    def write_samples(self) -> None:
+        self.say("Letting both write")
+        ids = jnp.asarray([self.tokenizer.encode(self.settings.prompt)], jnp.int32)
+        new = min(120, self.model.config.n_positions - ids.shape[1])
+        for name, model, params in (
+            ("dense", self.model, self.dense.params),
+            ("sparse", self.sparse_model, self.sparse_params),
+        ):
+            key = jax.random.key(self.settings.seed)
+            out = generate(model, params, ids, new, temperature=0.6, top_k=40, key=key)
+            self.report[name]["sample"] = self.tokenizer.decode(np.asarray(out[0]).tolist())
+
+    def finish(self) -> None:
+        out, rep = self.settings.out, self.report
+        save_pretrained(
+            out / "model",
+            self.sparse_model,
+            self.sparse_params,
+            tokenizer=self.dense.folder or self.tokenizer,
+            overwrite=True,
+        )
+        starts = {
+            "dense": rep["dense"]["pretrained_val_loss"],
+            "sparse": rep["warm_start"]["layer_distillation"],
+        }
+        report.plot_training(out / "training.png", self.curves, starts)
+        report.plot_masks(out / "masks.png", [self.config] * self.model.config.n_layer)
+        tuned = {
+            "flops_ratio": rep["ffn_flops_ratio"],
+            "time_ratio": 1.0 / rep["ffn_speedup"],
+            "val_loss": rep["sparse"]["val_loss"],
+        }
+        report.plot_quality(out / "quality.png", self.points, rep["dense"]["val_loss"], tuned)
+        report.write_json(out / "report.json", rep)
+        self.console.print(_summary(rep))
+        for name in ("dense", "sparse"):
+            self.console.rule(f"the {name} model writes")
+            self.console.print(rep[name]["sample"], markup=False, highlight=False)
+        self.console.rule()
+        self.console.print(
+            f"Report, pictures and the sparse model are in {out}/ ({rep['seconds']:.0f} s in all)."
+        )
+
+
+def _summary(rep: dict[str, Any]) -> Table:
+    table = Table(title="Dense and sparse, fine-tuned on the same batches")
+    for name in ("", "dense", "sparse", "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+    flops, warm = rep["ffn_flops_per_token"], rep["warm_start"]
+    sparse_flops = sum(count for part, count in flops.items() if part != "dense")
+    parameters = rep["parameters"]
+
+    def row(label: str, dense: str, sparse: str, ratio: str) -> None:
+        table.add_row(label, dense, sparse, ratio)
+
+    pretrained = rep["dense"]["pretrained_val_loss"]
+    row("val. loss, before", f"{pretrained:.4f}", f"{warm['layer_distillation']:.4f}", "")
+    row(
+        "val. loss, fine-tuned",
+        f"{rep['dense']['val_loss']:.4f}",
+        f"{rep['sparse']['val_loss']:.4f}",
+        f"{rep['loss_gap']:+.4f}",
+    )
+    row(
+        "FFN FLOPs a token",
+        f"{flops['dense']:,}",
+        f"{sparse_flops:,}",
+        f"{rep['ffn_flops_ratio']:.3f}",
+    )
+    row(
+        "parameters",
+        f"{parameters['dense']:,}",
+        f"{parameters['sparse']:,}",
+        f"{parameters['sparse'] / parameters['dense']:.3f}",
+    )
+    for label, name in (
+        ("FFN forward", "ffn"),
+        ("FFN forward + backward", "ffn_training"),
+        ("model forward", "model"),
+        ("model forward + backward", "model_training"),
+    ):
+        times = rep["times"][name]
+        row(
+            label,
+            f"{1e3 * times['baseline_seconds']:.1f} ms",
+            f"{1e3 * times['candidate_seconds']:.1f} ms",
+            f"{times['speedup']:.2f}x",
+        )
+    return table
+
+
+def _ffn_stack(model: GPT2LMHeadModel, params: Any, train: bool) -> Callable[[Any], Any]:
+    modules = [ffn_module(model, i) for i in range(model.config.n_layer)]
+    layers = [params["transformer"]["h"][str(i)]["mlp"] for i in range(len(modules))]
+
+    def forward(layers: Any, x: Any) -> Any:
+        for module, leaves in zip(modules, layers, strict=True):
+            x = module.apply({"params": leaves}, x)
+        return x
+
+    run = jax.jit(forward)
+    if train:
+        run = jax.jit(jax.grad(lambda layers, x: jnp.sum(forward(layers, x) ** 2), argnums=(0, 1)))
+    layers = jax.device_put(layers)
+    return lambda x: run(layers, x)
+
+
+def _forward(model: GPT2LMHeadModel, params: Any) -> Callable[[Any], Any]:
+    run, params = jax.jit(model.apply), jax.device_put(params)
+    return lambda batch: run({"params": params}, batch[:, :-1])
+
+
+def _gradient(model: GPT2LMHeadModel, params: Any) -> Callable[[Any], Any]:
+    def loss(params: Any, batch: Any) -> Any:
+        logits: Any = model.apply({"params": params}, batch[:, :-1])
+        return cross_entropy(logits, batch[:, 1:])
+
+    run, params = jax.jit(jax.grad(loss)), jax.device_put(params)
+    return lambda batch: run(params, batch)
+
+
+def _count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,1 @@
+"""What a layer costs: FLOPs, time, memory, and the pictures of them."""

@@ -1,0 +1,176 @@
+"""The pictures of a run, and the machine-readable file beside them."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.ops.block_sparse import BlockMask
+
+# Okabe & Ito 2008: told apart by colour-blind readers too.
+_DENSE, _SPARSE, _ACCENT = "#0072B2", "#D55E00", "#009E73"
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes indented JSON to ``path``, whole or not at all."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, str]:
+    """Returns the device and library versions that a measurement was taken with."""
+    import flax
+    import transformers
+
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu_count": str(os.cpu_count()),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def plot_training(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    start_losses: Mapping[str, float],
+) -> None:
+    """Draws training loss over steps, and each model's validation loss at its start as a mark.
+
+    Args:
+      path: PNG to write.
+      curves: by model name: (step, loss) in nats a token.
+      start_losses: by model name: validation loss before the first step.
+    """
+    figure, axes = _figure()
+    for (name, points), colour in zip(curves.items(), (_DENSE, _SPARSE), strict=False):
+        steps, losses = np.array(points).T
+        axes.plot(steps, losses, color=colour, label=name, linewidth=1.5)
+        axes.plot([0], [start_losses[name]], "o", color=colour, markersize=5)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title="Fine-tuning on the same batches")
+    axes.legend(title="training loss; dot: validation at the start", frameon=False)
+    _save(figure, path)
+
+
+def plot_masks(path: Path, configs: Sequence[SparseFFNConfig | None]) -> None:
+    """Draws what each layer keeps: its components, polynomial degrees and blocks, as images.
+
+    Args:
+      path: PNG to write.
+      configs: one a layer; ``None`` for a dense one.
+    """
+    rows = [(i, config) for i, config in enumerate(configs) if config is not None]
+    titles = ("spectral components", "polynomial degrees", "core blocks (W1)", "core blocks (W2)")
+    figure = Figure(figsize=(11, 1.3 + 1.25 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), 4, squeeze=False)
+    for row, (layer, config) in zip(grid, rows, strict=True):
+        for axes, title, image in zip(row, titles, _mask_images(config), strict=True):
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if layer == rows[0][0]:
+                axes.set_title(title, fontsize=10)
+            if image is None:
+                axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
+                continue
+            axes.imshow(image, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", interpolation="none")
+            axes.set_xlabel(f"{image.mean():.0%} kept", fontsize=8)
+        row[0].set_ylabel(f"layer {layer}", fontsize=9)
+    figure.suptitle("Static masks: dark is kept, white is not in the program", fontsize=11)
+    _save(figure, path)
+
+
+def plot_quality(
+    path: Path,
+    points: Sequence[Mapping[str, float]],
+    dense_loss: float,
+    tuned: Mapping[str, float],
+) -> None:
+    """Draws validation loss over measured FFN time, relative to dense.
+
+    Args:
+      path: PNG to write.
+      points: each with ``flops_ratio``, ``time_ratio`` and ``val_loss``, right after conversion.
+      dense_loss: of the dense model, fine-tuned on the same batches.
+      tuned: the fine-tuned sparse model's point, with the same keys.
+    """
+    figure, axes = _figure()
+    ordered = sorted(points, key=lambda point: point["time_ratio"])
+    axes.plot(
+        [point["time_ratio"] for point in ordered],
+        [point["val_loss"] for point in ordered],
+        "o--",
+        color=_SPARSE,
+        label="sparse, right after conversion",
+        linewidth=1,
+    )
+    for point in ordered:
+        axes.annotate(
+            f"{point['flops_ratio']:.2f}",
+            (point["time_ratio"], point["val_loss"]),
+            textcoords="offset points",
+            xytext=(6, 5),
+            fontsize=8,
+        )
+    axes.plot(
+        [tuned["time_ratio"]],
+        [tuned["val_loss"]],
+        "*",
+        color=_ACCENT,
+        markersize=14,
+        label="sparse, fine-tuned",
+    )
+    axes.plot([1.0], [dense_loss], "s", color=_DENSE, label="dense, fine-tuned")
+    axes.axhline(dense_loss, color=_DENSE, linewidth=0.8, alpha=0.5)
+    axes.set(
+        xlabel="measured FFN time, dense = 1 (numbers: FFN FLOPs, dense = 1)",
+        ylabel="validation loss (nats a token)",
+        title="Quality against time",
+    )
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _mask_images(config: SparseFFNConfig) -> list[np.ndarray | None]:
+    images: list[np.ndarray | None] = [None, None, None, None]
+    if (branch := config.spectral) is not None:
+        if branch.transform == "klt":
+            ranks = (branch.rank, branch.contract_rank or branch.rank)
+            limit = min(config.d_model, branch.width)
+            images[0] = np.stack([np.arange(limit) < rank for rank in ranks])
+        else:
+            kept = np.isin(np.arange(branch.block_size // 2 + 1), branch.frequencies)
+            images[0] = kept[None]
+    if (polynomial := config.polynomial) is not None:
+        images[1] = np.isin(np.arange(polynomial.degree + 1), polynomial.degrees)[None]
+    if config.micro is not None and (core := config.micro.core) is not None:
+        units = np.arange(config.d_ff) < core.width
+        images[2] = _block_image(core.expand_mask, units[None])
+        images[3] = _block_image(core.contract_mask, units[:, None])
+    return images
+
+
+def _block_image(mask: BlockMask | None, whole: np.ndarray) -> np.ndarray:
+    return whole if mask is None else np.array(mask.blocks)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with matplotlib.rc_context({"savefig.dpi": 130}):
+        figure.savefig(path, metadata={"Software": None})

@@ -1,0 +1,313 @@
+"""The command line as a user meets it: what works, and what is refused before any work."""
+
+import hashlib
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+import sparseffn_jax as sf
+from sparseffn_jax.cli import main
+
+D, LAYERS, WINDOW, VOCAB = 32, 2, 32, 300
+CORPUS = "\n\n".join(
+    f"def f{i}(x):\n    return x + {i}\n\nclass C{i}:\n    value = {i * i}\n" for i in range(1200)
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny dense GPT-2, ``dense/``, and text, ``corpus.txt``."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "corpus.txt").write_text(CORPUS)
+    (folder / "short.txt").write_text(CORPUS[:3000])
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [CORPUS],
+        trainers.BpeTrainer(
+            vocab_size=VOCAB,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=WINDOW, n_embd=D, n_layer=LAYERS, n_head=4, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    model = sf.GPT2LMHeadModel(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    sf.save_pretrained(folder / "dense", model, params, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sparse(folder):
+    """The tiny model converted, ``sparse/``."""
+    run("convert", "--model", folder / "dense", "--out", folder / "sparse", "--text",
+        folder / "corpus.txt", "--distill-steps", 2, "--calibration-windows", 32)  # fmt: skip
+    return folder / "sparse"
+
+
+def run(*argv):
+    main([str(argument) for argument in argv])
+
+
+def refused(capfd, *argv):
+    """Runs a command that must fail; returns its error line."""
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    out, err = capfd.readouterr()
+    assert stop.value.code == 2
+    assert "Traceback" not in out + err
+    return err
+
+
+def fingerprint(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_convert_writes_a_sparse_model(sparse):
+    loaded = sf.load_pretrained(sparse)
+    assert all(isinstance(ffn, sf.SparseFFNConfig) for ffn in loaded.ffns)
+    assert all(ffn.flops_ratio <= 0.4 for ffn in loaded.ffns)
+
+
+def test_evaluate_is_the_mean_over_the_whole_file(folder, tmp_path):
+    out = tmp_path / "loss.json"
+    run("evaluate", "--model", folder / "dense", "--text", folder / "short.txt", "--json", out)
+    result = json.loads(out.read_text())
+
+    loaded = sf.load_pretrained(folder / "dense")
+    tokenizer = sf.load_tokenizer(folder / "dense")
+    ids = np.array(tokenizer.encode((folder / "short.txt").read_text()))
+    losses = []
+    for start in range(0, len(ids) - 1, WINDOW):
+        inputs = ids[None, start : start + WINDOW]
+        targets = ids[start + 1 : start + WINDOW + 1]
+        logits = loaded.model().apply({"params": loaded.params}, inputs[:, : len(targets)])
+        logits = np.asarray(logits[0], np.float64)
+        log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        losses.extend(log_z - logits[np.arange(len(targets)), targets])
+    assert len(losses) == len(ids) - 1 == result["tokens"]
+    assert result["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert result["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+
+
+def test_finetune_trains_resumes_and_leaves_a_model(folder, sparse, tmp_path, capfd):
+    out = tmp_path / "run"
+    argv = f"finetune --model {sparse} --text {folder / 'corpus.txt'} --out {out} --steps 4".split()
+    argv += ["--recipe", "ffn_only", "--batch-size", "2", "--resume", "auto"]
+    run(*argv)
+    trained = fingerprint(out / "model")
+    before, after = (sf.load_pretrained(path).params for path in (sparse, out / "model"))
+    layer = after["transformer"]["h"]["0"]
+    np.testing.assert_array_equal(
+        layer["attn"]["c_attn"]["kernel"],
+        before["transformer"]["h"]["0"]["attn"]["c_attn"]["kernel"],
+    )
+    assert np.any(layer["mlp"]["bias"] != before["transformer"]["h"]["0"]["mlp"]["bias"])
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] == 4
+    run(*argv)
+    assert fingerprint(out / "model") == trained
+    run("evaluate", "--model", out / "model", "--text", folder / "short.txt")
+    assert "nats a token" in capfd.readouterr().out
+
+
+def test_generate_continues_the_prompt(sparse, capfd):
+    run("generate", "--model", sparse, "--prompt", "def f1(x):", "--max-new-tokens", 5)
+    assert capfd.readouterr().out.startswith("def f1(x):")
+
+
+def test_inspect_shows_parts_and_plans_and_gives_configs(folder, sparse, tmp_path, capfd):
+    run("inspect", "--model", sparse, "--json")
+    out = capfd.readouterr().out
+    assert "klt" in out
+    assert "two_gemms" in out
+    configs = json.loads(out[out.index("\n[") :])
+    assert tuple(map(sf.SparseFFNConfig.from_dict, configs)) == sf.load_pretrained(sparse).ffns
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps([None, configs[1]]))
+    run("convert", "--model", folder / "dense", "--out", tmp_path / "half", "--config", path,
+        "--text", folder / "corpus.txt", "--distill-steps", 0)  # fmt: skip
+    assert sf.load_pretrained(tmp_path / "half").ffns[0] is None
+
+
+def test_demo_reports_every_figure(folder, tmp_path):
+    out = tmp_path / "demo"
+    run("demo", "--model", folder / "dense", "--text", folder / "corpus.txt", "--out", out,
+        "--steps", 3, "--batch-size", 2, "--calibration-windows", 32, "--distill-steps", 2,
+        "--evaluation-windows", 8, "--sweep", 0.4, 1.0)  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    for name in ("dense", "sparse"):
+        assert np.isfinite(report[name]["val_loss"])
+    for name in ("ffn_flops_ratio", "ffn_speedup", "model_speedup"):
+        assert report[name] > 0
+    assert set(report["warm_start"]) == {"selection", "closed_form", "layer_distillation"}
+    # At FLOPs 1.0 the sparse model is the dense one.
+    assert report["sweep"][1]["val_loss"] == pytest.approx(
+        report["dense"]["pretrained_val_loss"], abs=1e-5
+    )
+    for picture in ("training", "masks", "quality"):
+        assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert sf.load_pretrained(out / "model").ffns
+
+
+def _without(tensor):
+    def damage(model):
+        from safetensors.numpy import load_file, save_file
+
+        tensors = load_file(model / "model.safetensors")
+        del tensors[tensor]
+        save_file(tensors, model / "model.safetensors")
+
+    return damage
+
+
+def _truncate(model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _only_pickle(model):
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def _edit_config(**changes):
+    def damage(model):
+        path = model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without("transformer.h.1.mlp.c_fc.weight"), "c_fc"),
+        (_truncate, "model.safetensors"),
+        (_only_pickle, "safe_serialization"),
+        (_edit_config(model_type="bert"), "bert"),
+        (_edit_config(vocab_size=VOCAB - 10), "vocab_size|wte|shape"),
+        (_edit_config(n_layer=3), "h.2"),
+        (lambda model: (model / "config.json").write_text("{"), "config.json"),
+        (lambda model: (model / "config.json").unlink(), "config.json"),
+        (lambda model: (model / "tokenizer.json").unlink(), "tokenizer"),
+        (lambda model: shutil.rmtree(model), "model"),
+    ],
+)
+def test_damaged_models_are_refused(folder, tmp_path, capfd, damage, message):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "dense", model)
+    damage(model)
+    before = fingerprint(tmp_path)
+    err = refused(capfd, "evaluate", "--model", model, "--text", folder / "short.txt")
+    assert re.search(message, err), err
+    assert fingerprint(tmp_path) == before
+
+
+def test_a_wrong_tokenizer_is_refused(folder, tmp_path, capfd):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "dense", model)
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"] |= {f"extra{i}": VOCAB + i for i in range(50)}
+    path.write_text(json.dumps(tokenizer))
+    err = refused(capfd, "evaluate", "--model", model, "--text", folder / "short.txt")
+    assert "wrong tokenizer" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_model": 48}, "d_model=48"),
+        ({"activation": "gelo"}, "gelo"),
+        ({"spectral": {"transform": "dft", "width": 64, "block_size": 5}}, "block_size=5"),
+        (
+            {
+                "spectral": {
+                    "transform": "dft",
+                    "width": 64,
+                    "block_size": 4,
+                    "frequency_mask": [True, True],
+                }
+            },
+            "frequency_mask has 2 entries",
+        ),
+        ({"spectral": {"transform": "wavelet", "width": 64}}, "wavelet"),
+        ({"polynomial": {"degree": "4"}}, "degree"),
+        ({"sparsity": 0.5}, "sparsity"),
+        ({"micro": {"core": {"width": 0}}}, "width"),
+    ],
+)
+def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
+    config = sf.SparseFFNConfig.from_flops_ratio(D, 4 * D, 0.4).to_dict() | change
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    err = refused(
+        capfd, "convert", "--model", folder / "dense", "--out", tmp_path / "out", "--config", path,
+        "--text", folder / "corpus.txt",
+    )  # fmt: skip
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("evaluate --model {dense} --text {dir}/nothing.txt", "nothing.txt"),
+        ("evaluate --model {dense} --text {empty}", "tokens"),
+        ("evaluate --model {dense} --text {binary}", "not UTF-8"),
+        ("evaluate --model {dense} --text {short} --window 33", "n_positions=32"),
+        ("evaluate --model {dense} --text {short} --json {short}/out.json", "cannot write"),
+        ("evaluate --model {dense} --txt {short}", "--txt"),
+        ("generate --model {dense} --prompt abc --max-new-tokens 40", "n_positions=32"),
+        ("generate --model {dense} --max-new-tokens 0", "max_new_tokens=0"),
+        ("generate --model {dense} --temperature -1", "temperature=-1"),
+        ("inspect --model {dense} --tokens 0", "tokens=0"),
+        ("convert --model {sparse} --out {dir}/out --text {corpus}", "already sparse"),
+        ("convert --model {dense} --out {dense} --text {corpus}", "overwrite"),
+        ("convert --model {dense} --out {dir}/out --flops 0 --text {corpus}", "ratio"),
+        ("convert --model {dense} --out {dir}/out --text {empty}", "empty"),
+        ("finetune --model {dense} --out {short}/run --text {corpus}", "cannot write"),
+        ("finetune --model {dense} --out {dir}/run --text {corpus} --recipe magic", "magic"),
+        ("finetune --model {dense} --out {dir}/run --text {corpus} --steps 0", "steps=0"),
+        ("finetune --model {dense} --out {dir}/run --text {corpus} --resume must", "resume"),
+        ("finetune --model {dense} --out {dir}/run --text {short} --batch-size 500", "batch"),
+        ("finetune --model {dense} --out {dir}/run --text {corpus} --distill-weight 1", "teacher"),
+        ("demo --model {dense} --text {corpus} --out {dir}/demo --flops 1.5", "1.5"),
+        ("demo --model {sparse} --text {corpus} --out {dir}/demo", "sparse already"),
+    ],
+)  # fmt: skip
+def test_wrong_use_is_refused(folder, sparse, tmp_path, capfd, argv, message):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    places = {
+        "dense": folder / "dense",
+        "sparse": sparse,
+        "corpus": folder / "corpus.txt",
+        "short": folder / "short.txt",
+        "empty": tmp_path / "empty.txt",
+        "binary": tmp_path / "binary.txt",
+        "dir": tmp_path,
+    }
+    before = fingerprint(folder)
+    err = refused(capfd, *argv.format(**places).split())
+    assert message in err
+    assert fingerprint(folder) == before
