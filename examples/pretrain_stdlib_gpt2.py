@@ -39,9 +39,9 @@ class Settings:
     layers: int = 3
     heads: int = 4
     batch_size: int = 24
-    steps: int = 1500
+    steps: int = 1280
     warmup_steps: int = 50
-    decay_steps: int = 450
+    decay_steps: int = 380
     matrix_rate: float = 5e-3
     other_rate: float = 3e-3
     weight_decay: float = 0.05

@@ -303,7 +303,7 @@ class Generate:
         new = np.asarray(out[0, len(ids) :]).tolist()
         if tokenizer.eos_token_id in new:
             new = new[: new.index(tokenizer.eos_token_id)]
-        console.print(tokenizer.decode(ids + new), markup=False, highlight=False)
+        console.print(tokenizer.decode(ids + new), markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -312,7 +312,7 @@ class _Job:
         self.console.print(_summary(rep))
         for name in ("dense", "sparse"):
             self.console.rule(f"the {name} model writes")
-            self.console.print(rep[name]["sample"], markup=False, highlight=False)
+            self.console.print(rep[name]["sample"], markup=False, highlight=False, soft_wrap=True)
         self.console.rule()
         self.console.print(
             f"Report, pictures and the sparse model are in {out}/ ({rep['seconds']:.0f} s in all)."

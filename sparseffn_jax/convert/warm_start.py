@@ -493,7 +493,9 @@ def _fit_dft(branch: SpectralConfig, moments: Moments):
         branch.block_size,
         branch.frequencies,
     )
-    return {"real": real, "imag": imag}, np.asarray(weight, np.float64)
+    # As the module has it: no leaf where no frequency has an imaginary part.
+    factors = {"real": real} | ({"imag": imag} if len(imag) else {})
+    return factors, np.asarray(weight, np.float64)
 
 
 def _unit_moments(weight):

@@ -33,18 +33,19 @@ def pick(
       ValueError: if the forced plan is unknown or cannot run here; the message says why.
     """
     refused = refused or {}
-    if implementation in refused:
+    if implementation is None:
+        plan = min(costs, key=costs.__getitem__)
+    elif implementation in refused:
         raise ValueError(
             f"{operator} cannot run as {implementation!r} here: {refused[implementation]}; "
             f"use one of {', '.join(costs)}, or None"
         )
-    if implementation is not None and implementation not in costs:
+    elif implementation not in costs:
         raise ValueError(
             f"{operator} has no plan {implementation!r}: use one of {', '.join(costs)}, or None"
         )
-    plan = implementation
-    if plan is None:
-        plan = min(costs, key=lambda name: costs[name])
+    else:
+        plan = implementation
     if (recording := _recording.get()) is not None:
         recording.append((operator, plan))
     return plan

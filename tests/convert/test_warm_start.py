@@ -136,9 +136,7 @@ def test_the_core_takes_the_important_units(dense, tokens):
     layers = {**params["transformer"]["h"], "0": {**params["transformer"]["h"]["0"], "mlp": layer}}
     params = {**params, "transformer": {**params["transformer"], "h": layers}}
     config = SparseFFNConfig(D, D_FF, micro=MicroRefinementConfig(CoreConfig(D_FF // 2)))
-    _, sparse = sparsify(
-        model, params, (config, None), tokens, start="select", distill_steps=0
-    )
+    _, sparse = sparsify(model, params, (config, None), tokens, start="select", distill_steps=0)
     kernel = sparse["transformer"]["h"]["0"]["mlp"]["core_expand"]["kernel"]
     np.testing.assert_array_equal(kernel, layer["c_fc"]["kernel"].T[:, 1::2])
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import signal
@@ -20,7 +21,7 @@ from sparseffn_jax.train.losses import evaluate_loss
 
 CONFIG = TrainConfig(
     steps=12,
-    batch_size=4,
+    batch_size=3,
     learning_rate=1e-2,
     log_every=1,
     eval_every=6,
@@ -57,7 +58,7 @@ def uninterrupted(tmp_path_factory, model_and_params, windows):
         config = dataclasses.replace(CONFIG, recipe=recipe, dropout=recipe == "ffn_only")
         out_dir = tmp_path_factory.mktemp(recipe)
         result, losses = run(*model_and_params, windows, config, out_dir)
-        return config, result, losses, read_log(out_dir)
+        return config, result, losses, out_dir
 
     return run_recipe
 
@@ -77,7 +78,7 @@ def uninterrupted(tmp_path_factory, model_and_params, windows):
 def test_resume_is_exact(
     recipe, stop, crash, resumed_at, uninterrupted, model_and_params, windows, tmp_path
 ):
-    config, expected, expected_losses, expected_log = uninterrupted(recipe)
+    config, expected, expected_losses, expected_dir = uninterrupted(recipe)
     ended = pytest.raises(KeyboardInterrupt, match=f"stopped after step {stop} of 12")
     if crash is not None:
         ended = pytest.raises(RuntimeError, match="the power went out")
@@ -88,7 +89,7 @@ def test_resume_is_exact(
     assert losses == {step: expected_losses[step] for step in losses}
     chex.assert_trees_all_equal(result.params, expected.params)
     assert result.data_hash == expected.data_hash
-    assert read_log(tmp_path) == expected_log
+    assert read_log(tmp_path) == read_log(expected_dir)
 
 
 @pytest.mark.parametrize("recipe", ["full", "ffn_only", "lora", "stepwise"])
@@ -96,7 +97,8 @@ def test_training_changes_what_it_should_and_learns(
     recipe, uninterrupted, model_and_params, windows
 ):
     model, params = model_and_params
-    _, result, losses, log = uninterrupted(recipe)
+    _, result, losses, out_dir = uninterrupted(recipe)
+    log = read_log(out_dir)
     before, after = flatten_dict(params), flatten_dict(result.params)
     changed = {path for path in before if (np.array(before[path]) != after[path]).any()}
     trainable = {
@@ -114,46 +116,46 @@ def test_training_changes_what_it_should_and_learns(
     assert log[-1]["validation_loss"] == pytest.approx(validation_loss, rel=1e-6)
 
 
-def test_the_same_batches_give_the_same_hash(uninterrupted, model_and_params, windows, tmp_path):
-    config, expected, *_ = uninterrupted("ffn_only")
-    hashes = {uninterrupted(recipe)[1].data_hash for recipe in ("full", "ffn_only", "lora")}
-    assert hashes == {expected.data_hash}
-    config = dataclasses.replace(config, seed=1)
-    result, _ = run(*model_and_params, windows, config, tmp_path)
-    assert result.data_hash != expected.data_hash
+def test_the_hash_is_chained_over_the_batches(uninterrupted, windows):
+    batches, digest = make_batches(windows.train, 3, CONFIG.seed), hashlib.sha256().digest()
+    for _ in range(12):
+        digest = hashlib.sha256(digest + next(batches).tobytes()).digest()
+    assert {uninterrupted(recipe)[1].data_hash for recipe in ("full", "ffn_only")} == {digest.hex()}
 
 
-def test_a_run_leaves_its_log_and_can_be_asked_again(model_and_params, windows, tmp_path):
-    first, losses = run(*model_and_params, windows, CONFIG, tmp_path)
-    assert len(losses) == 12
-    assert list((tmp_path / "tensorboard").glob("events.*"))
-    record = first.history[-1]
+def test_a_finished_run_stays_as_it_is(uninterrupted, model_and_params, windows):
+    config, expected, _, out_dir = uninterrupted("ffn_only")
+    assert list((out_dir / "tensorboard").glob("events.*"))
+    record = expected.history[-1]
     assert {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second"} <= record.keys()
-    again, losses = run(*model_and_params, windows, CONFIG, tmp_path)
+    again, losses = run(*model_and_params, windows, config, out_dir)
     assert losses == {}
-    chex.assert_trees_all_equal(again.params, first.params)
+    chex.assert_trees_all_equal(again.params, expected.params)
     with pytest.raises(FileExistsError, match="up to step 12"):
-        run(*model_and_params, windows, CONFIG, tmp_path, resume="never")
-    other = dataclasses.replace(CONFIG, learning_rate=1.0, seed=1)
+        run(*model_and_params, windows, config, out_dir, resume="never")
+
+
+def test_a_run_does_not_go_on_as_another(uninterrupted, model_and_params, windows):
+    config, _, _, out_dir = uninterrupted("ffn_only")
+    other = dataclasses.replace(config, learning_rate=1.0, seed=1)
     with pytest.raises(ValueError, match=r"other settings \(learning_rate, seed\)"):
-        run(*model_and_params, windows, other, tmp_path)
-    text = dataclasses.replace(windows, train=windows.train[::-1])
+        run(*model_and_params, windows, other, out_dir)
+    other = dataclasses.replace(windows, train=windows.train[::-1])
     with pytest.raises(ValueError, match=r"other settings \(training_text\)"):
-        run(*model_and_params, text, CONFIG, tmp_path)
-    model, params = make_model(ffns=(None,))
-    with pytest.raises(
-        ValueError, match=r"(?s)another model.*mlp/bias: saved \(32,\), the model has"
-    ):
-        run(model, params, windows, CONFIG, tmp_path)
-    ffn = restore_ffn(tmp_path)
-    assert {path for path in flatten_dict(ffn)} == {
-        path for path in flatten_dict(first.params) if "mlp" in path
-    }
-    chex.assert_trees_all_equal(
-        ffn["transformer"]["h"]["0"]["mlp"], first.params["transformer"]["h"]["0"]["mlp"]
-    )
-    early = restore_ffn(tmp_path, 4)["transformer"]["h"]["0"]["mlp"]
-    assert (early["bias"] != ffn["transformer"]["h"]["0"]["mlp"]["bias"]).all()
+        run(*model_and_params, other, config, out_dir)
+    with pytest.raises(ValueError, match=r"(?s)of another model.*mlp/bias: saved \(32,\)"):
+        run(*make_model(ffns=(None,)), windows, config, out_dir)
+
+
+def test_the_ffn_can_be_restored_alone(uninterrupted):
+    _, expected, _, out_dir = uninterrupted("ffn_only")
+    ffn = flatten_dict(restore_ffn(out_dir))
+    after = {path: leaf for path, leaf in flatten_dict(expected.params).items() if "mlp" in path}
+    chex.assert_trees_all_equal(ffn, after)
+    bias = ("transformer", "h", "0", "mlp", "bias")
+    assert (flatten_dict(restore_ffn(out_dir, 4))[bias] != ffn[bias]).all()
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 5: it has 4, 8, 12"):
+        restore_ffn(out_dir, 5)
 
 
 @pytest.fixture(scope="module")
@@ -217,25 +219,25 @@ def test_the_guard_gives_up(untied, poisoned, tmp_path):
 
 
 def test_losses_above_the_band_are_undone(model_and_params, tmp_path):
-    # One epoch of a text that is easily learnt, but for the batches of steps 81 to 84.
+    # One epoch of a text that is easily learnt, but for the batches of steps 83 to 86.
     model, params = model_and_params
     config = dataclasses.replace(
         CONFIG, steps=90, warmup_steps=0, log_every=10, eval_every=0, save_every=20
     )
-    order = make_batches(np.arange(4 * 90)[:, None], config.batch_size, config.seed)
-    rows = np.concatenate([next(order)[:, 0] for _ in range(84)][80:])
-    train_windows = np.full((4 * 90, WINDOW + 1), 7, np.int32)
+    order = make_batches(np.arange(3 * 90)[:, None], config.batch_size, config.seed)
+    rows = np.concatenate([next(order)[:, 0] for _ in range(86)][82:])
+    train_windows = np.full((3 * 90, WINDOW + 1), 7, np.int32)
     train_windows[rows] = make_windows().train[: len(rows)]
     windows = TokenWindows(train_windows, train_windows[:8])
 
     result, losses = run(model, params, windows, config, tmp_path / "goes on")
     (event,) = [record for record in result.history if "event" in record]
     assert "makes 3 in a row above" in event["reason"]
-    assert (event["step"], event["restored_step"]) == (83, 80)
-    assert losses[90] < losses[80] + 0.1 < losses[83] - 1.0
+    assert (event["step"], event["restored_step"]) == (85, 81)
+    assert losses[90] < losses[80] + 0.1 < losses[85] - 1.0
 
     config = dataclasses.replace(config, guard=GuardConfig(max_restores=0))
-    with pytest.raises(DivergenceError, match=r"step 83: .* checkpoint is .*/checkpoints/80\."):
+    with pytest.raises(DivergenceError, match=r"step 85: .* checkpoint is .*/checkpoints/80\."):
         run(model, params, windows, config, tmp_path / "gives up")
 
 
