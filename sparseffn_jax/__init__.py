@@ -3,8 +3,6 @@
 What this module exports is the public API; the rest may change.
 """
 
-from pathlib import Path
-
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -20,6 +18,7 @@ from sparseffn_jax.convert.checkpoint import (
     save_pretrained,
 )
 from sparseffn_jax.convert.warm_start import sparsify
+from sparseffn_jax.demo import EMBEDDED_MODEL
 from sparseffn_jax.nn.generation import generate
 from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, init_cache
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
@@ -29,9 +28,6 @@ from sparseffn_jax.train.data import TokenWindows, load_windows
 from sparseffn_jax.train.guard import DivergenceError, GuardConfig
 from sparseffn_jax.train.loop import TrainResult, train
 from sparseffn_jax.train.losses import evaluate_loss
-
-# A small GPT-2 that writes Python, in Hugging Face format; see its README.md.
-EMBEDDED_MODEL = Path(__file__).parent / "assets" / "stdlib-gpt2"
 
 __all__ = [
     "EMBEDDED_MODEL",

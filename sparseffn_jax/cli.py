@@ -14,7 +14,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sparseffn_jax import EMBEDDED_MODEL
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.convert.checkpoint import (
     Pretrained,
@@ -25,13 +24,13 @@ from sparseffn_jax.convert.checkpoint import (
     save_pretrained,
 )
 from sparseffn_jax.convert.warm_start import sparsify
-from sparseffn_jax.demo import DemoSettings, run_demo
-from sparseffn_jax.measure import report
+from sparseffn_jax.demo import EMBEDDED_MODEL, DemoSettings, run_demo
 from sparseffn_jax.measure.layers import describe_layer
+from sparseffn_jax.measure.report import make_folder, write_json
 from sparseffn_jax.nn.generation import generate
 from sparseffn_jax.nn.gpt2 import d_ff
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.data import STDLIB, load_windows, read_text
+from sparseffn_jax.train.data import STDLIB, check_window, load_windows, read_text
 from sparseffn_jax.train.guard import DivergenceError
 from sparseffn_jax.train.loop import Resume, train
 from sparseffn_jax.train.losses import evaluate_tokens
@@ -42,61 +41,18 @@ Precision = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Demo:
+class Demo(DemoSettings):
     """The main job: a dense GPT-2 in, a faster sparse GPT-2 out, with a report and pictures.
 
     Without arguments it takes the small model that comes with the package and needs no network:
     load, evaluate, sparsify, distil, fine-tune sparse and dense on the same batches, evaluate,
     time both, let both write. Everything lands in the folder given by --out.
-
-    Attributes:
-      model: Folder or hub name of a dense GPT-2.
-      text: "stdlib" (the source of Python's standard library), a text file, a folder of text
-        files, or a Hugging Face dataset with a "text" column.
-      out: Folder for report.json, the pictures and the sparse model; an earlier report there is
-        replaced.
-      flops: FFN FLOPs of the sparse model over the dense one's.
-      steps: Fine-tuning steps, for both models.
-      batch_size: Windows in a step.
-      window: Tokens in a window; at most the model's n_positions, which is the default.
-      learning_rate: Peak rate.
-      calibration_windows: For the warm start.
-      distill_steps: Of layer-wise distillation.
-      evaluation_windows: Held-out windows behind every loss.
-      sweep: FFN FLOPs ratios of the picture of quality against time.
-      sweep_steps: Fine-tuning steps for each of them; 0 shows the loss right after conversion.
-      prompt: What both models continue.
-      seed: Of the data order and of sampling.
     """
-
-    model: str = _EMBEDDED
-    text: str = STDLIB
-    out: Path = Path("runs/demo")
-    flops: float = 0.4
-    steps: int = 60
-    batch_size: int = 16
-    window: int | None = None
-    learning_rate: float = 5e-4
-    calibration_windows: int = 128
-    distill_steps: int = 150
-    evaluation_windows: int = 128
-    sweep: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-    sweep_steps: int = 0
-    prompt: str = "def read_config(path):\n"
-    seed: int = 0
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        for ratio in (self.flops, *self.sweep):
-            _check_ratio(ratio)
-        for name in ("steps", "batch_size", "calibration_windows", "evaluation_windows"):
-            _check_at_least(name, getattr(self, name), 1)
-        for name in ("distill_steps", "sweep_steps"):
-            _check_at_least(name, getattr(self, name), 0)
-        _make_folder(self.out)
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["flops_ratio"] = values.pop("flops")
-        run_demo(DemoSettings(**values), console)
+        make_folder(self.out)
+        run_demo(self, console)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +111,6 @@ class Convert:
     def _configs(self, dense: Pretrained) -> Any:
         config = dense.config
         if self.config is None:
-            _check_ratio(self.flops)
             return SparseFFNConfig.from_flops_ratio(
                 config.n_embd, d_ff(config), self.flops, config.activation_function
             )
@@ -192,10 +147,12 @@ class Finetune:
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        _make_folder(self.out)
+        make_folder(self.out)
         pretrained = load_pretrained(self.model)
         tokenizer = _tokenizer(self.model, pretrained)
-        windows = load_windows(self.text, tokenizer, _window(self.window, pretrained))
+        windows = load_windows(
+            self.text, tokenizer, check_window(self.window, pretrained.config.n_positions)
+        )
         model = pretrained.model(_DTYPES[self.dtype])
         teacher = None
         if self.teacher is not None:
@@ -240,14 +197,14 @@ class Evaluate:
         """Runs the command."""
         _check_at_least("batch_size", self.batch_size, 1)
         if self.json is not None:
-            _make_folder(self.json.parent)
+            make_folder(self.json.parent)
         text = read_text(self.text)
         pretrained = load_pretrained(self.model)
         tokenizer = _tokenizer(self.model, pretrained)
         tokens = np.array(tokenizer.backend_tokenizer.encode(text).ids, np.int32)
         if len(tokens) < 2:
             raise ValueError(f"{self.text} has {len(tokens)} tokens: at least 2 are needed")
-        window = _window(self.window, pretrained)
+        window = check_window(self.window, pretrained.config.n_positions)
         model = pretrained.model()
         loss = evaluate_tokens(model, pretrained.params, tokens, window, self.batch_size)
         result = {
@@ -259,7 +216,7 @@ class Evaluate:
             "text": str(self.text),
         }
         if self.json is not None:
-            report.write_json(self.json, result)
+            write_json(self.json, result)
         console.print(
             f"loss {loss:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
             f"{result['tokens']:,} tokens"
@@ -357,14 +314,14 @@ Command = (
 
 def main(argv: list[str] | None = None) -> None:
     """Runs ``sparseffn``; exits with 2 after one line about bad input, 130 after Ctrl-C."""
-    command = tyro.cli(
-        Command,  # pyright: ignore[reportArgumentType]
-        prog="sparseffn",
-        description="Sparse feed-forward layers for pretrained transformers.",
-        args=argv,
-    )
     errors = Console(stderr=True, soft_wrap=True)
     try:
+        command = tyro.cli(
+            Command,  # pyright: ignore[reportArgumentType]
+            prog="sparseffn",
+            description="Sparse feed-forward layers for pretrained transformers.",
+            args=argv,
+        )
         command.run(Console())
     except KeyboardInterrupt as interrupt:
         errors.print(str(interrupt) or "stopped", markup=False, highlight=False)
@@ -382,31 +339,6 @@ def _tokenizer(source: str, pretrained: Pretrained) -> Any:
     return tokenizer
 
 
-def _window(window: int | None, pretrained: Pretrained) -> int:
-    limit = pretrained.config.n_positions
-    if window is None:
-        return limit
-    if not 1 <= window <= limit:
-        raise ValueError(f"window={window} must lie between 1 and the model's n_positions={limit}")
-    return window
-
-
-def _check_ratio(ratio: float) -> None:
-    if not 0.0 < ratio <= 1.0:
-        raise ValueError(f"a FLOPs ratio of {ratio} must lie above 0 and not above 1")
-
-
 def _check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")
-
-
-def _make_folder(folder: Path) -> None:
-    """Makes sure, before any work, that results can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".sparseffn-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}; give another") from error

@@ -27,10 +27,12 @@ from sparseffn_jax.measure.timing import PairedTimes, time_pair
 from sparseffn_jax.nn.generation import generate
 from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, d_ff, ffn_module
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.data import TokenWindows, load_windows
+from sparseffn_jax.train.data import STDLIB, TokenWindows, check_window, load_windows
 from sparseffn_jax.train.loop import TrainResult, train
 from sparseffn_jax.train.losses import cross_entropy, make_evaluator
 
+# A small GPT-2 that writes Python, in Hugging Face format; see its README.md.
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "stdlib-gpt2"
 _EVALUATION_BATCH = 16
 _TIMED_TOKENS = 4096
 
@@ -40,38 +42,54 @@ class DemoSettings:
     """What the main job runs on, and for how long.
 
     Attributes:
-      model: folder or hub name of a dense GPT-2.
-      text: what to calibrate, fine-tune and evaluate on; see ``load_windows``.
-      out: folder for the report, pictures and the sparse model.
-      flops_ratio: FFN FLOPs of the sparse model over the dense one's.
-      steps: of fine-tuning, for the sparse and the dense model alike.
-      batch_size: windows a step.
-      window: tokens a window; at most the model's ``n_positions``.
-      learning_rate: peak rate of both fine-tuning runs.
-      calibration_windows: for the warm start.
-      distill_steps: of layer-wise distillation.
-      evaluation_windows: held-out windows for every loss in the report.
+      model: Folder or hub name of a dense GPT-2.
+      text: "stdlib" (the source of Python's standard library), a text file, a folder of text
+        files, or a Hugging Face dataset with a "text" column.
+      out: Folder for report.json, the pictures and the sparse model; an earlier report there is
+        replaced.
+      flops: FFN FLOPs of the sparse model over the dense one's.
+      steps: Fine-tuning steps, for both models.
+      batch_size: Windows in a step.
+      window: Tokens in a window; at most the model's n_positions, which is the default.
+      learning_rate: Peak rate.
+      calibration_windows: For the warm start.
+      distill_steps: Of layer-wise distillation.
+      evaluation_windows: Held-out windows behind every loss.
       sweep: FFN FLOPs ratios of the picture of quality against time.
-      sweep_steps: fine-tuning steps for each point of the sweep; 0 shows it right after conversion.
-      prompt: what both models continue at the end.
-      seed: of the data order and of sampling.
+      sweep_steps: Fine-tuning steps for each of them; 0 shows the loss right after conversion.
+      prompt: What both models continue.
+      seed: Of the data order and of sampling.
+
+    Raises:
+      ValueError: on construction, if a value is out of its range.
     """
 
-    model: str
-    text: str
-    out: Path
-    flops_ratio: float
-    steps: int
-    batch_size: int
-    window: int
-    learning_rate: float
-    calibration_windows: int
-    distill_steps: int
-    evaluation_windows: int
-    sweep: tuple[float, ...]
-    sweep_steps: int
-    prompt: str
-    seed: int
+    model: str = str(EMBEDDED_MODEL)
+    text: str = STDLIB
+    out: Path = Path("runs/demo")
+    flops: float = 0.4
+    steps: int = 60
+    batch_size: int = 16
+    window: int | None = None
+    learning_rate: float = 5e-4
+    calibration_windows: int = 128
+    distill_steps: int = 150
+    evaluation_windows: int = 128
+    sweep: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+    sweep_steps: int = 0
+    prompt: str = "def read_config(path):\n"
+    seed: int = 0
+
+    def __post_init__(self):
+        for ratio in (self.flops, *self.sweep):
+            if not 0.0 < ratio <= 1.0:
+                raise ValueError(f"a FLOPs ratio of {ratio} must lie above 0 and not above 1")
+        for name in ("steps", "batch_size", "calibration_windows", "evaluation_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("distill_steps", "sweep_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
 def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
@@ -107,16 +125,13 @@ class _Job:
             raise ValueError(f"{settings.model} is sparse already: give a dense GPT-2")
         self.model = self.dense.model()
         config = self.dense.config
-        if settings.window > config.n_positions:
-            raise ValueError(
-                f"window={settings.window} exceeds the model's n_positions={config.n_positions}"
-            )
+        window = check_window(settings.window, config.n_positions)
         self.tokenizer = load_tokenizer(settings.model)
         check_tokenizer(self.tokenizer, config)
         self.config = SparseFFNConfig.from_flops_ratio(
-            config.n_embd, d_ff(config), settings.flops_ratio, config.activation_function
+            config.n_embd, d_ff(config), settings.flops, config.activation_function
         )
-        windows = load_windows(settings.text, self.tokenizer, settings.window)
+        windows = load_windows(settings.text, self.tokenizer, window)
         rng = np.random.default_rng(settings.seed)
         held_out = rng.permutation(len(windows.validation))[: settings.evaluation_windows]
         self.windows = TokenWindows(windows.train, windows.validation[held_out])

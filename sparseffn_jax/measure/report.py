@@ -19,6 +19,21 @@ from sparseffn_jax.ops.block_sparse import BlockMask
 _DENSE, _SPARSE, _ACCENT = "#0072B2", "#D55E00", "#009E73"
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and proves, before any work, that results can be written to it.
+
+    Raises:
+      ValueError: if they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".sparseffn-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; give another") from error
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes indented JSON to ``path``, whole or not at all."""
     partial = path.with_suffix(path.suffix + ".partial")

@@ -161,6 +161,21 @@ def pack(tokens: Int[np.ndarray, " n"], window: int) -> Int[np.ndarray, "k w"]:
     return tokens[starts + np.arange(window + 1)[None, :]]
 
 
+def check_window(window: int | None, n_positions: int) -> int:
+    """Returns the window's length, by default all that the model has positions for.
+
+    Raises:
+      ValueError: if the model has too few, or the window is empty.
+    """
+    if window is None:
+        return n_positions
+    if not 1 <= window <= n_positions:
+        raise ValueError(
+            f"window={window} must lie between 1 and the model's n_positions={n_positions}"
+        )
+    return window
+
+
 def make_batches(
     windows: Int[np.ndarray, "n w"], batch_size: int, seed: int
 ) -> grain.DatasetIterator:

@@ -299,12 +299,13 @@ class _Run:
 
     def _log(self, log: MetricsLog, metrics: Record) -> None:
         config, step = self._config, self.position.step
-        log.advance(step, metrics["loss"])
+        tokens_per_second = self._tokens / self._seconds
+        log.advance(step, metrics["loss"], tokens_per_second)
         is_last = step == config.steps
         evaluates = config.eval_every and (is_last or step % config.eval_every == 0)
         if not (evaluates or is_last or step % config.log_every == 0):
             return
-        metrics["tokens_per_second"] = self._tokens / self._seconds
+        metrics["tokens_per_second"] = tokens_per_second
         self._tokens, self._seconds = 0, 0.0
         if evaluates:
             microbatch = config.batch_size // config.accumulate_steps

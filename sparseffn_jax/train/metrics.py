@@ -53,9 +53,10 @@ class MetricsLog:
         self._events.close()
         self._file.close()
 
-    def advance(self, step: int, loss: float) -> None:
+    def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Moves the progress bar."""
-        self._progress.update(self._task, completed=step, status=f"loss {loss:.4f}")
+        status = f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s"
+        self._progress.update(self._task, completed=step, status=status)
 
     def record(self, record: Record) -> None:
         """Writes one step's numbers; away from a terminal, also a line of text."""

