@@ -1,6 +1,7 @@
 """The main job from end to end: a pretrained GPT-2 goes in, a faster sparse one comes out."""
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,15 +49,18 @@ class DemoSettings:
       out: Folder for report.json, the pictures and the sparse model; an earlier report there is
         replaced.
       flops: FFN FLOPs of the sparse model over the dense one's.
-      steps: Fine-tuning steps, for both models.
+      steps: Fine-tuning steps, for both models. The sparse one learns from the dense one's
+        predictions, the dense one from the text.
       batch_size: Windows in a step.
       window: Tokens in a window; at most the model's n_positions, which is the default.
-      learning_rate: Peak rate.
+      learning_rate: Peak rate of the sparse model.
+      dense_learning_rate: Peak rate of the dense model, which has less far to go.
       calibration_windows: For the warm start.
       distill_steps: Of layer-wise distillation.
       evaluation_windows: Held-out windows behind every loss.
       sweep: FFN FLOPs ratios of the picture of quality against time.
-      sweep_steps: Fine-tuning steps for each of them; 0 shows the loss right after conversion.
+      sweep_steps: Fine-tuning steps for each of them, after layer-wise distillation; 0 shows the
+        loss right after the closed forms.
       prompt: What both models continue.
       seed: Of the data order and of sampling.
 
@@ -68,12 +72,13 @@ class DemoSettings:
     text: str = STDLIB
     out: Path = Path("runs/demo")
     flops: float = 0.4
-    steps: int = 60
-    batch_size: int = 16
+    steps: int = 200
+    batch_size: int = 8
     window: int | None = None
-    learning_rate: float = 5e-4
-    calibration_windows: int = 128
-    distill_steps: int = 150
+    learning_rate: float = 1e-3
+    dense_learning_rate: float = 3e-4
+    calibration_windows: int = 96
+    distill_steps: int = 100
     evaluation_windows: int = 128
     sweep: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
     sweep_steps: int = 0
@@ -103,6 +108,8 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     """
     started = time.perf_counter()
     job = _Job(settings, console)
+    # An earlier demo's training must not be resumed: its curves would be missing here.
+    shutil.rmtree(settings.out / "training", ignore_errors=True)
     job.evaluate_dense()
     job.sparsify()
     job.fine_tune()
@@ -215,15 +222,18 @@ class _Job:
     def train(
         self, name: str, model: GPT2LMHeadModel, params: Any, steps: int, teacher: Any
     ) -> tuple[TrainResult, list[tuple[int, float]]]:
+        settings = self.settings
+        rate = settings.dense_learning_rate if teacher is None else settings.learning_rate
         config = TrainConfig(
             steps=steps,
-            batch_size=self.settings.batch_size,
+            batch_size=settings.batch_size,
             recipe="full",
-            learning_rate=self.settings.learning_rate,
-            ffn_learning_rate=self.settings.learning_rate,
-            distill_weight=0.5 if teacher is not None else 0.0,
+            learning_rate=rate,
+            ffn_learning_rate=rate,
+            distill_weight=0.0 if teacher is None else 1.0,
             temperature=1.0,
-            seed=self.settings.seed,
+            seed=settings.seed,
+            log_every=max(1, steps // 10),
             eval_every=0,
             save_every=max(1, steps),
         )
@@ -232,7 +242,7 @@ class _Job:
         def remember(step: int, metrics: dict[str, float]) -> None:
             points.append((step, metrics.get("cross_entropy", metrics["loss"])))
 
-        folder = self.settings.out / "training" / name
+        folder = settings.out / "training" / name
         result = train(
             model, params, self.windows, config, folder, teacher=teacher, on_step=remember
         )
@@ -249,7 +259,8 @@ class _Job:
             config = SparseFFNConfig.from_flops_ratio(
                 self.config.d_model, self.config.d_ff, ratio, self.config.activation
             )
-            model, params = self.convert(config, "refit", self.settings.distill_steps)
+            distill_steps = self.settings.distill_steps if self.settings.sweep_steps else 0
+            model, params = self.convert(config, "refit", distill_steps)
             point = {"flops_ratio": config.flops_ratio, "val_loss": self.loss(model, params)}
             if self.settings.sweep_steps:
                 name, steps = f"sweep_{ratio:g}", self.settings.sweep_steps

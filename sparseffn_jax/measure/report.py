@@ -114,7 +114,7 @@ def plot_quality(
 
     Args:
       path: PNG to write.
-      points: each with ``flops_ratio``, ``time_ratio`` and ``val_loss``, right after conversion.
+      points: each with ``flops_ratio``, ``time_ratio`` and ``val_loss``.
       dense_loss: of the dense model, fine-tuned on the same batches.
       tuned: the fine-tuned sparse model's point, with the same keys.
     """
@@ -125,7 +125,7 @@ def plot_quality(
         [point["val_loss"] for point in ordered],
         "o--",
         color=_SPARSE,
-        label="sparse, right after conversion",
+        label="sparse, converted",
         linewidth=1,
     )
     for point in ordered:
