@@ -5,6 +5,7 @@ Every mask here is static: XLA compiles the masked program, and what is masked h
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -13,6 +14,7 @@ import numpy as np
 
 from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.block_sparse import BlockMask
+from sparseffn_jax.ops.spectral import circulant_products, complex_frequencies
 
 Transform = Literal["klt", "dft"]
 # Found by search on a small trained GPT-2 at FLOPs ratios of 0.1 to 0.4: the core's share of the
@@ -35,7 +37,7 @@ class SpectralConfig:
       frequency_mask: dft only: ``block_size // 2 + 1`` booleans, ``True`` keeps; ``None`` keeps
         all.
       implementation: plan to force (klt: ``"two_gemms"``, ``"merged"``; dft: ``"fft"``,
-        ``"dft"``, ``"dense"``); ``None`` lets the cost model choose.
+        ``"dft"``, ``"split"``, ``"dense"``); ``None`` lets the cost model choose.
     """
 
     transform: Transform = "klt"
@@ -62,7 +64,7 @@ class SpectralConfig:
             plans = ("two_gemms", "merged")
         else:
             self._check_dft()
-            plans = ("fft", "dft", "dense")
+            plans = ("fft", "dft", "split", "dense")
         _check_implementation(self.implementation, plans)
 
     def _check_dft(self):
@@ -139,7 +141,7 @@ class CoreConfig:
       width: hidden units; all ``d_ff`` of them with no masks is the dense FFN itself.
       expand_mask: of W1, over ``(d_model, width)``; ``None`` keeps every block.
       contract_mask: of W2, over ``(width, d_model)``; ``None`` keeps every block.
-      implementation: plan to force: ``"slice"``, ``"gather"`` or ``"masked"``.
+      implementation: plan to force: ``"slice"``, ``"gather"``, ``"unrolled"`` or ``"masked"``.
     """
 
     width: int
@@ -150,7 +152,36 @@ class CoreConfig:
     def __post_init__(self):
         _check_types(self)
         _check_positive("core width", self.width)
-        _check_implementation(self.implementation, ("slice", "gather", "masked"))
+        _check_implementation(self.implementation, ("slice", "gather", "unrolled", "masked"))
+
+    def without_dead_units(self) -> "CoreConfig":
+        """Returns the core without the hidden units that no output reads.
+
+        Masks of whole units leave a plain, narrower FFN, with no mask at all.
+        """
+        if self.contract_mask is None:
+            return self
+        blocks_of = {
+            "expand_mask": None if self.expand_mask is None else self.expand_mask.block_shape[1],
+            "contract_mask": self.contract_mask.block_shape[0],
+        }
+        group = math.lcm(*(side or 1 for side in blocks_of.values()))
+        is_read = np.array(self.contract_mask.blocks).any(axis=1)
+        units = np.repeat(is_read, blocks_of["contract_mask"]).reshape(-1, group).any(axis=1)
+        masks: dict[str, BlockMask | None] = {}
+        for name, side in blocks_of.items():
+            if (mask := getattr(self, name)) is None:
+                masks[name] = None
+                continue
+            kept = np.repeat(units, group // side)
+            blocks = np.array(mask.blocks)
+            blocks = blocks[:, kept] if name == "expand_mask" else blocks[kept]
+            if not blocks.any():
+                return self
+            masks[name] = None if blocks.all() else BlockMask.from_array(blocks, mask.block_shape)
+        smaller = dataclasses.replace(self, width=int(units.sum()) * group, **masks)
+        # Without the one mask, the other may allow a finer cut.
+        return self if smaller == self else smaller.without_dead_units()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +191,7 @@ class MicroRefinementConfig:
     Attributes:
       core: kind "ffn", added to the spectral branch.
       steps: kind "linear": one ``(d_model, d_model)`` mask a step of ``y = y + y B``.
-      implementation: plan to force for the steps: ``"slice"``, ``"gather"`` or ``"masked"``.
+      implementation: plan to force for the steps; as in :class:`CoreConfig`.
     """
 
     core: CoreConfig | None = None
@@ -171,7 +202,7 @@ class MicroRefinementConfig:
         _check_types(self)
         if self.core is None and not self.steps:
             raise ValueError("micro-refinement needs a core or at least one step: or leave it out")
-        _check_implementation(self.implementation, ("slice", "gather", "masked"))
+        _check_implementation(self.implementation, ("slice", "gather", "unrolled", "masked"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +336,8 @@ class SparseFFNConfig:
                 flops["spectral"] = 2 * self._block_circulant_multiply_adds(spectral)
         if (micro := self.micro) is not None:
             weights = sum(mask.size for mask in micro.steps)
-            if (core := micro.core) is not None:
+            if micro.core is not None:
+                core = micro.core.without_dead_units()
                 full = self.d_model * core.width
                 for mask in (core.expand_mask, core.contract_mask):
                     weights += full if mask is None else mask.size
@@ -314,9 +346,8 @@ class SparseFFNConfig:
 
     def _block_circulant_multiply_adds(self, spectral: SpectralConfig) -> int:
         b = spectral.block_size
-        real_only = {0, b // 2} if b % 2 == 0 else {0}
-        components = sum(1 if f in real_only else 2 for f in spectral.frequencies)
-        products = sum(1 if f in real_only else 4 for f in spectral.frequencies)
+        components = len(spectral.frequencies) + len(complex_frequencies(spectral.frequencies, b))
+        products = circulant_products(spectral.frequencies, b)
         p, q = self.d_model // b, spectral.width // b
         # Both maps: products at each frequency, and a b-point transform in and out of it.
         return 2 * (p * q * products + (p + q) * b * components)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numerics import alive
 
 from sparseffn_jax.config import (
     CoreConfig,
@@ -57,7 +58,7 @@ def spectral_configs(draw, d_model):
     b = draw(st.sampled_from([b for b in range(1, d_model + 1) if d_model % b == 0]))
     width = b * draw(st.integers(1, 6))
     if draw(st.booleans()):
-        plan = draw(some(st.sampled_from(["fft", "dft", "dense"])))
+        plan = draw(some(st.sampled_from(["fft", "dft", "split", "dense"])))
         mask = draw(some(bool_rows(b // 2 + 1)))
         return SpectralConfig("dft", width, block_size=b, frequency_mask=mask, implementation=plan)
     ranks = st.integers(1, min(d_model, width))
@@ -226,11 +227,11 @@ BAD = {
     ),
     "plan of another transform": (
         {"spectral__implementation": "merged"},
-        "implementation='merged': expected one of fft, dft, dense",
+        "implementation='merged': expected one of fft, dft, split, dense",
     ),
     "unknown plan": (
         {"micro__implementation": "csr"},
-        "'csr': expected one of slice, gather, masked",
+        "'csr': expected one of slice, gather, unrolled, masked",
     ),
     "plan is no name": ({"micro__implementation": 1}, "implementation=1: expected a string"),
     "degree zero": ({"polynomial__degree": 0}, "polynomial degree=0: expected a positive integer"),
@@ -330,3 +331,32 @@ def test_refuses_wrong_types_in_python(make, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is checked below)
         make()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("expand", "contract", "kept"),
+    [
+        (None, ((4, 12), ["1", "0", "1"]), [0, 1, 2, 3, 8, 9, 10, 11]),
+        (((6, 4), ["101", "101"]), ((4, 12), ["1", "0", "1"]), [0, 1, 2, 3, 8, 9, 10, 11]),
+        # Blocks of 4 and of 6 units: only a whole 12 of them can go; here the first mask goes too.
+        (((6, 4), ["101101", "101111"]), ((6, 12), ["1", "0", "0", "0"]), list(range(12))),
+        (((12, 4), ["1" * 6]), ((6, 12), ["1", "0", "0", "0"]), list(range(6))),
+        (((12, 4), ["110"]), ((4, 6), ["10", "11", "01"]), list(range(12))),
+    ],
+)
+def test_units_that_no_output_reads_are_left_out(expand, contract, kept):
+    masks = [
+        part and BlockMask(part[0], [[d == "1" for d in row] for row in part[1]])
+        for part in (expand, contract)
+    ]
+    core = CoreConfig(masks[1].shape[0], *masks)
+    smaller = core.without_dead_units()
+    assert smaller.width == len(kept)
+    dead = np.setdiff1d(np.arange(core.width), kept)
+    assert not alive(core.contract_mask)[dead].any()
+    for name, take in (("expand_mask", (slice(None), kept)), ("contract_mask", (kept,))):
+        mask, left = getattr(core, name), getattr(smaller, name)
+        entries = np.ones((12, core.width)[:: 1 if name == "expand_mask" else -1], bool)
+        entries = (entries if mask is None else alive(mask))[take]
+        np.testing.assert_array_equal(entries, True if left is None else alive(left))
+    assert smaller.without_dead_units() == smaller

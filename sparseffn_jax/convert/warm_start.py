@@ -197,8 +197,8 @@ def fit_layer(
     fit.choose_units()
     if config.spectral is not None:
         fit.expand_spectral(config.spectral)
-    if config.micro is not None and config.micro.core is not None:
-        fit.expand_core(config.micro.core)
+    if fit.core is not None:
+        fit.expand_core(fit.core)
     fit.contract_all()
     fit.add_steps()
     return fit.config, jax.tree.map(_f32, fit.params)
@@ -211,6 +211,8 @@ class _Fit:
         self, dense: DenseFFN, config: SparseFFNConfig, x: Float[np.ndarray, "n d"], start: Start
     ):
         self.dense, self.config, self.x = dense, config, x
+        core = config.micro.core if config.micro is not None else None
+        self.core = None if core is None else core.without_dead_units()
         self.refits = start == "refit"
         self.preactivation = x @ _f32(dense.expand) + _f32(dense.expand_bias)
         self.hidden, slope = _activate_with_slope(self.preactivation, dense.activation)
@@ -228,8 +230,7 @@ class _Fit:
 
     def choose_units(self) -> None:
         """Splits the hidden units between the core and the spectral branch."""
-        core = self.config.micro.core if self.config.micro is not None else None
-        branch = self.config.spectral
+        core, branch = self.core, self.config.spectral
         importance = self.importance.copy()
         core_width = 0 if core is None else core.width
         if core is not None and branch is not None and self.refits:
@@ -289,9 +290,7 @@ class _Fit:
 
     def contract_all(self) -> None:
         """Fits the output weights of both branches, jointly, and the bias."""
-        config, d_model = self.config, self.config.d_model
-        branch = config.spectral
-        core = config.micro.core if config.micro is not None else None
+        d_model, branch, core = self.config.d_model, self.config.spectral, self.core
         features = np.concatenate([self.spectral_features, self.core_features], axis=1)
         target = self.hidden @ _f32(self.dense.contract) + _f32(self.dense.bias)
         moments = Moments.of(features, target)

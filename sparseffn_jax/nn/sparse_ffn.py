@@ -1,5 +1,6 @@
 """The sparse feed-forward layer: spectral map, learned polynomial, micro-refinement."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,20 +9,21 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from sparseffn_jax.config import CoreConfig, SparseFFNConfig, SpectralConfig
+from sparseffn_jax.config import CoreConfig, PolynomialConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.ops import spectral
 from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.block_sparse import BlockMask, block_sparse_matmul, matmul
-from sparseffn_jax.ops.polynomial import chebyshev
+from sparseffn_jax.ops.polynomial import evaluate
 
 Dtype = Any
 _kernel_init = nn.initializers.lecun_normal()
 
 
-class SpectralLinear(nn.Module):
-    """A linear map in a transform domain; see :mod:`sparseffn_jax.ops.spectral`.
+class SpectralMap(nn.Module):
+    """One linear map in a transform domain, its parameters; see :mod:`sparseffn_jax.ops.spectral`.
 
     Attributes:
+      channels: input channels.
       features: output channels.
       config: which transform, and what of it is kept.
       rank: components kept (klt).
@@ -32,6 +34,7 @@ class SpectralLinear(nn.Module):
         frequency has an imaginary part, ``imag`` (dft).
     """
 
+    channels: int
     features: int
     config: SpectralConfig
     rank: int = 0
@@ -40,15 +43,16 @@ class SpectralLinear(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        config, channels = self.config, x.shape[-1]
+    def __call__(self) -> spectral.KLTMap | spectral.CirculantMap:
+        """Returns the map in ``dtype``."""
+        config, channels = self.config, self.channels
         if config.transform == "klt":
-            axes = self.param("axes", _kernel_init, (channels, self.rank), self.param_dtype)
-            filter = self.param(
-                "filter", _kernel_init, (self.rank, self.features), self.param_dtype
-            )
-            x, axes, filter = promote_dtype(x, axes, filter, dtype=self.dtype)
-            return spectral.klt(x, axes, filter, implementation=config.implementation)
+            shapes = {"axes": (channels, self.rank), "filter": (self.rank, self.features)}
+            factors = [
+                self.param(name, _kernel_init, shape, self.param_dtype)
+                for name, shape in shapes.items()
+            ]
+            return spectral.KLTMap(*promote_dtype(*factors, dtype=self.dtype))
         b, frequencies = config.block_size, config.frequencies
         blocks = (channels // b, self.features // b)
         complex_count = len(spectral.complex_frequencies(frequencies, b))
@@ -64,15 +68,7 @@ class SpectralLinear(nn.Module):
         imag = jnp.zeros((0, *blocks), self.param_dtype)
         if complex_count:
             imag = self.param("imag", init, (complex_count, *blocks), self.param_dtype)
-        x, real, imag = promote_dtype(x, real, imag, dtype=self.dtype)
-        return spectral.block_circulant(
-            x,
-            real,
-            imag,
-            block_size=b,
-            frequencies=frequencies,
-            implementation=config.implementation,
-        )
+        return spectral.CirculantMap(*promote_dtype(real, imag, dtype=self.dtype))
 
 
 class BlockSparseLinear(nn.Module):
@@ -149,39 +145,55 @@ class SparseFFN(nn.Module):
                     )(y)
         return y
 
-    def _spectral(self, x: Array, spectral_config: SpectralConfig):
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        width, rank = spectral_config.width, spectral_config.rank
-        with jax.named_scope("spectral_expand"):
-            u = SpectralLinear(width, spectral_config, rank, name="expand", **dtypes)(x)
-            u = u + self._bias("expand_bias", width)
-        with jax.named_scope("polynomial"):
-            u = self._activation(u)
-        with jax.named_scope("spectral_contract"):
-            return SpectralLinear(
-                self.config.d_model,
-                spectral_config,
-                spectral_config.contract_rank or rank,
-                band_limited=True,
-                name="contract",
-                **dtypes,
-            )(u)
+    def _spectral(self, x: Array, branch: SpectralConfig):
+        d_model, width = self.config.d_model, branch.width
+        common = {"config": branch, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        expand = SpectralMap(d_model, width, rank=branch.rank, name="expand", **common)()
+        contract = SpectralMap(
+            width,
+            d_model,
+            rank=branch.contract_rank or branch.rank,
+            band_limited=True,
+            name="contract",
+            **common,
+        )()
+        channel = {"bias": self._bias("expand_bias", width)}
+        if self.config.polynomial is not None:
+            channel["coefficients"] = self._coefficients(self.config.polynomial, width)
+        (x,) = promote_dtype(x, dtype=self.dtype)
+        settings: dict[str, Any] = {"implementation": branch.implementation}
+        operator = spectral.klt_ffn
+        if branch.transform == "dft":
+            operator = spectral.block_circulant_ffn
+            settings |= {"block_size": branch.block_size, "frequencies": branch.frequencies}
+        return operator(x, [expand], self._activate, channel, contract, **settings)
 
-    def _activation(self, u):
+    def _activate(self, us: Sequence[Array], channel: Mapping[str, Array]) -> Array:
+        (u,) = us
+        u = u + channel["bias"]
         polynomial = self.config.polynomial
         if polynomial is None:
             return get_activation(self.config.activation)(u)
+        return evaluate(
+            u, channel["coefficients"], degrees=polynomial.degrees, radius=polynomial.radius
+        )
+
+    def _coefficients(self, polynomial: PolynomialConfig, width: int) -> Array:
+        """Returns the polynomial's coefficients, one row a degree, for every channel or for all."""
         # T_1 alone: the identity until a warm start or training says otherwise.
         start = jnp.array([polynomial.radius * (k == 1) for k in polynomial.degrees])
-        coefficients = self.param(
+        by_group = self.param(
             "polynomial",
             lambda _, shape, dtype: jnp.broadcast_to(start, shape).astype(dtype),
             (polynomial.groups, len(polynomial.degrees)),
             self.param_dtype,
         )
-        return chebyshev(u, coefficients, degrees=polynomial.degrees, radius=polynomial.radius)
+        if polynomial.groups > 1:
+            by_group = jnp.repeat(by_group, width // polynomial.groups, axis=0)
+        return by_group.T
 
     def _core(self, x: Array, core: CoreConfig):
+        core = core.without_dead_units()
         expand = self._linear("core_expand", core.width, core.expand_mask, core.implementation)
         contract = self._linear(
             "core_contract", self.config.d_model, core.contract_mask, core.implementation

@@ -4,11 +4,23 @@ import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
 
+import jax
+
 # A plan's cost is counted in multiply-adds of a large GEMM. What follows are the handicaps that
 # other kinds of work carry, as measured on CPU; only their order of magnitude matters.
-_GATHERED_GEMM = 1.6
-_SMALL_GEMM = 1.5
-_FFT = 12.0
+_GATHERED_GEMM = 2.7
+_UNROLLED_GEMM = 2.2
+_SMALL_GEMM = 1.2
+_SPLIT_GEMM = 2.0
+_COMPLEX_GEMM = 9.0
+# What it costs to take one number through a transform, mostly to memory and back, and to lay one
+# weight out for its frequency's GEMM.
+_FFT = 150.0
+_TRANSFORM = 80.0
+_LAYOUT = 40.0
+# Bytes of hidden activations that a tile of tokens may have: what the cores' own caches hold while
+# the operations on them are still large enough to spread over the cores.
+_TILE_BYTES = {"klt": 6 << 20, "dft": 3 << 20, "unrolled": 6 << 20}
 
 _recording: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar(
     "recording", default=None
@@ -87,12 +99,25 @@ def block_circulant_costs(
       products: real products for one entry of the filter, summed over kept frequencies.
     """
     d_in, d_out = p * block_size, q * block_size
-    transforms = tokens * (d_in + d_out) * components
+    transforms = tokens * (d_in + d_out) * (_TRANSFORM + components)
     return {
-        "dft": _SMALL_GEMM * (tokens * p * q * products + transforms),
-        "fft": _FFT * tokens * (p * q * products / 4 + (d_in + d_out)),
+        "dft": _SMALL_GEMM * tokens * p * q * products + transforms + _LAYOUT * p * q * products,
+        "split": _SPLIT_GEMM * tokens * p * q * products + 2 * transforms,
+        "fft": tokens * (_COMPLEX_GEMM * p * q * products + _FFT * (d_in + d_out)),
         "dense": (tokens + components) * d_in * d_out,
     }
+
+
+def token_tile(operator: str, token_bytes: int) -> int | None:
+    """Returns how many tokens to take at a time, or ``None`` for all of them.
+
+    Args:
+      operator: ``"klt"``, ``"dft"`` or ``"unrolled"``.
+      token_bytes: of one token at the widest.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    return max(16, _TILE_BYTES[operator] // token_bytes)
 
 
 def block_sparse_costs(tokens: int, weights: int, full: int) -> dict[str, float]:
@@ -100,5 +125,6 @@ def block_sparse_costs(tokens: int, weights: int, full: int) -> dict[str, float]
     return {
         "slice": tokens * weights,
         "gather": _GATHERED_GEMM * tokens * weights,
+        "unrolled": _UNROLLED_GEMM * tokens * weights + full,
         "masked": tokens * full + full,
     }

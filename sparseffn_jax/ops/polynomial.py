@@ -46,30 +46,28 @@ def chebyshev(
     if not degrees or min(degrees) < 0 or any(a >= b for a, b in itertools.pairwise(degrees)):
         raise ValueError(f"degrees={degrees}: expected non-negative integers, ascending")
     grouped = u.reshape(*u.shape[:-1], groups, u.shape[-1] // groups)
-    return _evaluate(grouped, coefficients, degrees, radius).reshape(u.shape)
+    # Recomputing from u as it came, not from its float32 copy.
+    stored = jax.checkpoint(functools.partial(evaluate, degrees=degrees, radius=radius))
+    return stored(grouped, coefficients.T[..., None]).reshape(u.shape)
 
 
-def basis(u: np.ndarray, degrees: Sequence[int], radius: float) -> np.ndarray:
-    """Returns the float64 terms of :func:`chebyshev`, shape ``(*u.shape, len(degrees))``.
+def evaluate(
+    u: Float[Array, "..."],
+    coefficients: Float[Array, "k ..."],
+    *,
+    degrees: Sequence[int],
+    radius: float,
+) -> Float[Array, "..."]:
+    """:func:`chebyshev` for channels in any order, and without a say in what is kept for backward.
 
-    The activation is linear in its coefficients, so a fit to any target is least squares on this.
+    Args:
+      u: pre-activations.
+      coefficients: for every kept degree an array that broadcasts against ``u``.
+      degrees: as in :func:`chebyshev`.
+      radius: likewise.
     """
-    u = np.asarray(u, np.float64)
-    inside = np.clip(u, -radius, radius)
-    angle = np.arccos(np.clip(inside / radius, -1.0, 1.0))
-    columns = []
-    for k in degrees:
-        # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
-        slope = np.where(u >= 0, 1.0, (-1.0) ** (k + 1)) * k**2 / radius
-        columns.append(np.cos(k * angle) + slope * (u - inside))
-    return np.stack(columns, axis=-1)
-
-
-# The cast to float32 is inside, so that what is kept for the backward pass is u as it came.
-@functools.partial(jax.checkpoint, static_argnums=(2, 3))
-def _evaluate(u, c, degrees, radius):
-    dtype, u, c = u.dtype, u.astype(jnp.float32), c.astype(jnp.float32)
-    coefficient = {k: c[:, i, None] for i, k in enumerate(degrees)}
+    dtype, u, c = u.dtype, u.astype(jnp.float32), coefficients.astype(jnp.float32)
+    coefficient = dict(zip(degrees, c, strict=True))
     inside = jnp.clip(u, -radius, radius)
     t = inside / radius
     b1, b2 = None, None
@@ -91,3 +89,19 @@ def _evaluate(u, c, degrees, radius):
     # u - inside, not relu: at the ends clip passes on half the gradient, and this the other half.
     y = y + jnp.where(u > 0, right, left) * (u - inside)
     return y.astype(dtype)
+
+
+def basis(u: np.ndarray, degrees: Sequence[int], radius: float) -> np.ndarray:
+    """Returns the float64 terms of :func:`chebyshev`, shape ``(*u.shape, len(degrees))``.
+
+    The activation is linear in its coefficients, so a fit to any target is least squares on this.
+    """
+    u = np.asarray(u, np.float64)
+    inside = np.clip(u, -radius, radius)
+    angle = np.arccos(np.clip(inside / radius, -1.0, 1.0))
+    columns = []
+    for k in degrees:
+        # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
+        slope = np.where(u >= 0, 1.0, (-1.0) ** (k + 1)) * k**2 / radius
+        columns.append(np.cos(k * angle) + slope * (u - inside))
+    return np.stack(columns, axis=-1)

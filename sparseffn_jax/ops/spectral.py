@@ -1,9 +1,13 @@
 """Linear maps applied in a transform domain that keeps only some components.
 
-- :func:`klt`: data-adapted axes, ``(x U) K``; two plain GEMMs.
-- :func:`block_circulant`: a matrix of circulant ``b x b`` blocks, diagonal in the frequencies of
-  a ``b``-point rFFT over channels (CirCNN, Ding et al. 2017). Never over tokens: that would let a
+- *klt*: data-adapted axes, ``(x U) K``; two plain GEMMs.
+- *block-circulant*: a matrix of circulant ``b x b`` blocks, diagonal in the frequencies of a
+  ``b``-point rFFT over channels (CirCNN, Ding et al. 2017). Never over tokens: that would let a
   position see its future.
+
+:func:`klt` and :func:`block_circulant` are one map, :func:`klt_ffn` and
+:func:`block_circulant_ffn` a pair of them with an elementwise function between, which is where the
+time goes: its hidden activations are many, and the arithmetic on them is little.
 
 Filters are real arrays. ``real`` holds the real part at every kept frequency; ``imag`` the
 imaginary part at the kept frequencies that have one (DC and, for even b, Nyquist have none).
@@ -11,10 +15,10 @@ Shape letters: T tokens, b block size, p and q input and output blocks, f kept f
 those of them that are complex.
 """
 
-import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +27,25 @@ from jaxtyping import Array, Float
 
 from sparseffn_jax.ops import planning
 from sparseffn_jax.ops.block_sparse import matmul
+from sparseffn_jax.ops.tiling import over_tokens
+
+# Of what the expansions give, one array each, and of the tree of channel arrays: the elementwise
+# function between two maps. Channel arrays broadcast against the hidden activations.
+Activate = Callable[[Sequence[Array], Any], Array]
+
+
+class KLTMap(NamedTuple):
+    """The factors of :func:`klt`: ``axes`` (i, r) and ``filter`` (r, o)."""
+
+    axes: Array
+    filter: Array
+
+
+class CirculantMap(NamedTuple):
+    """The filter of :func:`block_circulant`: ``real`` (f, p, q) and ``imag`` (c, p, q)."""
+
+    real: Array
+    imag: Array
 
 
 def klt(
@@ -44,11 +67,50 @@ def klt(
     Returns:
       ``(..., d_out)`` in the dtype of ``x``, accumulated in float32.
     """
-    tokens = math.prod(x.shape[:-1])
-    costs = planning.klt_costs(tokens, axes.shape[0], axes.shape[1], filter.shape[1])
-    if planning.pick("klt", implementation, costs) == "merged":
-        return matmul(x, matmul(axes, filter))
-    return matmul(matmul(x, axes), filter)
+    weights = _klt_weights(math.prod(x.shape[:-1]), KLTMap(axes, filter), implementation)
+    return _multiply_in_turn(x, weights)
+
+
+def klt_ffn(
+    x: Float[Array, "*batch i"],
+    expand: Sequence[KLTMap],
+    activate: Activate,
+    channel: Any,
+    contract: KLTMap,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "*batch o"]:
+    """Applies :func:`klt` maps, an elementwise function and another :func:`klt` map.
+
+    In tiles of tokens, recomputed in the backward pass: nothing as wide as the hidden layer is
+    kept.
+
+    Args:
+      x: ``(..., d_in)``.
+      expand: maps to the m hidden channels; two for a gated layer.
+      activate: called with one ``(..., m)`` array for each map of ``expand``, and ``channel``.
+      channel: a tree of arrays whose last axis is m, or 1.
+      contract: the map from the hidden channels.
+      implementation: as in :func:`klt`.
+
+    Returns:
+      ``(..., d_out)`` in the dtype of ``x``.
+    """
+    tokens, width = math.prod(x.shape[:-1]), contract.axes.shape[0]
+    first = [_klt_weights(tokens, factors, implementation) for factors in expand]
+    last = _klt_weights(tokens, contract, implementation)
+
+    def rows(x):
+        with jax.named_scope("spectral_expand"):
+            us = [_multiply_in_turn(x, weights) for weights in first]
+        with jax.named_scope("polynomial"):
+            hidden = activate(us, channel)
+        with jax.named_scope("spectral_contract"):
+            return _multiply_in_turn(hidden, last)
+
+    tile = planning.token_tile("klt", width * x.dtype.itemsize)
+    y = over_tokens(rows, x.reshape(tokens, x.shape[-1]), tile)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def block_circulant(
@@ -72,8 +134,10 @@ def block_circulant(
       block_size: b; any positive integer that divides the channels.
       frequencies: kept rFFT frequencies out of ``0 .. b // 2``, ascending; static.
       implementation: ``"fft"`` (jnp.fft, float32 inside: XLA has no half-precision FFT),
-        ``"dft"`` (the b-point DFT as a real orthonormal product, one real ``2p x 2q`` GEMM a
-        frequency), ``"dense"`` (the matrix materialised, one GEMM; the reference), or ``None``.
+        ``"dft"`` (the b-point DFT as a real orthonormal product, one real ``2q x 2p`` GEMM a
+        frequency), ``"split"`` (the same with real and imaginary part of the filter multiplied
+        apart, as they are stored: for few tokens), ``"dense"`` (the matrix materialised, one
+        GEMM; the reference), or ``None``.
 
     Returns:
       ``(..., q * block_size)`` in the dtype of ``x``.
@@ -81,40 +145,93 @@ def block_circulant(
     Raises:
       ValueError: if shapes and frequencies do not fit together, or the plan is unknown.
     """
-    frequencies = tuple(frequencies)
-    if not frequencies or any(a >= b for a, b in itertools.pairwise((-1, *frequencies))):
-        raise ValueError(f"frequencies={frequencies}: expected non-negative integers, ascending")
-    if frequencies[-1] > block_size // 2:
-        raise ValueError(
-            f"frequency {frequencies[-1]} does not exist: block_size={block_size} has "
-            f"0 .. {block_size // 2}"
-        )
-    complex_ones = complex_frequencies(frequencies, block_size)
-    _, p, q = real.shape
-    expected = {"real": (len(frequencies), p, q), "imag": (len(complex_ones), p, q)}
-    for name, array in (("real", real), ("imag", imag)):
-        if array.shape != expected[name]:
-            raise ValueError(f"{name} has shape {array.shape}, expected {expected[name]}")
-    if x.shape[-1] != p * block_size:
-        raise ValueError(f"x has {x.shape[-1]} channels, expected {p} blocks of {block_size}")
+    weights, frequencies = CirculantMap(real, imag), tuple(frequencies)
+    _check_circulant(x.shape[-1], weights, block_size, frequencies)
     tokens = math.prod(x.shape[:-1])
-    components = len(frequencies) + len(complex_ones)
-    products = len(frequencies) + 3 * len(complex_ones)
-    costs = planning.block_circulant_costs(tokens, p, q, block_size, components, products)
-    plan = planning.pick("block_circulant", implementation, costs)
-    blocks = x.reshape(-1, p, block_size)
+    rows = x.reshape(tokens, x.shape[-1])
+    plan = _pick_circulant(tokens, [weights], block_size, frequencies, implementation)
     if plan == "dense":
-        y = matmul(x, circulant_matrix(real, imag, block_size, frequencies).astype(x.dtype))
-    elif plan == "dft":
-        y = _dft(blocks, real, imag, block_size, frequencies)
+        y = matmul(rows, circulant_matrix(real, imag, block_size, frequencies).astype(x.dtype))
+    elif plan in ("fft", "split"):
+        y = {"fft": _fft, "split": _split}[plan](rows, weights, block_size, frequencies)
     else:
-        y = _fft(blocks, real, imag, block_size, frequencies)
-    return y.reshape(*x.shape[:-1], q * block_size)
+        spectrum = _Spectrum.of(block_size, frequencies)
+        to_units = _spectral_weights(weights, block_size, frequencies, x.dtype)
+        components = spectrum.analyse(_channel_major(rows, block_size))
+        y = _token_major(spectrum.synthesise(_multiply(to_units, components)))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def block_circulant_ffn(
+    x: Float[Array, "*batch pb"],
+    expand: Sequence[CirculantMap],
+    activate: Activate,
+    channel: Any,
+    contract: CirculantMap,
+    *,
+    block_size: int,
+    frequencies: Sequence[int],
+    implementation: str | None = None,
+) -> Float[Array, "*batch rb"]:
+    """Applies :func:`block_circulant` maps, an elementwise function and another such map.
+
+    The ``"dft"`` plan keeps the hidden activations channel-major, ``(b, q, T)``: the frequencies
+    of a block come first and the tokens last, so that both transforms are one thin GEMM, every
+    frequency is one plain GEMM, and nothing is transposed but the narrow ends. Like
+    :func:`klt_ffn` it works in tiles of tokens that the backward pass recomputes.
+
+    Args:
+      x: ``(..., p * block_size)``.
+      expand: maps to the m hidden channels; two for a gated layer.
+      activate: called with one array for each map of ``expand``, and ``channel``; the arrays hold
+        tokens and hidden channels in an order that depends on the plan.
+      channel: a tree of arrays whose last axis is m, or 1; given to ``activate`` so that they
+        broadcast against the others. Their other axes stay in front.
+      contract: the map from the hidden channels.
+      block_size: as in :func:`block_circulant`, for all maps.
+      frequencies: likewise.
+      implementation: likewise.
+
+    Returns:
+      ``(..., r * block_size)`` in the dtype of ``x``.
+
+    Raises:
+      ValueError: if shapes and frequencies do not fit together, or the plan is unknown.
+    """
+    frequencies = tuple(frequencies)
+    width = contract.real.shape[1] * block_size
+    for weights, channels in (*((e, x.shape[-1]) for e in expand), (contract, width)):
+        _check_circulant(channels, weights, block_size, frequencies)
+    tokens = math.prod(x.shape[:-1])
+    plan = _pick_circulant(tokens, [*expand, contract], block_size, frequencies, implementation)
+    if plan == "dft":
+        rows = _dft_ffn(expand, activate, channel, contract, block_size, frequencies, x.dtype)
+        tile = planning.token_tile("dft", width * x.dtype.itemsize)
+        y = over_tokens(rows, x.reshape(tokens, x.shape[-1]), tile)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    settings = {"block_size": block_size, "frequencies": frequencies, "implementation": plan}
+    with jax.named_scope("spectral_expand"):
+        us = [block_circulant(x, *weights, **settings) for weights in expand]
+    with jax.named_scope("polynomial"):
+        hidden = activate(us, channel)
+    with jax.named_scope("spectral_contract"):
+        return block_circulant(hidden, *contract, **settings)
 
 
 def complex_frequencies(frequencies: Sequence[int], block_size: int) -> tuple[int, ...]:
     """Returns those frequencies whose component has an imaginary part."""
     return tuple(f for f in frequencies if f != 0 and 2 * f != block_size)
+
+
+def circulant_products(frequencies: Sequence[int], block_size: int) -> int:
+    """Returns the real products behind one entry of the filter, summed over kept frequencies.
+
+    Four for a complex product; one for DC or Nyquist, four for both of them together, which share
+    one real ``2q x 2p`` GEMM as a complex frequency's parts do.
+    """
+    complex_count = len(complex_frequencies(frequencies, block_size))
+    alone = len(frequencies) - complex_count
+    return 4 * complex_count + (4 if alone == 2 else alone)
 
 
 def dft_basis(block_size: int, frequencies: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +258,7 @@ def circulant_matrix(
 ) -> Float[Array, "pb qb"]:
     """Materialises the block-circulant matrix C of :func:`block_circulant`, ``y = x C``."""
     pair, single = (part.astype(np.float32) for part in dft_basis(block_size, frequencies))
-    at_complex, at_real = _split(real, block_size, frequencies)
+    at_complex, at_real = _by_kind(real, block_size, frequencies)
     h = jnp.stack([jnp.stack([at_complex, imag], -1), jnp.stack([-imag, at_complex], -1)], -2)
     highest = jax.lax.Precision.HIGHEST
     c = jnp.einsum("nci,cpqij,mcj->pnqm", pair, h.astype(jnp.float32), pair, precision=highest)
@@ -150,7 +267,7 @@ def circulant_matrix(
     return c.reshape(p * block_size, q * block_size)
 
 
-def _split(real, block_size, frequencies):
+def _by_kind(real, block_size, frequencies):
     """Splits the real part into that of complex frequencies and that of DC and Nyquist."""
     # DC comes first and Nyquist last, so both parts are slices.
     first = int(frequencies[0] == 0)
@@ -158,35 +275,185 @@ def _split(real, block_size, frequencies):
     return real[first:last], jnp.concatenate([real[:first], real[last:]])
 
 
-def _dft(x, real, imag, block_size, frequencies):
-    # Frequency-major: each frequency is one plain (T, 2p) x (2p, 2q) GEMM of a batch.
-    tokens, p, _ = x.shape
-    q = real.shape[2]
+class _Spectrum(NamedTuple):
+    """The kept part of a b-point real DFT along the first axis of channel-major arrays.
+
+    Components come in *units* of two that one GEMM mixes: real and imaginary part of a frequency,
+    or DC and Nyquist. A single DC or Nyquist is *alone*.
+
+    Attributes:
+      units: orthonormal basis, ``(b, 2 k)``: in every unit's first component, then its second.
+      alone: ``(b,)``, or ``None``.
+    """
+
+    units: np.ndarray
+    alone: np.ndarray | None
+
+    @classmethod
+    def of(cls, block_size: int, frequencies: Sequence[int]) -> "_Spectrum":
+        pair, single = dft_basis(block_size, frequencies)
+        units = pair.reshape(block_size, -1)
+        if single.shape[1] == 2:
+            return cls(np.concatenate([single, units], axis=1), None)
+        return cls(units, single[:, 0] if single.shape[1] else None)
+
+    def analyse(self, x: Float[Array, "b n T"]) -> tuple[Array | None, Array | None]:
+        """Returns the units' components ``(k, 2 n, T)``, and the one that is alone ``(n, T)``."""
+        _, n, tokens = x.shape
+        units = alone = None
+        if self.units.size:
+            units = jnp.einsum("bk,bnt->knt", self.units.astype(x.dtype), x)
+            units = units.reshape(self.units.shape[1] // 2, 2 * n, tokens)
+        if self.alone is not None:
+            alone = jnp.einsum("b,bnt->nt", self.alone.astype(x.dtype), x)
+        return units, alone
+
+    def synthesise(self, components: tuple[Array | None, Array | None]) -> Float[Array, "b n T"]:
+        """The transpose of :meth:`analyse`."""
+        units, alone = components
+        parts = []
+        if units is not None:
+            k, n, tokens = units.shape
+            split = units.reshape(2 * k, n // 2, tokens)
+            parts.append(jnp.einsum("bk,knt->bnt", self.units.astype(units.dtype), split))
+        if alone is not None:
+            parts.append(jnp.einsum("b,nt->bnt", self.alone.astype(alone.dtype), alone))
+        return sum(parts[1:], parts[0])
+
+
+def _spectral_weights(weights: CirculantMap, block_size, frequencies, dtype):
+    """Returns the real matrices of the units, ``(k, 2q, 2p)``, and of what is alone, ``(q, p)``."""
+    at_complex, at_real = _by_kind(weights.real.astype(dtype), block_size, frequencies)
+    real, imag = at_complex.mT, weights.imag.astype(dtype).mT
+    units = jnp.block([[real, -imag], [imag, real]])
+    if len(at_real) == 2:
+        zero = jnp.zeros_like(at_real[0].T)
+        ends = jnp.block([[at_real[0].T, zero], [zero, at_real[1].T]])
+        return jnp.concatenate([ends[None], units]), None
+    return units, at_real[0].T if len(at_real) else None
+
+
+def _multiply(weights, components):
+    return tuple(
+        None if x is None else jnp.matmul(w, x).astype(x.dtype)
+        for w, x in zip(weights, components, strict=True)
+    )
+
+
+def _dft_ffn(expand, activate, channel, contract, block_size, frequencies, dtype):
+    spectrum = _Spectrum.of(block_size, frequencies)
+    # Once for all tiles.
+    first = [_spectral_weights(weights, block_size, frequencies, dtype) for weights in expand]
+    last = _spectral_weights(contract, block_size, frequencies, dtype)
+    channel = jax.tree.map(lambda leaf: _channels_first(leaf, block_size), channel)
+
+    def rows(x):
+        with jax.named_scope("spectral_expand"):
+            components = spectrum.analyse(_channel_major(x, block_size))
+            us = [spectrum.synthesise(_multiply(weights, components)) for weights in first]
+        with jax.named_scope("polynomial"):
+            hidden = activate(us, channel)
+        with jax.named_scope("spectral_contract"):
+            components = _multiply(last, spectrum.analyse(hidden))
+            return _token_major(spectrum.synthesise(components))
+
+    return rows
+
+
+def _channel_major(x: Float[Array, "T nb"], block_size: int) -> Float[Array, "b n T"]:
+    return x.reshape(len(x), x.shape[1] // block_size, block_size).transpose(2, 1, 0)
+
+
+def _token_major(x: Float[Array, "b n T"]) -> Float[Array, "T nb"]:
+    b, n, tokens = x.shape
+    return x.transpose(2, 1, 0).reshape(tokens, n * b)
+
+
+def _channels_first(leaf: Array, block_size: int) -> Array:
+    """Lays an array out so that its last axis runs along ``(b, n, T)`` arrays."""
+    if leaf.shape[-1] == 1:
+        return leaf[..., None, None]
+    blocks = leaf.reshape(*leaf.shape[:-1], -1, block_size)
+    return jnp.swapaxes(blocks, -1, -2)[..., None]
+
+
+def _split(x, weights: CirculantMap, block_size, frequencies):
+    real, imag = (part.astype(x.dtype) for part in weights)
+    at_complex, at_real = _by_kind(real, block_size, frequencies)
     pair, single = (part.astype(x.dtype) for part in dft_basis(block_size, frequencies))
-    at_complex, at_real = _split(real.astype(x.dtype), block_size, frequencies)
-    imag = imag.astype(x.dtype)
-    parts = []
-    if len(imag):
-        spectrum = jnp.einsum("tpn,nci->ctip", x, pair).reshape(len(imag), tokens, 2 * p)
-        weights = jnp.block([[at_complex, imag], [-imag, at_complex]])
-        out = jnp.einsum("ctk,ckl->ctl", spectrum, weights).reshape(len(imag), tokens, 2, q)
-        parts.append(jnp.einsum("ctjq,mcj->tqm", out, pair))
+    _, p, q = real.shape
+    tokens, count = len(x), len(imag)
+    blocks = x.reshape(tokens, p, block_size)
+    y = jnp.zeros((), x.dtype)
+    if count:
+        spectrum = jnp.einsum("tpb,bcj->cjtp", blocks, pair).reshape(count, 2 * tokens, p)
+        # Every weight is read once, and none is copied.
+        by_real, by_imag = (
+            matmul(spectrum, part).reshape(count, 2, tokens, q) for part in (at_complex, imag)
+        )
+        out = jnp.stack([by_real[:, 0] - by_imag[:, 1], by_real[:, 1] + by_imag[:, 0]], axis=1)
+        y += jnp.einsum("cjtq,bcj->tqb", out, pair)
     if len(at_real):
-        spectrum = jnp.einsum("tpn,nf->ftp", x, single)
-        out = jnp.einsum("ftp,fpq->ftq", spectrum, at_real)
-        parts.append(jnp.einsum("ftq,mf->tqm", out, single))
-    return functools.reduce(jnp.add, parts)
+        spectrum = jnp.einsum("tpb,bf->ftp", blocks, single)
+        y += jnp.einsum("ftq,bf->tqb", matmul(spectrum, at_real), single)
+    return y.reshape(tokens, q * block_size)
 
 
-def _fft(x, real, imag, block_size, frequencies):
+def _fft(x, weights: CirculantMap, block_size, frequencies):
+    real, imag = (part.astype(jnp.float32) for part in weights)
     kept = np.array(frequencies)
     before = int(frequencies[0] == 0)
     after = len(frequencies) - before - len(imag)
-    h = jax.lax.complex(
-        real.astype(jnp.float32),
-        jnp.pad(imag.astype(jnp.float32), ((before, after), (0, 0), (0, 0))),
-    )
-    spectrum = jnp.fft.rfft(x.astype(jnp.float32), axis=-1)[..., kept]
+    h = jax.lax.complex(real, jnp.pad(imag, ((before, after), (0, 0), (0, 0))))
+    _, p, q = real.shape
+    blocks = x.reshape(len(x), p, block_size).astype(jnp.float32)
+    spectrum = jnp.fft.rfft(blocks, axis=-1)[..., kept]
     out = jnp.einsum("tpf,fpq->tqf", spectrum, h, precision=jax.lax.Precision.HIGHEST)
     full = jnp.zeros((*out.shape[:-1], block_size // 2 + 1), out.dtype).at[..., kept].set(out)
-    return jnp.fft.irfft(full, n=block_size, axis=-1).astype(x.dtype)
+    y = jnp.fft.irfft(full, n=block_size, axis=-1)
+    return y.reshape(len(x), q * block_size).astype(x.dtype)
+
+
+def _klt_weights(tokens: int, factors: KLTMap, implementation: str | None) -> tuple[Array, ...]:
+    axes, filter = factors
+    costs = planning.klt_costs(tokens, *axes.shape, filter.shape[1])
+    if planning.pick("klt", implementation, costs) == "merged":
+        return (matmul(axes, filter),)
+    return axes, filter
+
+
+def _multiply_in_turn(x, weights):
+    for weight in weights:
+        x = matmul(x, weight)
+    return x
+
+
+def _check_circulant(channels, weights: CirculantMap, block_size, frequencies) -> None:
+    if not frequencies or any(a >= b for a, b in itertools.pairwise((-1, *frequencies))):
+        raise ValueError(f"frequencies={frequencies}: expected non-negative integers, ascending")
+    if frequencies[-1] > block_size // 2:
+        raise ValueError(
+            f"frequency {frequencies[-1]} does not exist: block_size={block_size} has "
+            f"0 .. {block_size // 2}"
+        )
+    _, p, q = weights.real.shape
+    count = len(complex_frequencies(frequencies, block_size))
+    expected = CirculantMap((len(frequencies), p, q), (count, p, q))
+    for name, array, shape in zip(CirculantMap._fields, weights, expected, strict=True):
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    if channels != p * block_size:
+        raise ValueError(f"x has {channels} channels, expected {p} blocks of {block_size}")
+
+
+def _pick_circulant(tokens, maps: Sequence[CirculantMap], block_size, frequencies, implementation):
+    products = circulant_products(frequencies, block_size)
+    components = len(frequencies) + len(complex_frequencies(frequencies, block_size))
+    each = [
+        planning.block_circulant_costs(
+            tokens, *weights.real.shape[1:], block_size, components, products
+        )
+        for weights in maps
+    ]
+    costs = {plan: sum(cost[plan] for cost in each) for plan in each[0]}
+    return planning.pick("block_circulant", implementation, costs)

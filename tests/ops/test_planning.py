@@ -52,17 +52,19 @@ def test_block_circulant_is_dense_only_without_blocks():
 
     assert plan(2048, 16) == "dft"
     assert plan(2048, 1) == "dense"
-    assert plan(1, 16) != "dense"
+    assert plan(1, 16) == "split"
 
 
 def test_block_sparse_gathers_only_when_sparse_enough():
-    def plan(density):
+    def plan(density, *refused):
         full = 768 * 3072
         costs = planning.block_sparse_costs(2048, int(density * full), full)
-        del costs["slice"]
+        for name in ("slice", *refused):
+            del costs[name]
         return planning.pick("block_sparse", None, costs)
 
-    assert plan(0.25) == "gather"
+    assert plan(0.25) == "unrolled"
+    assert plan(0.25, "unrolled") == "gather"
     assert plan(0.9) == "masked"
 
 

@@ -17,7 +17,7 @@ from numerics import (
 from sparseffn_jax.ops import spectral
 
 KLT_PLANS = ("two_gemms", "merged")
-DFT_PLANS = ("fft", "dft", "dense")
+DFT_PLANS = ("fft", "dft", "split", "dense")
 BATCHES = ((), (2, 3), (0,))
 
 # Odd and even blocks; all frequencies, only DC, only Nyquist, without DC, with gaps.
@@ -113,7 +113,9 @@ def test_block_circulant_in_half_precision(b, frequencies, plan):
     check_circulant(b, frequencies, plan, "bfloat16")
 
 
-@pytest.mark.parametrize(("plan", "batch"), [("fft", ()), ("dft", ()), ("dft", (0,)), (None, (7,))])
+@pytest.mark.parametrize(
+    ("plan", "batch"), [("fft", ()), ("dft", ()), ("dft", (0,)), ("split", (0,)), (None, (7,))]
+)
 def test_block_circulant_takes_any_batch(plan, batch):
     check_circulant(6, (0, 2, 3), plan, batch=batch)
 
