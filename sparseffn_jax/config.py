@@ -302,7 +302,7 @@ class SparseFFNConfig:
                 ranks = spectral.rank + (spectral.contract_rank or spectral.rank)
                 flops["spectral"] = 2 * ranks * (self.d_model + spectral.width)
             else:
-                flops["spectral"] = 2 * self._block_circulant_multiply_adds(spectral)
+                flops["spectral"] = 2 * sum(self._block_circulant_multiply_adds(spectral))
         if (micro := self.micro) is not None:
             weights = sum(mask.size for mask in micro.steps)
             if (core := micro.core) is not None:
@@ -312,14 +312,31 @@ class SparseFFNConfig:
             flops["micro"] = 2 * weights
         return flops
 
-    def _block_circulant_multiply_adds(self, spectral: SpectralConfig) -> int:
+    def training_flops_per_token(self) -> dict[str, int]:
+        """Counts one token's forward and backward pass, by part, as :meth:`flops_per_token` does.
+
+        A linear map costs three times its forward pass: the activations' gradient and the
+        weights' are one more product of the same size each. The transforms of a dft have no
+        weights and cost twice. The polynomial is recomputed in the backward pass and
+        differentiated by its input and by its coefficients: four times.
+        """
+        flops = self.flops_per_token()
+        training = {part: 3 * count for part, count in flops.items()}
+        training["polynomial"] = 4 * flops["polynomial"]
+        if self.spectral is not None and self.spectral.transform == "dft":
+            _, transforms = self._block_circulant_multiply_adds(self.spectral)
+            training["spectral"] -= 2 * transforms
+        return training
+
+    def _block_circulant_multiply_adds(self, spectral: SpectralConfig) -> tuple[int, int]:
+        """Returns those of the filters and those of the transforms, both maps together."""
         b = spectral.block_size
         real_only = {0, b // 2} if b % 2 == 0 else {0}
         components = sum(1 if f in real_only else 2 for f in spectral.frequencies)
         products = sum(1 if f in real_only else 4 for f in spectral.frequencies)
         p, q = self.d_model // b, spectral.width // b
         # Both maps: products at each frequency, and a b-point transform in and out of it.
-        return 2 * (p * q * products + (p + q) * b * components)
+        return 2 * p * q * products, 2 * (p + q) * b * components
 
     @property
     def dense_flops_per_token(self) -> int:
