@@ -52,7 +52,20 @@ squared.defvjp(lambda x: (x @ x, x), lambda x, bar: (bar @ x.T + x.T @ bar,))
         (lambda x: (x @ x, x)[1], 0),
         (jax.vmap(lambda row, x: row @ x, in_axes=(0, None)), None),
     ],
-    ids="plain jit custom_vjp custom_vjp_backward fori map scan while cond remat dead vmap".split(),
+    ids=[
+        "plain",
+        "jit",
+        "custom_vjp",
+        "custom_vjp_backward",
+        "fori",
+        "map",
+        "scan",
+        "while",
+        "cond",
+        "remat",
+        "dead",
+        "vmap",
+    ],
 )
 def test_products(function, products):
     if products is None:
