@@ -16,68 +16,20 @@ from jax.interpreters import partial_eval
 
 # One operation for every number that comes out, transcendental functions included.
 _ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "add_any",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "cos",
-        "cosh",
-        "digamma",
-        "div",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "integer_pow",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "max",
-        "min",
-        "mul",
-        "neg",
-        "nextafter",
-        "pow",
-        "rem",
-        "round",
-        "rsqrt",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "sub",
-        "tan",
-        "tanh",
-    ]
+    (
+        *("abs", "acos", "acosh", "add", "add_any", "asin", "asinh", "atan", "atan2", "atanh"),
+        *("cbrt", "ceil", "clamp", "cos", "cosh", "digamma", "div", "erf", "erf_inv", "erfc"),
+        *("exp", "exp2", "expm1", "floor", "integer_pow", "lgamma", "log", "log1p", "logistic"),
+        *("max", "min", "mul", "neg", "nextafter", "pow", "rem", "round", "rsqrt", "sign", "sin"),
+        *("sinh", "sqrt", "square", "sub", "tan", "tanh"),
+    )
 )
 # One operation for every number that goes in.
 _REDUCTIONS = frozenset(
-    [
-        "cumlogsumexp",
-        "cummax",
-        "cummin",
-        "cumprod",
-        "cumsum",
-        "reduce_max",
-        "reduce_min",
-        "reduce_prod",
-        "reduce_sum",
-    ]
+    (
+        *("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"),
+        *("reduce_max", "reduce_min", "reduce_prod", "reduce_sum"),
+    )
 )
 _SCATTERS = frozenset(("scatter-add", "scatter_add", "scatter-mul", "scatter_mul"))
 # Real operations of one complex one.
