@@ -245,9 +245,10 @@ def free_blocks(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
 
     Which blocks those are does not change the time; :func:`place_blocks` decides it.
     """
-    side = math.gcd(shape.d_model, shape.d_ff, _BLOCK)
+    # At least 8 blocks on a side, or there would be little to choose.
+    side = math.gcd(shape.d_model, shape.d_ff, _BLOCK, max(1, shape.d_model // 8))
     rows, columns = shape.d_model // side, shape.d_ff // side
-    expand = min(rows, _at_least_one(round(flops_ratio * rows), flops_ratio))
+    expand = min(rows, max(1, round(flops_ratio * rows)))
     # The contraction has the finer choice, so it takes what the expansion leaves.
     contract = min(columns, int((2 * flops_ratio - expand / rows) * columns))
     while contract < 1 and expand > 1:

@@ -69,6 +69,12 @@ class Sizer:
         fast, _ = self._bracket(target)
         return None if fast is None else self._known[fast]
 
+    def correct(self, sized: Sized, speedup: float) -> None:
+        """Replaces a measurement by a better one of the same configuration."""
+        for ratio, known in self._known.items():
+            if known.config == sized.config:
+                self._known[ratio] = dataclasses.replace(known, speedup=speedup)
+
     def _measured(self, config: Any) -> Sized:
         for sized in self._known.values():
             if sized.config == config:
