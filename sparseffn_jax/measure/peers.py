@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -274,22 +275,15 @@ def place_blocks(
     A weight counts ``w^2 E[a^2]`` with the activation ``a`` that it multiplies (Sun et al. 2023,
     Wanda, 2306.11695), a block the sum of its weights.
     """
-    assert config.micro is not None
-    core = config.micro.core
-    assert core is not None
-    assert core.expand_mask is not None
-    assert core.contract_mask is not None
-    hidden = np.asarray(
-        get_activation(dense.activation)(
-            x @ np.float32(dense.expand) + np.float32(dense.expand_bias)
-        )
-    )
+    core: Any = config.micro and config.micro.core
+    u = x @ np.float32(dense.expand) + np.float32(dense.expand_bias)
+    hidden = np.asarray(get_activation(dense.activation)(jnp.asarray(u)))
     masks = {}
     for name, mask, weight, a in (
         ("expand_mask", core.expand_mask, dense.expand, x),
         ("contract_mask", core.contract_mask, dense.contract, hidden),
     ):
-        energy = np.mean(np.square(a), 0, dtype=np.float64)[:, None] * weight**2
+        energy = np.square(a).mean(0, dtype=np.float64).reshape(-1, 1) * weight**2
         (rows, columns), (bi, bo) = mask.grid, mask.block_shape
         scores = energy.reshape(rows, bi, columns, bo).sum((1, 3))
         masks[name] = _balanced_mask(scores, int(np.array(mask.blocks)[:, 0].sum()), bi)
