@@ -46,11 +46,12 @@ def fresh_ffns(model: GPT2LMHeadModel, seed: int = 0) -> dict[str, Any]:
     anything is fitted.
     """
     x = jnp.zeros((1, model.config.n_embd), model.dtype)
-    keys = jax.random.split(jax.random.key(seed), model.config.n_layer)
-    layers = {
-        str(i): {"mlp": jax.jit(ffn_module(model, i).init)(key, x)["params"]}
-        for i, key in enumerate(keys)
-    }
+    inits, layers = {}, {}
+    for i, key in enumerate(jax.random.split(jax.random.key(seed), model.config.n_layer)):
+        module = ffn_module(model, i)
+        # Layers of one kind are compiled once.
+        init = inits.setdefault(module, jax.jit(module.init))
+        layers[str(i)] = {"mlp": init(key, x)["params"]}
     return {"transformer": {"h": layers}}
 
 

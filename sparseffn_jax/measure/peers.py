@@ -295,8 +295,8 @@ _QUARTIC = PolynomialConfig(4)
 SPARSE: Mapping[str, Method | Searched] = MappingProxyType(
     {
         "SparseFFN": SparseMethod(default),
-        "SparseFFN klt": SparseMethod(functools.partial(all_units, polynomial=_QUARTIC)),
-        "SparseFFN searched": Searched(
+        "SparseFFN-klt": SparseMethod(functools.partial(all_units, polynomial=_QUARTIC)),
+        "SparseFFN-searched": Searched(
             {
                 f"core {share:g}": SparseMethod(
                     functools.partial(mixed, core_share=share, polynomial=_QUARTIC)
@@ -305,14 +305,14 @@ SPARSE: Mapping[str, Method | Searched] = MappingProxyType(
             }
             | {"narrow": SparseMethod(narrow)}
         ),
-        "SparseFFN dft b=8": SparseMethod(functools.partial(circulant, block_size=8)),
-        "SparseFFN dft b=16": SparseMethod(functools.partial(circulant, block_size=16)),
+        "SparseFFN-dft8": SparseMethod(functools.partial(circulant, block_size=8)),
+        "SparseFFN-dft16": SparseMethod(functools.partial(circulant, block_size=16)),
     }
 )
 PEERS: Mapping[str, Method] = MappingProxyType(
     {
         "narrow": SparseMethod(narrow),
-        "low rank": SparseMethod(all_units),
+        "low-rank": SparseMethod(all_units),
         "Monarch": MonarchMethod(),
         "block-sparse": SparseMethod(free_blocks, place_blocks),
     }

@@ -117,6 +117,7 @@ def run_quality(settings: QualitySettings, console: Console) -> dict[str, Any]:
       CheckpointError, FileNotFoundError, ValueError: if model, text or settings do not fit, or
         ``out`` holds a report of other settings.
     """
+    report.make_folder(settings.out)
     job = _Job(settings, console)
     job.tune_dense()
     for name in settings.methods or METHODS:
@@ -372,4 +373,4 @@ def quality_table(results: Mapping[str, Any]) -> Table:
 
 
 def _folder(name: str, target: float) -> str:
-    return f"{name} {target:g}x".replace(" ", "_").replace("=", "")
+    return f"{name}-{target:g}x"

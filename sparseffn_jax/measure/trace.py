@@ -56,7 +56,7 @@ def time_by_part(
       repeats: runs that the time is averaged over.
 
     Raises:
-      ValueError: if the trace holds no instruction of the program: the backend's profiler is off.
+      ValueError: if the trace names no instruction of the program.
     """
     paths = instruction_paths(compiled.as_text())
     jax.block_until_ready(compiled(*args))
@@ -67,7 +67,10 @@ def time_by_part(
         (file,) = Path(folder).rglob("*.xplane.pb")
         durations = list(_durations(jax.profiler.ProfileData.from_file(str(file)), set(paths)))
     if not durations:
-        raise ValueError("the trace names no instruction of this program: nothing was profiled")
+        raise ValueError(
+            "the trace names no instruction of this program: on a GPU, run without CUDA graphs "
+            "(XLA_FLAGS=--xla_gpu_enable_command_buffer=), which hide what they replay"
+        )
     seconds: dict[str, float] = defaultdict(float)
     for instruction, duration in durations:
         seconds[part_of(paths[instruction], parts)] += duration / repeats

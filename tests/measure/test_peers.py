@@ -37,12 +37,12 @@ def test_no_budget_is_refused(name):
 
 
 def test_corners_of_the_configuration_space():
-    narrow, low_rank = (SINGLE[name].size(SHAPE, 0.5) for name in ("narrow", "low rank"))
+    narrow, low_rank = (SINGLE[name].size(SHAPE, 0.5) for name in ("narrow", "low-rank"))
     assert narrow.micro.core.width == 128
     assert narrow.spectral is None
     assert (low_rank.spectral.width, low_rank.polynomial, low_rank.micro) == (256, None, None)
     assert SINGLE["SparseFFN"].size(SHAPE, 0.5) == SparseFFNConfig.from_flops_ratio(64, 256, 0.5)
-    shares = peers.METHODS["SparseFFN searched"].candidates
+    shares = peers.METHODS["SparseFFN-searched"].candidates
     assert [method.size(SHAPE, 0.5).micro.core.width for method in shares.values()] == [
         32,
         64,

@@ -109,7 +109,7 @@ def test_a_target_out_of_reach_is_said_to_be(settings, exact_clock, tmp_path):
 def test_a_search_takes_the_candidate_with_the_lowest_loss(
     settings, exact_clock, monkeypatch, tmp_path
 ):
-    search = Searched({name: PEERS[name] for name in ("narrow", "low rank")})
+    search = Searched({name: PEERS[name] for name in ("narrow", "low-rank")})
     monkeypatch.setattr(quality, "METHODS", {"search": search})
     results, printed = run(
         dataclasses.replace(settings, out=tmp_path, targets=(2.0,), methods=("search",))
