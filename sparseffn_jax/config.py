@@ -333,7 +333,7 @@ class SparseFFNConfig:
                 ranks = spectral.rank + (spectral.contract_rank or spectral.rank)
                 flops["spectral"] = 2 * ranks * (self.d_model + spectral.width)
             else:
-                flops["spectral"] = 2 * self._block_circulant_multiply_adds(spectral)
+                flops["spectral"] = 2 * sum(self._block_circulant_multiply_adds(spectral))
         if (micro := self.micro) is not None:
             weights = sum(mask.size for mask in micro.steps)
             if micro.core is not None:
@@ -344,13 +344,30 @@ class SparseFFNConfig:
             flops["micro"] = 2 * weights
         return flops
 
-    def _block_circulant_multiply_adds(self, spectral: SpectralConfig) -> int:
+    def training_flops_per_token(self) -> dict[str, int]:
+        """Counts one token's forward and backward pass, by part, as :meth:`flops_per_token` does.
+
+        A linear map costs three times its forward pass: the activations' gradient and the
+        weights' are one more product of the same size each. The transforms of a dft have no
+        weights and cost twice. The polynomial is recomputed in the backward pass and
+        differentiated by its input and by its coefficients: four times.
+        """
+        flops = self.flops_per_token()
+        training = {part: 3 * count for part, count in flops.items()}
+        training["polynomial"] = 4 * flops["polynomial"]
+        if self.spectral is not None and self.spectral.transform == "dft":
+            _, transforms = self._block_circulant_multiply_adds(self.spectral)
+            training["spectral"] -= 2 * transforms
+        return training
+
+    def _block_circulant_multiply_adds(self, spectral: SpectralConfig) -> tuple[int, int]:
+        """Returns those of the filters and those of the transforms, both maps together."""
         b = spectral.block_size
         components = len(spectral.frequencies) + len(complex_frequencies(spectral.frequencies, b))
         products = circulant_products(spectral.frequencies, b)
         p, q = self.d_model // b, spectral.width // b
         # Both maps: products at each frequency, and a b-point transform in and out of it.
-        return 2 * (p * q * products + (p + q) * b * components)
+        return 2 * p * q * products, 2 * (p + q) * b * components
 
     @property
     def dense_flops_per_token(self) -> int:

@@ -1,8 +1,9 @@
-"""Layer-wise distillation: each SparseFFN regresses its dense FFN's outputs by gradient."""
+"""Layer-wise distillation: each sparse FFN regresses its dense FFN's outputs by gradient."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ _TOKENS = 2048
 
 
 def distill_layers(
-    configs: Mapping[int, SparseFFNConfig],
+    configs: Mapping[int, SparseFFNConfig | nn.Module],
     params: Mapping[int, Any],
     inputs: Mapping[int, Float[np.ndarray, "n d"]],
     targets: Mapping[int, Float[np.ndarray, "n d"]],
@@ -31,8 +32,8 @@ def distill_layers(
     Adam with a cosine schedule, on 2048 tokens a step.
 
     Args:
-      configs: by layer number.
-      params: float32 parameters of each layer's SparseFFN.
+      configs: by layer number; or a module of another kind, ``(N, d) -> (N, d)``.
+      params: float32 parameters of each layer's SparseFFN or module.
       inputs: what each layer receives, N tokens on the host.
       targets: what its dense FFN makes of them.
       steps: gradient steps.
@@ -43,7 +44,10 @@ def distill_layers(
     """
     if not configs:
         return {}
-    layers = {i: SparseFFN(config) for i, config in configs.items()}
+    layers = {
+        i: SparseFFN(config) if isinstance(config, SparseFFNConfig) else config
+        for i, config in configs.items()
+    }
     variance = {i: float(targets[i].var(0).sum()) for i in layers}
     optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, steps))
 

@@ -13,7 +13,6 @@ from numerics import (
     assert_close,
     circulant,
     dense_of,
-    dot_generals,
     draw,
     jit,
     tangent_chebyshev,
@@ -27,6 +26,7 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
+from sparseffn_jax.measure.flops import count_flops
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
 from sparseffn_jax.ops.block_sparse import BlockMask
 
@@ -308,8 +308,7 @@ def test_forced_plans_change_the_program():
     def multiply_adds(name, spectral=None, micro=None):
         layer = SparseFFN(with_plans(CONFIGS[name], spectral, micro))
         params, _ = random_params(CONFIGS[name])
-        dots = dot_generals(lambda x: layer.apply({"params": params}, x), jnp.ones((50, D)))
-        return sum(count for *_, count in dots)
+        return count_flops(layer.apply, {"params": params}, jnp.ones((50, D))).dot // 2
 
     assert multiply_adds("klt", "two_gemms") < multiply_adds("klt", "merged")
     assert multiply_adds("dft", "dft") != multiply_adds("dft", "dense")
@@ -358,10 +357,8 @@ def test_flops_by_hand_analytically_and_in_the_program(name):
         forced = with_plans(forced, forced.spectral and forced.spectral.implementation, "gather")
     params, _ = random_params(config)
     tokens = 5
-    dots = dot_generals(
-        lambda x: SparseFFN(forced).apply({"params": params}, x), jnp.ones((tokens, D))
-    )
-    assert sum(count for *_, count in dots) == tokens * (spectral + micro)
+    count = count_flops(SparseFFN(forced).apply, {"params": params}, jnp.ones((tokens, D)))
+    assert count.dot == 2 * tokens * (spectral + micro)
 
 
 PARAMETERS = {

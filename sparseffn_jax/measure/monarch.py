@@ -1,0 +1,191 @@
+"""The Monarch FFN, a peer: both maps made of low-rank blocks, as a permuted pair of block GEMMs.
+
+A weight is cut into n x n blocks, each of rank r: with r = 1 and n the root of the width this is
+a Monarch matrix (Dao et al. 2022, 2204.00595), with larger ranks block low rank, the form that
+structured FFNs use (Wei et al. 2024, 2406.16450). Shape letters: T tokens, n blocks on a side, r
+rank, i and o channels of one input and output block.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Float
+
+from sparseffn_jax.convert import closed_form
+from sparseffn_jax.convert.closed_form import Moments
+from sparseffn_jax.convert.warm_start import DenseFFN
+from sparseffn_jax.ops.activations import get_activation
+
+Dtype = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MonarchConfig:
+    """A Monarch FFN in the place of a dense ``d_model -> d_ff -> d_model`` one.
+
+    Attributes:
+      d_model: channels in and out.
+      d_ff: hidden units; all of them stay.
+      activation: by its Hugging Face name.
+      blocks: n, on each side of both maps; divides ``d_model`` and ``d_ff``.
+      rank: r of every block.
+
+    Raises:
+      ValueError: on construction, if the blocks do not fit.
+    """
+
+    d_model: int
+    d_ff: int
+    activation: str
+    blocks: int
+    rank: int
+
+    def __post_init__(self):
+        for name in ("d_model", "d_ff"):
+            if self.blocks < 1 or getattr(self, name) % self.blocks:
+                raise ValueError(f"blocks={self.blocks} do not divide {name}={getattr(self, name)}")
+        limit = min(self.d_model, self.d_ff) // self.blocks
+        if not 1 <= self.rank <= limit:
+            raise ValueError(f"rank={self.rank} must lie between 1 and {limit}, a block's side")
+
+    @property
+    def flops_ratio(self) -> float:
+        """Floating-point operations of both maps over the dense FFN's."""
+        return self.rank * self.blocks * (self.d_model + self.d_ff) / (self.d_model * self.d_ff)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready dict."""
+        return dataclasses.asdict(self)
+
+
+class MonarchLinear(nn.Module):
+    """One map of a Monarch FFN, without bias.
+
+    Attributes:
+      features: output channels.
+      config: blocks and rank.
+      dtype: of the computation.
+      param_dtype: of the parameters ``axes``, ``(n, i, n r)``, and ``filter``, ``(n, n r, o)``.
+    """
+
+    features: int
+    config: MonarchConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch f"]:
+        n, r = self.config.blocks, self.config.rank
+        channels, features = x.shape[-1] // n, self.features // n
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
+        axes = self.param("axes", init, (n, channels, n * r), self.param_dtype)
+        filter = self.param("filter", init, (n, n * r, features), self.param_dtype)
+        x, axes, filter = promote_dtype(x, axes, filter, dtype=self.dtype)
+        blocks = x.reshape(-1, n, channels)
+        # Input block i speaks to output block j through r numbers; regrouping them from i to j is
+        # the permutation between Monarch's two block-diagonal factors.
+        z = jnp.einsum("tni,nir->ntr", blocks, axes).reshape(n, len(blocks), n, r)
+        z = z.transpose(2, 1, 0, 3).reshape(n, len(blocks), n * r)
+        y = jnp.einsum("ntr,nro->tno", z, filter)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class MonarchFFN(nn.Module):
+    """Drops into the place of a dense FFN, as a :class:`SparseFFN` does."""
+
+    config: MonarchConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        config = self.config
+        u = MonarchLinear(config.d_ff, config, self.dtype, self.param_dtype, name="expand")(x)
+        hidden = get_activation(config.activation)(u + self._bias("expand_bias", config.d_ff))
+        y = MonarchLinear(config.d_model, config, self.dtype, self.param_dtype, name="contract")(
+            hidden
+        )
+        return y + self._bias("bias", config.d_model)
+
+    def _bias(self, name, features):
+        bias = self.param(name, nn.initializers.zeros, (features,), self.param_dtype)
+        return bias.astype(self.dtype)
+
+
+def fit_monarch(
+    dense: DenseFFN, config: MonarchConfig, x: Float[np.ndarray, "n d"]
+) -> dict[str, Any]:
+    """Fits a Monarch FFN to a dense one on its inputs ``x``, in closed form.
+
+    Every block starts from its SVD, whitened by its own inputs' second moments: exact but for
+    what the blocks of one row share. The second factor is then regressed on what the first one
+    really outputs, the contraction on the dense FFN's outputs.
+
+    Returns:
+      Float32 parameters of :class:`MonarchFFN`.
+    """
+    phi = jax.jit(get_activation(dense.activation))
+    hidden_of = functools.partial(_affine, dense.expand, dense.expand_bias)
+    u = hidden_of(x)
+    slope = np.asarray(jax.jvp(phi, (u,), (jnp.ones_like(u),))[1])
+    # How strongly an error of each pre-activation moves the output, root mean square.
+    scale = np.sqrt(np.mean(np.square(slope), 0, dtype=np.float64))
+    scale *= np.linalg.norm(dense.contract, axis=1)
+    scale = np.maximum(scale, 1e-3 * scale.mean() + np.finfo(np.float64).tiny)
+
+    inputs = Moments.of(x, x[:, :0])
+    wanted = Moments(
+        inputs.xx, inputs.xx @ dense.expand, inputs.x_mean, inputs.x_mean @ dense.expand
+    )
+    expand, weight = _regress(config, wanted, dense.expand, scale)
+    expand_bias = dense.expand_bias + inputs.x_mean @ (dense.expand - weight)
+
+    hidden = np.asarray(phi(_affine(weight, expand_bias, x)))
+    outputs = Moments.of(hidden, dense(x))
+    full = closed_form.ridge_solve(outputs.xx, outputs.xy)
+    contract, weight = _regress(config, outputs, full, np.ones(config.d_model))
+    params = {
+        "expand": expand,
+        "expand_bias": expand_bias,
+        "contract": contract,
+        "bias": outputs.y_mean - outputs.x_mean @ weight,
+    }
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+
+
+def _regress(config, moments, weight, output_scale):
+    """Returns the factors nearest to ``weight``, and the matrix that they multiply out to."""
+    n, r = config.blocks, config.rank
+    blocks = weight.reshape(n, weight.shape[0] // n, n, weight.shape[1] // n)
+    _, i, _, o = blocks.shape
+    axes = np.zeros((n, i, n, r))
+    scale = output_scale.reshape(n, o)
+    for row in range(n):
+        rows = slice(row * i, (row + 1) * i)
+        for column in range(n):
+            axes[row, :, column], _ = closed_form.whitened_svd(
+                blocks[row, :, column], moments.xx[rows, rows], r, scale[column]
+            )
+    filter = np.zeros((n, n * r, o))
+    fitted = np.zeros_like(weight)
+    for column in range(n):
+        # Block-diagonal: from all inputs to the n r numbers that this output block sees.
+        first = np.zeros((n, i, n, r))
+        first[range(n), :, range(n)] = axes[:, :, column]
+        first = first.reshape(n * i, n * r)
+        outputs = slice(column * o, (column + 1) * o)
+        filter[column] = closed_form.ridge_solve(
+            first.T @ moments.xx @ first, first.T @ moments.xy[:, outputs]
+        )
+        fitted[:, outputs] = first @ filter[column]
+    return {"axes": axes.reshape(n, i, n * r), "filter": filter}, fitted
+
+
+def _affine(weight, bias, x):
+    return x @ np.asarray(weight, np.float32) + np.asarray(bias, np.float32)
