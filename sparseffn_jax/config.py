@@ -349,15 +349,24 @@ class SparseFFNConfig:
 
         A linear map costs three times its forward pass: the activations' gradient and the
         weights' are one more product of the same size each. The transforms of a dft have no
-        weights and cost twice. The polynomial is recomputed in the backward pass and
-        differentiated by its input and by its coefficients: four times.
+        weights and cost twice. The spectral branch does not keep its hidden activations: the
+        backward pass computes them again, and of the contraction what comes before its filter.
+        The polynomial is then recomputed too, and differentiated by its input and by its
+        coefficients: four times.
         """
         flops = self.flops_per_token()
         training = {part: 3 * count for part, count in flops.items()}
         training["polynomial"] = 4 * flops["polynomial"]
-        if self.spectral is not None and self.spectral.transform == "dft":
-            _, transforms = self._block_circulant_multiply_adds(self.spectral)
-            training["spectral"] -= 2 * transforms
+        if (branch := self.spectral) is None:
+            return training
+        if branch.transform == "klt":
+            again = branch.rank * (self.d_model + branch.width)
+            again += (branch.contract_rank or branch.rank) * branch.width
+            training["spectral"] += 2 * again
+            return training
+        filters, transforms = self._block_circulant_multiply_adds(branch)
+        hidden = transforms * branch.width // (2 * (self.d_model + branch.width))
+        training["spectral"] += filters - transforms + 2 * hidden
         return training
 
     def _block_circulant_multiply_adds(self, spectral: SpectralConfig) -> tuple[int, int]:

@@ -41,7 +41,8 @@ def describe_layer(model: GPT2LMHeadModel, layer: int, tokens: int) -> LayerSumm
         dense = 4 * config.n_embd * d_ff(config)
         return LayerSummary((f"dense: {d_ff(config)} units",), parameters, dense, 1.0, ())
     flops = sum(ffn.flops_per_token().values())
-    return LayerSummary(_parts(ffn), parameters, flops, ffn.flops_ratio, tuple(plans))
+    chosen = tuple((choice.operator, choice.plan) for choice in plans)
+    return LayerSummary(_parts(ffn), parameters, flops, ffn.flops_ratio, chosen)
 
 
 def _parts(ffn: SparseFFNConfig) -> tuple[str, ...]:

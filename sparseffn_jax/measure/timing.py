@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,22 +40,35 @@ class PairedTimes:
 def time_pair(
     baseline: Callable[[], Any], candidate: Callable[[], Any], *, repeats: int = 15
 ) -> PairedTimes:
-    """Times two functions in turn, after warming each up.
-
-    Taking turns lets a slow spell of a shared machine fall on both; which of the two goes first
-    alternates, since the second finds warmer caches.
+    """Times two functions in turn; see :func:`time_in_turn`.
 
     Args:
       baseline: runs the program compared with and returns its outputs, which are waited for.
       candidate: likewise.
       repeats: pairs to measure.
     """
-    for function in (baseline, candidate, baseline, candidate):
+    return PairedTimes(*time_in_turn([baseline, candidate], repeats=repeats))
+
+
+def time_in_turn(
+    functions: Sequence[Callable[[], Any]], *, repeats: int = 15
+) -> list[tuple[float, ...]]:
+    """Times functions in turn, after warming each up; returns each one's seconds, run by run.
+
+    Taking turns lets a slow spell of a shared machine fall on all; which of them goes first
+    changes, since what comes later finds warmer caches.
+
+    Args:
+      functions: each runs a program and returns its outputs, which are waited for.
+      repeats: runs of each.
+    """
+    for function in (*functions, *functions):
         jax.block_until_ready(function())
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in range(repeats):
-        for side in (0, 1) if i % 2 == 0 else (1, 0):
+    times: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats):
+        for turn in range(len(functions)):
+            number = (turn + repeat) % len(functions)
             started = time.perf_counter()
-            jax.block_until_ready((baseline, candidate)[side]())
-            times[side].append(time.perf_counter() - started)
-    return PairedTimes(tuple(times[0]), tuple(times[1]))
+            jax.block_until_ready(functions[number]())
+            times[number].append(time.perf_counter() - started)
+    return [tuple(each) for each in times]

@@ -150,7 +150,8 @@ def block_sparse_matmul(
             )
     for plan in refused:
         costs.pop(plan)
-    plan = planning.pick("block_sparse_matmul", implementation, costs, refused)
+    problem = (tokens, *mask.shape, *mask.block_shape, mask.size, mask.is_outer, x.dtype.name)
+    plan = planning.pick("block_sparse_matmul", implementation, costs, refused, problem)
     plans = {"slice": _slice, "gather": _gather, "unrolled": _unrolled, "masked": _masked}
     return plans[plan](x, kernel, mask)
 

@@ -1,8 +1,13 @@
-"""Which plan runs an operator: a small cost model, and the check of a forced choice."""
+"""Which plan runs an operator: a cost model, tables of measured plans, a forced choice's check."""
 
 import contextlib
 import contextvars
+import dataclasses
+import json
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
 
 import jax
 
@@ -22,9 +27,71 @@ _LAYOUT = 40.0
 # the operations on them are still large enough to spread over the cores.
 _TILE_BYTES = {"klt": 6 << 20, "dft": 3 << 20, "unrolled": 6 << 20}
 
-_recording: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar(
+Problem = tuple[int | str | bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One plan that was picked.
+
+    Attributes:
+      operator: whose plan it is.
+      problem: the shapes and dtype that it was picked for.
+      plan: the plan.
+      costs: estimate for every plan that could have run, in multiply-adds of a large GEMM.
+    """
+
+    operator: str
+    problem: Problem
+    plan: str
+    costs: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanTable:
+    """The fastest plans as measured on one kind of device; a value to save, load and :func:`use`.
+
+    Attributes:
+      device: kind of device that they were measured on.
+      plans: by operator and problem.
+    """
+
+    device: str
+    plans: Mapping[tuple[str, Problem], str] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table as JSON."""
+        rows = [
+            {"operator": operator, "problem": problem, "plan": plan}
+            for (operator, problem), plan in self.plans.items()
+        ]
+        text = json.dumps({"device": self.device, "plans": rows}, indent=2)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a table that :meth:`save` wrote.
+
+        Raises:
+          ValueError: if the file is not one.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            plans = {
+                (row["operator"], tuple(row["problem"])): str(row["plan"])
+                for row in values["plans"]
+            }
+            return cls(str(values["device"]), plans)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a table of plans: write one with sparseffn inspect --autotune"
+            ) from error
+
+
+_recording: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
     "recording", default=None
 )
+_table: contextvars.ContextVar[PlanTable | None] = contextvars.ContextVar("table", default=None)
 
 
 def pick(
@@ -32,21 +99,26 @@ def pick(
     implementation: str | None,
     costs: Mapping[str, float],
     refused: Mapping[str, str] | None = None,
+    problem: Problem = (),
 ) -> str:
-    """Returns the plan to run: the forced one, or else the cheapest that can run.
+    """Returns the plan to run: the forced one, or the one measured to be best, or the cheapest.
 
     Args:
       operator: name for the error message.
       implementation: a plan's name, or ``None`` to choose.
       costs: estimated cost of every plan that can run here.
       refused: why each of the other plans cannot run here.
+      problem: shapes and dtype, to look up in the :class:`PlanTable` that is in use.
 
     Raises:
       ValueError: if the forced plan is unknown or cannot run here; the message says why.
     """
     refused = refused or {}
     if implementation is None:
-        plan = min(costs, key=costs.__getitem__)
+        table = _table.get()
+        plan = None if table is None else table.plans.get((operator, problem))
+        if plan not in costs:
+            plan = min(costs, key=costs.__getitem__)
     elif implementation in refused:
         raise ValueError(
             f"{operator} cannot run as {implementation!r} here: {refused[implementation]}; "
@@ -59,17 +131,38 @@ def pick(
     else:
         plan = implementation
     if (recording := _recording.get()) is not None:
-        recording.append((operator, plan))
+        recording.append(Choice(operator, problem, plan, costs))
     return plan
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[tuple[str, str]]]:
-    """Yields a list that every (operator, plan) picked inside the block is appended to.
+def use(table: PlanTable) -> Iterator[None]:
+    """Makes ``implementation=None`` follow a table inside the block, where it knows the problem.
+
+    Plans are picked while a program is traced: what was jitted and run before stays as it is.
+
+    Raises:
+      ValueError: if the table was measured on another kind of device.
+    """
+    device = jax.devices()[0].device_kind
+    if table.device != device:
+        raise ValueError(
+            f"the plans were measured on {table.device!r}, this is {device!r}: measure them here"
+        )
+    token = _table.set(table)
+    try:
+        yield
+    finally:
+        _table.reset(token)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Choice]]:
+    """Yields a list that every choice made inside the block is appended to.
 
     Plans are picked while a program is traced, so ``jax.eval_shape`` of it is enough.
     """
-    picked: list[tuple[str, str]] = []
+    picked: list[Choice] = []
     token = _recording.set(picked)
     try:
         yield picked

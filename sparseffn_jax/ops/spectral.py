@@ -416,8 +416,10 @@ def _fft(x, weights: CirculantMap, block_size, frequencies):
 
 def _klt_weights(tokens: int, factors: KLTMap, implementation: str | None) -> tuple[Array, ...]:
     axes, filter = factors
-    costs = planning.klt_costs(tokens, *axes.shape, filter.shape[1])
-    if planning.pick("klt", implementation, costs) == "merged":
+    shapes = (*axes.shape, filter.shape[1])
+    costs = planning.klt_costs(tokens, *shapes)
+    problem = (tokens, *shapes, axes.dtype.name)
+    if planning.pick("klt", implementation, costs, problem=problem) == "merged":
         return (matmul(axes, filter),)
     return axes, filter
 
@@ -456,4 +458,7 @@ def _pick_circulant(tokens, maps: Sequence[CirculantMap], block_size, frequencie
         for weights in maps
     ]
     costs = {plan: sum(cost[plan] for cost in each) for plan in each[0]}
-    return planning.pick("block_circulant", implementation, costs)
+    blocks = [side for weights in maps for side in weights.real.shape[1:]]
+    dtype = maps[0].real.dtype.name
+    problem = (tokens, block_size, ",".join(map(str, frequencies)), *blocks, dtype)
+    return planning.pick("block_circulant", implementation, costs, problem=problem)

@@ -1,3 +1,4 @@
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,10 +28,54 @@ def test_an_unknown_plan_lists_the_known_ones(name):
 def test_recorded_lists_what_was_picked_inside_it():
     planning.pick("before", None, {"a": 1.0})
     with planning.recorded() as picked:
-        planning.pick("op", None, {"a": 3.0, "b": 1.0})
+        planning.pick("op", None, {"a": 3.0, "b": 1.0}, problem=(7, "float32"))
         planning.pick("op", "a", {"a": 3.0, "b": 1.0})
     planning.pick("after", None, {"a": 1.0})
-    assert picked == [("op", "b"), ("op", "a")]
+    assert [(choice.operator, choice.problem, choice.plan) for choice in picked] == [
+        ("op", (7, "float32"), "b"),
+        ("op", (), "a"),
+    ]
+    assert picked[0].costs == {"a": 3.0, "b": 1.0}
+
+
+def table(**plans):
+    device = jax.devices()[0].device_kind
+    return planning.PlanTable(device, {("op", (int(n[1:]), "f32")): p for n, p in plans.items()})
+
+
+def test_a_table_decides_what_it_knows_and_can_run():
+    costs = {"a": 3.0, "b": 1.0}
+
+    def plan(tokens, implementation=None):
+        return planning.pick("op", implementation, costs, problem=(tokens, "f32"))
+
+    with planning.use(table(t1="a", t2="gone")):
+        assert plan(1) == "a"
+        assert plan(1, "b") == "b"
+        assert plan(2) == "b"
+        assert plan(3) == "b"
+    assert plan(1) == "b"
+
+
+def test_a_table_survives_its_file(tmp_path):
+    saved = table(t1="a", t2="b")
+    saved.save(tmp_path / "plans.json")
+    assert planning.PlanTable.load(tmp_path / "plans.json") == saved
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"device": "cpu", "plans": [{"plan": "a"}]}'])
+def test_a_file_that_is_no_table(tmp_path, text):
+    (tmp_path / "plans.json").write_text(text)
+    with pytest.raises(ValueError, match=r"plans.json is not a table of plans: .*--autotune"):
+        planning.PlanTable.load(tmp_path / "plans.json")
+
+
+def test_a_table_of_another_device_is_refused():
+    with (
+        pytest.raises(ValueError, match="measured on 'abacus', this is"),
+        planning.use(planning.PlanTable("abacus")),
+    ):
+        pass
 
 
 def test_klt_multiplies_the_factors_out_only_where_that_is_less_work():
