@@ -194,6 +194,97 @@ def plot_methods(path: Path, points: Sequence[Mapping[str, Any]], dense_loss: fl
     _save(figure, path)
 
 
+def plot_speedups(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draws measured over promised speed-up, one mark a configuration and mode.
+
+    Args:
+      path: PNG to write.
+      rows: each with ``configuration``, ``mode``, ``promised`` and ``speedup``.
+    """
+    figure, axes = _figure()
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    for mode, colour, marker in zip(modes, _COLOURS, _MARKERS, strict=False):
+        points = [(row["promised"], row["speedup"]) for row in rows if row["mode"] == mode]
+        axes.plot(*zip(*points, strict=True), marker, color=colour, label=mode, alpha=0.8)
+    for row in rows:
+        if row["mode"] == modes[0]:
+            axes.annotate(
+                row["configuration"],
+                (row["promised"], row["speedup"]),
+                textcoords="offset points",
+                xytext=(5, -9),
+                fontsize=7,
+            )
+    limit = max(max(row["promised"], row["speedup"]) for row in rows)
+    axes.plot([1, limit], [1, limit], color="black", linewidth=0.8, label="realised in full")
+    axes.axhline(1.0, color=_DENSE, linewidth=0.8, label="dense")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="speed-up promised by the FLOPs",
+        ylabel="speed-up measured",
+        title="What the clock shows of what the FLOPs promise",
+    )
+    ticks = [1, 2, 4, 8]
+    axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.set_yticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_roofline(path: Path, layers: Mapping[str, Mapping[str, float]], peak: Any) -> None:
+    """Draws the machine's measured roof and where each layer's arithmetic intensity meets it.
+
+    Args:
+      path: PNG to write.
+      layers: by name: ``intensity`` in FLOPs a byte, and ``flops`` and ``seconds`` at the roof.
+      peak: a :class:`sparseffn_jax.measure.roofline.Peak`.
+    """
+    figure, axes = _figure()
+    ridge = peak.flops_per_second / peak.bytes_per_second
+    intensity = np.geomspace(ridge / 64, ridge * 64, 129)
+    roof = np.minimum(peak.flops_per_second, intensity * peak.bytes_per_second)
+    axes.plot(intensity, roof / 1e9, color="black", linewidth=1.2)
+    for i, (name, layer) in enumerate(layers.items()):
+        axes.plot(
+            [layer["intensity"]],
+            [layer["flops"] / layer["seconds"] / 1e9],
+            _MARKERS[i % len(_MARKERS)],
+            color=_COLOURS[i % len(_COLOURS)],
+            label=name,
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="arithmetic intensity (FLOPs a byte)",
+        ylabel="attainable GFLOP/s",
+        title=f"Roofline of {peak.device}, {peak.dtype}",
+    )
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    _save(figure, path)
+
+
+def plot_parts(path: Path, seconds: Mapping[str, Mapping[str, float]]) -> None:
+    """Draws each configuration's device time by part, as stacked bars.
+
+    Args:
+      path: PNG to write.
+      seconds: of one run, by configuration and part.
+    """
+    figure, axes = _figure()
+    parts = list(dict.fromkeys(part for times in seconds.values() for part in times))
+    left = np.zeros(len(seconds))
+    for part, colour in zip(parts, _COLOURS, strict=False):
+        width = np.array([1e3 * times.get(part, 0.0) for times in seconds.values()])
+        axes.barh(list(seconds), width, left=left, color=colour, label=part.replace("_", " "))
+        left += width
+    axes.invert_yaxis()
+    axes.set(xlabel="device time (ms, added up over threads)", title="Forward time by part")
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def _mask_images(config: SparseFFNConfig) -> list[np.ndarray | None]:
     images: list[np.ndarray | None] = [None, None, None, None]
     if (branch := config.spectral) is not None:
