@@ -141,7 +141,7 @@ class CoreConfig:
       width: hidden units; all ``d_ff`` of them with no masks is the dense FFN itself.
       expand_mask: of W1, over ``(d_model, width)``; ``None`` keeps every block.
       contract_mask: of W2, over ``(width, d_model)``; ``None`` keeps every block.
-      implementation: plan to force: ``"slice"``, ``"gather"``, ``"unrolled"`` or ``"masked"``.
+      implementation: plan to force: ``"slice"``, ``"gather"`` or ``"masked"``.
     """
 
     width: int
@@ -152,7 +152,7 @@ class CoreConfig:
     def __post_init__(self):
         _check_types(self)
         _check_positive("core width", self.width)
-        _check_implementation(self.implementation, ("slice", "gather", "unrolled", "masked"))
+        _check_implementation(self.implementation, ("slice", "gather", "masked"))
 
     def without_dead_units(self) -> "CoreConfig":
         """Returns the core without the hidden units that no output reads.
@@ -202,7 +202,7 @@ class MicroRefinementConfig:
         _check_types(self)
         if self.core is None and not self.steps:
             raise ValueError("micro-refinement needs a core or at least one step: or leave it out")
-        _check_implementation(self.implementation, ("slice", "gather", "unrolled", "masked"))
+        _check_implementation(self.implementation, ("slice", "gather", "masked"))
 
 
 @dataclasses.dataclass(frozen=True)

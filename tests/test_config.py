@@ -231,7 +231,7 @@ BAD = {
     ),
     "unknown plan": (
         {"micro__implementation": "csr"},
-        "'csr': expected one of slice, gather, unrolled, masked",
+        "'csr': expected one of slice, gather, masked",
     ),
     "plan is no name": ({"micro__implementation": 1}, "implementation=1: expected a string"),
     "degree zero": ({"polynomial__degree": 0}, "polynomial degree=0: expected a positive integer"),

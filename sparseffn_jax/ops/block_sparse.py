@@ -16,9 +16,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseffn_jax.ops import planning
-from sparseffn_jax.ops.tiling import over_tokens
-
-_MOST_UNROLLED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +118,8 @@ def block_sparse_matmul(
       mask: static.
       implementation: ``"slice"`` (outer masks: one smaller GEMM), ``"gather"`` (free masks: for
         every output block its input blocks, gathered, and one batched GEMM for all output blocks
-        with equally many), ``"unrolled"`` (free masks: a small GEMM for every output block, on
-        tiles of tokens, channels first), ``"masked"`` (a dense GEMM; the reference, and right near
-        density 1), or ``None`` to choose.
+        with equally many), ``"masked"`` (a dense GEMM; the reference, and right near density 1),
+        or ``None`` to choose.
 
     Returns:
       ``(..., mask.shape[1])`` in the dtype of ``x``, accumulated in float32.
@@ -139,21 +135,16 @@ def block_sparse_matmul(
     costs = planning.block_sparse_costs(tokens, mask.size, math.prod(mask.shape))
     refused = {}
     if mask.is_outer:
-        reason = "the mask is whole rows and columns, which 'slice' does in one GEMM"
-        refused |= {"gather": reason, "unrolled": reason}
+        refused["gather"] = (
+            "the mask is whole rows and columns, which 'slice' does without a gather"
+        )
     else:
         refused["slice"] = "the mask is not made of whole block rows and columns"
-        if len(mask.live_columns) > _MOST_UNROLLED:
-            refused["unrolled"] = (
-                f"the mask has {len(mask.live_columns)} output blocks, and a program of more than "
-                f"{_MOST_UNROLLED} small GEMMs takes long to compile"
-            )
     for plan in refused:
         costs.pop(plan)
     problem = (tokens, *mask.shape, *mask.block_shape, mask.size, mask.is_outer, x.dtype.name)
     plan = planning.pick("block_sparse_matmul", implementation, costs, refused, problem)
-    plans = {"slice": _slice, "gather": _gather, "unrolled": _unrolled, "masked": _masked}
-    return plans[plan](x, kernel, mask)
+    return {"slice": _slice, "gather": _gather, "masked": _masked}[plan](x, kernel, mask)
 
 
 def decompress(kernel: Float[Array, "..."], mask: BlockMask) -> Float[Array, "i o"]:
@@ -216,29 +207,6 @@ def _gather(x, kernel, mask):
             y = out.at[group].set(y, indices_are_sorted=True, unique_indices=True)
         out = y
     return out.transpose(1, 0, 2).reshape(*batch, mask.shape[1])
-
-
-def _unrolled(x, kernel, mask):
-    bi, bo = mask.block_shape
-    rows, columns = mask.coordinates()
-    weights = jnp.swapaxes(kernel, 1, 2).astype(x.dtype)
-    stored = [np.flatnonzero(columns == column) for column in range(mask.grid[1])]
-
-    def tile(x):
-        blocks = x.T.reshape(mask.grid[0], bi, len(x))
-        out = []
-        for numbers in stored:
-            y = jnp.zeros((bo, len(x)), x.dtype)
-            if len(numbers):
-                inputs = jnp.concatenate([blocks[rows[number]] for number in numbers])
-                y = matmul(jnp.concatenate([weights[number] for number in numbers], 1), inputs)
-            out.append(y)
-        return jnp.concatenate(out).T
-
-    tokens = math.prod(x.shape[:-1])
-    wider = max(mask.shape) * x.dtype.itemsize
-    y = over_tokens(tile, x.reshape(tokens, mask.shape[0]), planning.token_tile("unrolled", wider))
-    return y.reshape(*x.shape[:-1], mask.shape[1])
 
 
 def _masked(x, kernel, mask):

@@ -13,8 +13,7 @@ import jax
 
 # A plan's cost is counted in multiply-adds of a large GEMM. What follows are the handicaps that
 # other kinds of work carry, as measured on CPU; only their order of magnitude matters.
-_GATHERED_GEMM = 2.7
-_UNROLLED_GEMM = 2.2
+_GATHERED_GEMM = 4.2
 _SMALL_GEMM = 1.2
 _SPLIT_GEMM = 2.0
 _COMPLEX_GEMM = 9.0
@@ -25,7 +24,7 @@ _TRANSFORM = 80.0
 _LAYOUT = 40.0
 # Bytes of hidden activations that a tile of tokens may have: what the cores' own caches hold while
 # the operations on them are still large enough to spread over the cores.
-_TILE_BYTES = {"klt": 6 << 20, "dft": 3 << 20, "unrolled": 6 << 20}
+_TILE_BYTES = {"klt": 6 << 20, "dft": 3 << 20}
 
 Problem = tuple[int | str | bool, ...]
 
@@ -205,8 +204,8 @@ def token_tile(operator: str, token_bytes: int) -> int | None:
     """Returns how many tokens to take at a time, or ``None`` for all of them.
 
     Args:
-      operator: ``"klt"``, ``"dft"`` or ``"unrolled"``.
-      token_bytes: of one token at the widest.
+      operator: ``"klt"`` or ``"dft"``.
+      token_bytes: of one token's hidden activations.
     """
     if jax.default_backend() != "cpu":
         return None
@@ -218,6 +217,5 @@ def block_sparse_costs(tokens: int, weights: int, full: int) -> dict[str, float]
     return {
         "slice": tokens * weights,
         "gather": _GATHERED_GEMM * tokens * weights,
-        "unrolled": _UNROLLED_GEMM * tokens * weights + full,
         "masked": tokens * full + full,
     }

@@ -31,11 +31,8 @@ def over_tokens(
     tokens, channels = x.shape
     if tile is None or tokens <= tile:
         return function(x)
-    # Two tiles at each turn of the loop: where one waits for a small operation to spread over the
-    # cores, the other goes on.
-    turns = -(-tokens // (2 * tile))
-    rows = _ROWS * -(-tokens // (2 * turns * _ROWS))
-    padded = jnp.pad(x, ((0, 2 * turns * rows - tokens), (0, 0)))
-    pairs = padded.reshape(turns, 2, rows, channels)
-    y = jax.lax.map(lambda pair: jnp.stack([function(pair[0]), function(pair[1])]), pairs)
-    return y.reshape(2 * turns * rows, -1)[:tokens]
+    count = -(-tokens // tile)
+    rows = _ROWS * -(-tokens // (count * _ROWS))
+    padded = jnp.pad(x, ((0, count * rows - tokens), (0, 0)))
+    y = jax.lax.map(function, padded.reshape(count, rows, channels))
+    return y.reshape(count * rows, y.shape[-1])[:tokens]
