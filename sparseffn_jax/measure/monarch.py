@@ -65,35 +65,35 @@ class MonarchConfig:
 
 
 class MonarchLinear(nn.Module):
-    """One map of a Monarch FFN, without bias.
+    """One map of a Monarch FFN, without bias, on activations cut into blocks.
+
+    The blocks lead, so that both stages are batched GEMMs of whole matrices, and only what lies
+    between the stages, r numbers a pair of blocks, is ever rearranged.
 
     Attributes:
-      features: output channels.
-      config: blocks and rank.
+      features: output channels of one block.
+      rank: r.
       dtype: of the computation.
       param_dtype: of the parameters ``axes``, ``(n, i, n r)``, and ``filter``, ``(n, n r, o)``.
     """
 
     features: int
-    config: MonarchConfig
+    rank: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch f"]:
-        n, r = self.config.blocks, self.config.rank
-        channels, features = x.shape[-1] // n, self.features // n
+    def __call__(self, x: Float[Array, "n t i"]) -> Float[Array, "n t o"]:
+        (n, tokens, channels), r = x.shape, self.rank
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
         axes = self.param("axes", init, (n, channels, n * r), self.param_dtype)
-        filter = self.param("filter", init, (n, n * r, features), self.param_dtype)
+        filter = self.param("filter", init, (n, n * r, self.features), self.param_dtype)
         x, axes, filter = promote_dtype(x, axes, filter, dtype=self.dtype)
-        blocks = x.reshape(-1, n, channels)
+        z = jnp.einsum("nti,nir->ntr", x, axes).reshape(n, tokens, n, r)
         # Input block i speaks to output block j through r numbers; regrouping them from i to j is
         # the permutation between Monarch's two block-diagonal factors.
-        z = jnp.einsum("tni,nir->ntr", blocks, axes).reshape(n, len(blocks), n, r)
-        z = z.transpose(2, 1, 0, 3).reshape(n, len(blocks), n * r)
-        y = jnp.einsum("ntr,nro->tno", z, filter)
-        return y.reshape(*x.shape[:-1], self.features)
+        z = z.transpose(2, 1, 0, 3).reshape(n, tokens, n * r)
+        return jnp.einsum("ntr,nro->nto", z, filter)
 
 
 class MonarchFFN(nn.Module):
@@ -105,13 +105,16 @@ class MonarchFFN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        config = self.config
-        u = MonarchLinear(config.d_ff, config, self.dtype, self.param_dtype, name="expand")(x)
-        hidden = get_activation(config.activation)(u + self._bias("expand_bias", config.d_ff))
-        y = MonarchLinear(config.d_model, config, self.dtype, self.param_dtype, name="contract")(
-            hidden
-        )
-        return y + self._bias("bias", config.d_model)
+        config, n = self.config, self.config.blocks
+        blocks = x.reshape(-1, n, config.d_model // n).transpose(1, 0, 2)
+        u = self._linear("expand", config.d_ff // n)(blocks)
+        bias = self._bias("expand_bias", config.d_ff).reshape(n, 1, -1)
+        hidden = get_activation(config.activation)(u + bias)
+        y = self._linear("contract", config.d_model // n)(hidden)
+        return y.transpose(1, 0, 2).reshape(x.shape) + self._bias("bias", config.d_model)
+
+    def _linear(self, name, features):
+        return MonarchLinear(features, self.config.rank, self.dtype, self.param_dtype, name=name)
 
     def _bias(self, name, features):
         bias = self.param(name, nn.initializers.zeros, (features,), self.param_dtype)

@@ -19,6 +19,8 @@ from sparseffn_jax.ops.block_sparse import BlockMask
 _DENSE, _SPARSE, _ACCENT = "#0072B2", "#D55E00", "#009E73"
 _COLOURS = (_SPARSE, "#E69F00", "#CC79A7", _ACCENT, "#56B4E9", _DENSE, "#000000", "#999999")
 _MARKERS = "osD^v*PXh"
+# Nats above dense that the enlarged panel shows.
+_NEAR = 0.8
 
 
 def make_folder(folder: Path) -> None:
@@ -160,37 +162,40 @@ def plot_quality(
 def plot_methods(path: Path, points: Sequence[Mapping[str, Any]], dense_loss: float) -> None:
     """Draws loss over measured FFN time, one line a method, with dense as a reference line.
 
+    The second panel enlarges what comes near to dense.
+
     Args:
       path: PNG to write.
       points: each with ``method``, ``speedup`` over the dense FFN, and ``loss``.
       dense_loss: of the dense model, fine-tuned on the same batches.
     """
-    figure, axes = _figure()
-    methods = list(dict.fromkeys(point["method"] for point in points))
-    for i, method in enumerate(methods):
-        of_method = [point for point in points if point["method"] == method]
-        of_method.sort(key=lambda point: -point["speedup"])
-        axes.plot(
-            [1.0 / point["speedup"] for point in of_method],
-            [point["loss"] for point in of_method],
-            marker=_MARKERS[i % len(_MARKERS)],
-            color=_COLOURS[i % len(_COLOURS)],
-            linestyle="-" if method.startswith("SparseFFN") else "--",
-            linewidth=1.5,
-            markersize=5,
-            label=method,
-        )
-    axes.axhline(dense_loss, color="black", linewidth=1, label="dense, fine-tuned")
-    axes.set_xscale("log")
-    ticks = [1 / 8, 1 / 4, 1 / 2, 1 / 1.5, 1.0]
-    axes.set_xticks(ticks, [f"1/{1 / tick:g}" for tick in ticks[:-1]] + ["1"])
-    axes.minorticks_off()
-    axes.set(
-        xlabel="measured FFN time, dense = 1",
-        ylabel="validation loss (nats a token)",
-        title="Quality at equal time, fine-tuned on the same batches",
-    )
-    axes.legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    whole, near = figure.subplots(1, 2)
+    for axes in (whole, near):
+        for i, method in enumerate(dict.fromkeys(point["method"] for point in points)):
+            of_method = [point for point in points if point["method"] == method]
+            of_method.sort(key=lambda point: -point["speedup"])
+            axes.plot(
+                [1.0 / point["speedup"] for point in of_method],
+                [point["loss"] for point in of_method],
+                marker=_MARKERS[i % len(_MARKERS)],
+                color=_COLOURS[i % len(_COLOURS)],
+                linestyle="-" if method.startswith("SparseFFN") else "--",
+                linewidth=1.5,
+                markersize=5,
+                label=method,
+            )
+        axes.axhline(dense_loss, color="black", linewidth=1, label="dense, fine-tuned")
+        axes.set_xscale("log")
+        ticks = (8, 4, 2, 1.5, 1)
+        axes.set_xticks([1 / tick for tick in ticks], [f"{tick:g}x" for tick in ticks])
+        axes.minorticks_off()
+        axes.set(xlabel="measured FFN time, by speed-up over dense")
+        _decorate(axes)
+    whole.set(ylabel="validation loss (nats a token)", title="Quality at equal time")
+    losses = [point["loss"] for point in points]
+    near.set(title="enlarged", ylim=(min([dense_loss, *losses]) - 0.03, dense_loss + _NEAR))
+    whole.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
@@ -311,9 +316,13 @@ def _block_image(mask: BlockMask | None, whole: np.ndarray) -> np.ndarray:
 def _figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
+    _decorate(axes)
+    return figure, axes
+
+
+def _decorate(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -44,12 +44,13 @@ class Sizer:
     def meet(self, target: float) -> Sized | None:
         """Returns the configuration whose speed-up is the target or a little more.
 
-        A secant search on the logarithms of FLOPs and time, which are nearly proportional. Where
-        no configuration lands within a few percent above the target, the next faster one is
-        returned; ``None`` where none is fast enough.
+        Secant steps on the logarithms of FLOPs and time, which are nearly proportional, take turns
+        with bisections, which a jump of the clock does not stall. Where no configuration lands
+        within a few percent above the target, the next faster one is returned; ``None`` where none
+        is fast enough.
         """
         low, high = _SMALLEST_RATIO, 1.0
-        for _ in range(_MOST_MEASUREMENTS):
+        for turn in range(_MOST_MEASUREMENTS):
             fast, slow = self._bracket(target)
             if fast is not None and (
                 self._known[fast].speedup <= target * (1.0 + _TOLERANCE)
@@ -57,7 +58,7 @@ class Sizer:
                 or (slow is not None and slow <= fast * _FINEST_STEP)
             ):
                 break
-            ratio = min(high, max(low, self._next(fast, slow, target)))
+            ratio = min(high, max(low, self._next(fast, slow, target, turn % 2 == 1)))
             if (slow is not None and ratio >= slow) or ratio in self._known:
                 break
             try:
@@ -88,14 +89,13 @@ class Sizer:
         larger = [ratio for ratio in self._known if fast is None or ratio > fast]
         return fast, min(larger, default=None)
 
-    def _next(self, fast: float | None, slow: float | None, target: float) -> float:
+    def _next(self, fast: float | None, slow: float | None, target: float, halve: bool) -> float:
         aim = target * (1.0 + _TOLERANCE / 2)
         if fast is not None and slow is not None:
-            times = [-math.log(self._known[ratio].speedup) for ratio in (fast, slow)]
-            if times[1] > times[0]:
-                share = (-math.log(aim) - times[0]) / (times[1] - times[0])
-            else:
-                share = 0.5
+            at_fast, at_slow = (math.log(self._known[ratio].speedup) for ratio in (fast, slow))
+            share = 0.5
+            if not halve and at_fast > at_slow:
+                share = (at_fast - math.log(aim)) / (at_fast - at_slow)
             return fast * (slow / fast) ** min(0.9, max(0.1, share))
         if fast is not None:
             return fast * self._known[fast].speedup / aim

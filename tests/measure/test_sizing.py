@@ -57,6 +57,24 @@ def test_lands_at_or_a_little_above_every_target(overhead, slope):
     assert len(clock.calls) == len(set(clock.calls)) <= 16
 
 
+def test_a_jump_of_the_clock_does_not_stall_the_search():
+    def clock(config):
+        return 1.0 / (0.02 + config.flops_ratio + 0.1 * (config.count > 6))
+
+    # Seven units take too long for 8x, six are far faster.
+    assert Sizer(size, clock).meet(8.0).config == Units(6)
+
+
+def test_a_better_measurement_replaces_the_first():
+    clock = Clock(overhead=0.05, slope=1.0)
+    sizer = Sizer(size, clock)
+    first = sizer.meet(2.0)
+    sizer.correct(first, 1.9)
+    second = sizer.meet(2.0)
+    assert second.config.count < first.config.count
+    assert second.speedup >= 2.0
+
+
 def test_a_target_out_of_reach_gives_none():
     clock = Clock(overhead=0.3, slope=1.0)
     sizer = Sizer(size, clock)
