@@ -135,16 +135,13 @@ class PmapReplicas(SingleDevice):
         return windows[own.reshape(jax.local_device_count(), -1)]
 
     def compile(self, update, state, frozen, teacher, batch_shape):
-        (size, width), count = batch_shape, jax.local_device_count()
-        batch = jax.ShapeDtypeStruct((count, size // self.batch_shards, width), jnp.int32)
-
-        # Scalars are replicated by hand: of several processes, pmap cannot lower them itself.
-        def replicated(scalars):
-            return [np.broadcast_to(x, (count,)) for x in scalars]
-
-        step = jax.pmap(update, axis_name=PMAP_AXIS, donate_argnums=0)
-        compiled = step.lower(state, frozen, teacher, batch, *replicated(_SCALARS)).compile()
-        return lambda *args: compiled(*args[:4], *replicated(args[4:]))
+        # Compiled at its first call: only there does pmap make one array of all processes' parts.
+        return jax.pmap(
+            update,
+            axis_name=PMAP_AXIS,
+            in_axes=(0, 0, 0, 0, None, None, None),
+            donate_argnums=0,
+        )
 
     def scalars(self, metrics):
         return {name: float(x.addressable_data(0)[0]) for name, x in metrics.items()}
