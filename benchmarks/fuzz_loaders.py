@@ -30,6 +30,7 @@ from flax.serialization import msgpack_serialize
 from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 import sparseffn_jax as sf
 from sparseffn_jax.convert.checkpoint import check_tokenizer
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz_loaders.json"))
     arguments = parser.parse_args()
     signal.signal(signal.SIGALRM, _hang)
+    logging.set_verbosity(logging.CRITICAL)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     counts: collections.Counter[str] = collections.Counter()
     failures: list[str] = []

@@ -160,14 +160,18 @@ def read_flax_msgpack(file: Path, data: memoryview) -> dict[str, StoredArray]:
 
 
 def check_finite(array: np.ndarray, name: str, where: str) -> np.ndarray:
-    """Returns a floating-point array that has no NaN and no infinity.
+    """Returns a floating-point array whose values are finite, in float32 too if it is wider.
 
     Raises:
       CheckpointError: if it has one.
     """
     flat = array.reshape(-1)
     for start in range(0, flat.size, _CHECKED_AT_ONCE):
-        wrong = ~np.isfinite(flat[start : start + _CHECKED_AT_ONCE])
+        chunk = flat[start : start + _CHECKED_AT_ONCE]
+        if chunk.dtype == np.float64:
+            with np.errstate(over="ignore"):
+                chunk = chunk.astype(np.float32)
+        wrong = ~np.isfinite(chunk)
         if wrong.any():
             first = start + int(wrong.argmax())
             place = tuple(map(int, np.unravel_index(first, array.shape)))

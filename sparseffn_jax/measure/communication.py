@@ -17,7 +17,12 @@ _INSTRUCTION = re.compile(
     rf"= (?P<result>\(?[a-z0-9]+\[.*?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\("
 )
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([0-9,]+)\}|\[([0-9]+),([0-9]+)\]<=)")
+# One group written out, the iota form (groups, devices), or axes of a mesh.
+_GROUPS = re.compile(
+    r"replica_groups=(?:\{\{(?P<one>[0-9,]+)\}|\[[0-9]+,(?P<iota>[0-9]+)\]<=|"
+    r"mesh\[(?P<mesh>[^\]]*)\][^{]*\{(?P<axes>[^}]*)\})"
+)
+_MESH_AXIS = re.compile(r"'(\w+)'(?:=|:\([0-9]+\))([0-9]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,15 +119,11 @@ def collectives(hlo: str) -> list[Collective]:
     for line in hlo.splitlines():
         if (match := _INSTRUCTION.search(line)) is None:
             continue
-        groups = _GROUPS.search(line)
-        devices = 2  # A permutation has pairs in place of groups.
-        if groups is not None:
-            devices = int(groups[3]) if groups[3] else len(groups[1].split(","))
         sizes = [
             math.prod(map(int, filter(None, shape.split(",")))) * _itemsize(dtype)
             for dtype, shape in _SHAPE.findall(match["result"])
         ]
-        found.append(Collective(match["kind"], devices, sum(sizes)))
+        found.append(Collective(match["kind"], _devices(line), sum(sizes)))
     return found
 
 
@@ -180,6 +181,20 @@ def step_bytes(
         "fsdp": fsdp_bytes(own, plan.fsdp),
         "tensor": tensor_parallel_bytes(size.layers, size.d_model, tokens, plan.tensor),
     }
+
+
+def _devices(line: str) -> int:
+    groups = _GROUPS.search(line)
+    if groups is None:
+        return 2  # A permutation has pairs in place of groups.
+    if groups["one"]:
+        return len(groups["one"].split(","))
+    if groups["iota"]:
+        return int(groups["iota"])
+    sizes = dict(_MESH_AXIS.findall(groups["mesh"]))
+    # A part of an axis says its own size.
+    sizes |= dict(_MESH_AXIS.findall(groups["axes"]))
+    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", groups["axes"]))
 
 
 def _itemsize(dtype: str) -> int:

@@ -31,12 +31,12 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"lm_head/kernel", ("fsdp", "tensor")),
     (r"lm_head/bias", ("tensor",)),
     # Attention: heads are outputs of the first projection and inputs of the last.
-    (r"attn/c_attn/kernel", ("tensor", "fsdp")),
-    (r"attn/c_attn/bias", ("tensor",)),
-    (r"attn/c_proj/kernel", ("fsdp", "tensor")),
-    (r"attn/[qkv]_proj/kernel", ("fsdp", "tensor")),
-    (r"attn/[qkv]_proj/bias", ("tensor",)),
-    (r"attn/(o|out)_proj/kernel", ("tensor", "fsdp")),
+    (r"\w*attn/c_attn/kernel", ("tensor", "fsdp")),
+    (r"\w*attn/c_attn/bias", ("tensor",)),
+    (r"\w*attn/c_proj/kernel", ("fsdp", "tensor")),
+    (r"\w*attn/[qkv]_proj/kernel", ("fsdp", "tensor")),
+    (r"\w*attn/[qkv]_proj/bias", ("tensor",)),
+    (r"\w*attn/(o|out)_proj/kernel", ("tensor", "fsdp")),
     # Dense FFNs.
     (r"mlp/c_fc/kernel", ("tensor", "fsdp")),
     (r"mlp/c_proj/kernel", ("fsdp", "tensor")),

@@ -103,16 +103,21 @@ def communication(bytes_sent):
     from sparseffn_jax.train.step import make_stage, make_update
     from sparseffn_jax.train.strategies import make_strategy
 
-    model, params = make_model((None, SPARSE_FFN))
+    model, params = make_model((None, SPARSE_FFN), tie_word_embeddings=False)
     windows, config = make_windows(), TrainConfig(recipe="full", batch_size=8)
     stage, sent = make_stage(config, params, 0), {}
-    for mesh in ("data=8", "fsdp=8", "tensor=2,data=4"):
+    for mesh in ("data=8", "fsdp=8"):
         strategy = make_strategy("mesh", mesh)
         state, frozen = strategy.init_state(stage, params)
         update = make_update(model, stage, config, gather=strategy.gather)
         step = strategy.compile(update, state, frozen, None, (8, windows.train.shape[1]))
         sent[mesh] = bytes_sent(step.as_text())
-    return {"sent": sent, "parameters": sum(x.size for x in jax.tree.leaves(params))}
+    leaves = jax.tree.leaves(state.trainable)
+    return {
+        "sent": sent,
+        "parameters": sum(x.size for x in leaves),
+        "split": sum(x.size for x in leaves if not x.sharding.is_fully_replicated),
+    }
 
 
 def two_processes(out, process):
