@@ -308,7 +308,7 @@ def _read_config(folder: Path) -> tuple[GPT2Config, tuple[SparseFFNConfig | None
 
 
 def _check_family(model_type: Any, where: str) -> None:
-    if model_type not in NAME_MAPS:
+    if not isinstance(model_type, str) or model_type not in NAME_MAPS:
         raise CheckpointError(
             f"{where} has model_type={model_type!r}: known model families are "
             f"{', '.join(NAME_MAPS)}"
