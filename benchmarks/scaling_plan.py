@@ -70,7 +70,9 @@ def ffn_parameter_ratio(d_model: int, ffn_parameters: int, flops: float) -> floa
     """
     config = SparseFFNConfig.from_flops_ratio(d_model, ffn_parameters // (2 * d_model), flops)
     spectral, micro = config.spectral, config.micro
-    assert spectral is not None and micro is not None and micro.core is not None
+    assert spectral is not None
+    assert micro is not None
+    assert micro.core is not None
     count = 2 * spectral.rank * (d_model + spectral.width) + 2 * d_model * micro.core.width
     return count / ffn_parameters
 

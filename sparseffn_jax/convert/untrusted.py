@@ -404,7 +404,7 @@ class _Msgpack:
 
 def _dtype(name: str) -> np.dtype:
     # jax.numpy knows bfloat16 and its like by name; only numbers can come of it.
-    scalar: Callable | None = getattr(jnp, name, None) if name.isidentifier() else None
+    scalar: Any = getattr(jnp, name, None) if name.isidentifier() else None
     if scalar is None or not hasattr(scalar, "dtype"):
         raise _Malformed(f"an array has the dtype {name}")
     return np.dtype(scalar.dtype)

@@ -84,7 +84,7 @@ class CheckpointStore:
     def __init__(self, out_dir: str | Path, keep: int):
         self.path, self._keep = Path(out_dir).absolute() / _FOLDER, keep
         self.path.mkdir(parents=True, exist_ok=True)
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = _make_checkpointer()
         self._thread = futures.ThreadPoolExecutor(1, "checkpoints")
         self._finishing: futures.Future[None] | None = None
         self._warnings: deque[str] = deque()
@@ -234,6 +234,8 @@ class CheckpointStore:
             f"goes on, {newest}"
         )
         self._remove_unfinished()
+        # The old one would raise what is left of this error at its next save.
+        self._checkpointer = _make_checkpointer()
 
     def _remove_unfinished(self) -> None:
         # It also gives back the room that a full disk needs.
@@ -268,6 +270,10 @@ def restore_ffn(out_dir: str | Path, step: int | None = None) -> Params:
         raise ValueError(f"the checkpoint {path / str(step)} is not whole: {damage}")
     folder = path / str(found) / "ffn"
     return _restore(folder, _shapes_of(folder))
+
+
+def _make_checkpointer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
 
 def _restore(folder: Path, like: Any) -> Any:

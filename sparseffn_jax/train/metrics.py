@@ -123,7 +123,7 @@ class MetricsLog:
             events.flush()
             self._flushed = time.perf_counter()
 
-    def _attempt(self, write: Callable[..., None], *arguments: Any) -> None:
+    def _attempt(self, write: Callable[..., Any], *arguments: Any) -> None:
         if not self._writes:
             return
         try:

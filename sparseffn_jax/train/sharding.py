@@ -104,7 +104,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh of all ``devices``, by default all that there are.
 
     Raises:

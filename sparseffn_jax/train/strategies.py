@@ -5,8 +5,8 @@ knows. *Placed*: as the compiled step takes it. All strategies give the same los
 global batches, but for rounding and dropout.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +158,7 @@ class MeshSharding(SingleDevice):
       ValueError: if the mesh does not fit the devices.
     """
 
-    def __init__(self, mesh: str, devices: list[jax.Device] | None = None):
+    def __init__(self, mesh: str, devices: Sequence[Any] | None = None):
         sizes = sharding.parse_mesh(mesh)
         self.mesh = sharding.make_mesh(sizes, devices)
         self.batch_shards = sizes["data"] * sizes["fsdp"]
@@ -195,7 +195,7 @@ class MeshSharding(SingleDevice):
     def place_batch(self, windows, rows):
         where = NamedSharding(self.mesh, sharding.BATCH_SPEC)
         return jax.make_array_from_callback(
-            (len(rows), windows.shape[1]), where, lambda index: windows[rows[index[0]]]
+            (len(rows), windows.shape[1]), where, lambda index: windows[rows[cast(Any, index)[0]]]
         )
 
     def place_evaluation(self, batch):
