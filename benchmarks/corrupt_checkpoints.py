@@ -30,7 +30,7 @@ CONFIG = campaign.tiny_config(steps=STEPS, save_every=4)
 
 def main() -> None:
     """Runs the campaign."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--checkpoints", type=int, default=200)
     parser.add_argument("--to-the-end", type=int, default=10, help="how many runs are finished")
     parser.add_argument("--seed", type=int, default=0)

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz_loaders.json"))
     arguments = parser.parse_args()
     signal.signal(signal.SIGALRM, _hang)
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity_error()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     counts: collections.Counter[str] = collections.Counter()
     failures: list[str] = []

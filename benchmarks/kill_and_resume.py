@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import campaign
 import jax
@@ -26,7 +27,7 @@ STEPS = 120
 
 def main() -> None:
     """Runs the campaign, or, started by it, the training that is to be killed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/kill_and_resume.json"))
@@ -52,11 +53,10 @@ def main() -> None:
                 worker = _start(out)
                 if kills < arguments.kills:
                     # From the first step on: until then nothing has changed.
-                    worker.stdout.readline()
+                    _wait_for_a_line(worker)
                     time.sleep(choose.uniform(0.0, 0.8 * seconds))
                     worker.kill()
-                worker.wait()
-                errors = worker.stderr.read()
+                _, errors = worker.communicate()
                 fallbacks += errors.count("is not whole")
                 if worker.returncode == -9:
                     kills += 1
@@ -91,7 +91,8 @@ def train(out: Path) -> None:
 
     result = sf.train(model, params, campaign.tiny_windows(), config, out, on_step=on_step)
     partial = out / "partial.npz"
-    np.savez(partial, **campaign.flat(result.params))
+    arrays: dict[str, Any] = campaign.flat(result.params)
+    np.savez(partial, **arrays)
     partial.rename(out / "end.npz")
 
 
@@ -102,9 +103,14 @@ def _start(out: Path) -> subprocess.Popen:
     )
 
 
+def _wait_for_a_line(worker: subprocess.Popen) -> None:
+    assert worker.stdout is not None
+    worker.stdout.readline()
+
+
 def _seconds_of_training(out: Path) -> float:
     worker = _start(out)
-    worker.stdout.readline()
+    _wait_for_a_line(worker)
     started = time.perf_counter()
     worker.communicate()
     return time.perf_counter() - started

@@ -7,6 +7,7 @@ import argparse
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import campaign
 import jax
@@ -17,15 +18,16 @@ import sparseffn_jax as sf
 
 def main() -> None:
     """Runs the campaign."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warm-up", type=int, default=400, help="steps before memory counts")
     parser.add_argument("--out", type=Path, default=Path("runs/long_run.json"))
     arguments = parser.parse_args()
     compiled: list[str] = []
 
-    def on_compile(event: str, _: float, **details) -> None:
+    def on_compile(event: str, duration_secs: float, **details: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
+            del duration_secs
             compiled.append(details.get("fun_name", "?"))
 
     jax.monitoring.register_event_duration_secs_listener(on_compile)

@@ -21,7 +21,7 @@ TENSOR = 8  # The GPUs of one node, which NVLink joins.
 
 def main() -> None:
     """Prints the table and writes it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192, help="of one GPU's share of a batch")
     parser.add_argument("--flops", type=float, default=0.4, help="of SparseFFN over dense")
     parser.add_argument("--out", type=Path, default=Path("runs/scaling_plan.json"))

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class StoredArray:
         with file.open("rb") as f:
             for offset, size in self.parts:
                 f.seek(offset)
-                f.readinto(memoryview(flat[start : start + size]))
+                f.readinto(flat[start : start + size].data)
                 start += size
         return array
 
