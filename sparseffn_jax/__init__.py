@@ -26,8 +26,9 @@ from sparseffn_jax.ops.block_sparse import BlockMask
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows, load_windows
 from sparseffn_jax.train.guard import DivergenceError, GuardConfig
-from sparseffn_jax.train.loop import TrainResult, train
+from sparseffn_jax.train.loop import Terminated, TrainResult, train
 from sparseffn_jax.train.losses import evaluate_loss
+from sparseffn_jax.train.strategies import make_strategy
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -43,6 +44,7 @@ __all__ = [
     "SparseFFN",
     "SparseFFNConfig",
     "SpectralConfig",
+    "Terminated",
     "TokenWindows",
     "TrainConfig",
     "TrainResult",
@@ -52,6 +54,7 @@ __all__ = [
     "load_pretrained",
     "load_tokenizer",
     "load_windows",
+    "make_strategy",
     "save_pretrained",
     "sparsify",
     "train",

@@ -32,8 +32,10 @@ from sparseffn_jax.nn.gpt2 import d_ff
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import STDLIB, check_window, load_windows, read_text
 from sparseffn_jax.train.guard import DivergenceError
-from sparseffn_jax.train.loop import Resume, train
+from sparseffn_jax.train.loop import Resume, Terminated, train
 from sparseffn_jax.train.losses import evaluate_tokens
+from sparseffn_jax.train.processes import DistributedConfig, is_first
+from sparseffn_jax.train.strategies import StrategyName, make_strategy
 
 _EMBEDDED = str(EMBEDDED_MODEL)
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -122,7 +124,8 @@ class Finetune:
     """Fine-tune a dense or sparse model; stop and resume at will.
 
     --out gets checkpoints, metrics.jsonl, TensorBoard events and, at the end, the model in
-    Hugging Face format in --out/model. The same command goes on where it stopped.
+    Hugging Face format in --out/model. The same command goes on where it stopped. After SIGTERM it
+    saves and exits with status 143, after Ctrl-C with 130.
 
     Attributes:
       model: Folder or hub name.
@@ -132,8 +135,13 @@ class Finetune:
       window: Tokens in a window; default n_positions.
       teacher: Folder or hub name of a dense model to distil from; needs --distill-weight.
       dtype: Of the computation; weights stay float32.
-      resume: "auto" goes on from the newest checkpoint if there is one, "must" demands one,
+      resume: "auto" goes on from the newest whole checkpoint if there is one, "must" demands one,
         "never" refuses one.
+      strategy: "single" device; "pmap", every device with all parameters and a part of the batch;
+        or "mesh", parameters and batch laid out over --mesh. A run may be resumed with another.
+      mesh: Sizes of the mesh's axes, such as data=2,fsdp=2,tensor=2: data counts replicas, fsdp
+        and tensor share one copy of the parameters, tensor also each layer's work.
+      cluster: How several processes meet; see --distributed.
     """
 
     model: str
@@ -144,9 +152,18 @@ class Finetune:
     teacher: str | None = None
     dtype: Precision = "float32"
     resume: Resume = "auto"
+    strategy: StrategyName = "single"
+    mesh: str | None = None
+    cluster: tyro.conf.OmitArgPrefixes[DistributedConfig] = dataclasses.field(
+        default_factory=DistributedConfig
+    )
 
     def run(self, console: Console) -> None:
         """Runs the command."""
+        # Before anything else: it decides which devices there are.
+        self.cluster.start()
+        strategy = make_strategy(self.strategy, self.mesh)
+        strategy.check(self.train)
         make_folder(self.out)
         pretrained = load_pretrained(self.model)
         tokenizer = _tokenizer(self.model, pretrained)
@@ -165,8 +182,11 @@ class Finetune:
             self.train,
             self.out,
             teacher=teacher,
+            strategy=strategy,
             resume=self.resume,
         )
+        if not is_first():
+            return
         folder = self.out / "model"
         save_pretrained(folder, model, result.params, tokenizer=tokenizer, overwrite=True)
         console.print(f"wrote {folder} (batches {result.data_hash[:12]})")
@@ -313,7 +333,11 @@ Command = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs ``sparseffn``; exits with 2 after one line about bad input, 130 after Ctrl-C."""
+    """Runs ``sparseffn``.
+
+    It exits with 2 after one line about bad input, 130 after Ctrl-C, and 143 when SIGTERM has ended
+    a training run, which has saved then.
+    """
     errors = Console(stderr=True, soft_wrap=True)
     try:
         command = tyro.cli(
@@ -326,6 +350,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt as interrupt:
         errors.print(str(interrupt) or "stopped", markup=False, highlight=False)
         sys.exit(130)
+    except Terminated as terminated:
+        errors.print(str(terminated), markup=False, highlight=False)
+        raise
     except (ValueError, OSError, DivergenceError) as error:
         if os.environ.get("SPARSEFFN_TRACEBACK"):
             raise

@@ -640,7 +640,7 @@ WTE = "transformer.wte.weight"
             (
                 "msgpack number",
                 only("flax_model.msgpack", b"\x81\xa1a\x01"),
-                "holds a int as a, not an array",
+                "holds something else than an array as a",
             ),
         ]
     ],

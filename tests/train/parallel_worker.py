@@ -1,0 +1,133 @@
+"""Run by test_strategies.py: trains on forced host devices, and writes what it saw as JSON.
+
+It is a program of its own because a process's devices are fixed when JAX starts.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--process", type=int)
+    parser.add_argument("--port", type=int)
+    arguments = parser.parse_args()
+    count = f"--xla_force_host_platform_device_count={arguments.devices}"
+    os.environ["XLA_FLAGS"] = f"{count} --xla_cpu_multi_thread_eigen=false"
+
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    if arguments.process is None:
+        one_process(arguments.out)
+    else:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{arguments.port}", 2, arguments.process)
+        two_processes(arguments.out, arguments.process)
+
+
+def fit(strategy, folder, steps=6, **changes):
+    """Returns the losses, the hash of the batches and the parameters of a run."""
+    import jax
+    import numpy as np
+    from train_models import SPARSE_FFN, make_model, make_windows
+
+    from sparseffn_jax.train.config import TrainConfig
+    from sparseffn_jax.train.loop import train
+
+    model, params = make_model((SPARSE_FFN, None))
+    params = jax.tree.map(np.asarray, params)
+    settings = {"recipe": "full", "learning_rate": 1e-3, "batch_size": 8, "save_every": 3}
+    config = TrainConfig(steps=steps, eval_every=steps, log_every=1, **settings, **changes)
+    losses = []
+    result = train(
+        model,
+        params,
+        make_windows(),
+        config,
+        folder,
+        strategy=strategy,
+        on_step=lambda _, metrics: losses.append(metrics["loss"]),
+    )
+    validation = [r["validation_loss"] for r in result.history if "validation_loss" in r]
+    return {"losses": losses, "validation": validation, "hash": result.data_hash}, result.params
+
+
+def one_process(out):
+    import jax
+    import numpy as np
+    from flax.traverse_util import flatten_dict
+
+    from sparseffn_jax.measure.communication import bytes_sent
+    from sparseffn_jax.train.sharding import replicated_leaves
+    from sparseffn_jax.train.strategies import MeshSharding, make_strategy
+
+    seen = {}
+    mesh = make_strategy("mesh", "data=2,fsdp=2,tensor=2")
+    for name, strategy in {
+        "single": make_strategy("single"),
+        "pmap": make_strategy("pmap"),
+        "mesh": mesh,
+    }.items():
+        seen[name], params = fit(strategy, out / name)
+        flat = {"/".join(path): np.asarray(x) for path, x in flatten_dict(params).items()}
+        np.savez(out / f"{name}.npz", **flat)
+        if name == "mesh":
+            seen["specs"] = {
+                "/".join(path): [str(axes) for axes in x.sharding.spec]
+                for path, x in flatten_dict(params).items()
+            }
+            seen["replicated"] = [leaf.path for leaf in replicated_leaves(params, 256)]
+    # What eight devices wrote, on one and on four.
+    for name, strategy in {
+        "single": make_strategy("single"),
+        "four": MeshSharding("fsdp=4", jax.devices()[:4]),
+    }.items():
+        _, params = fit(strategy, out / "mesh")
+        flat = {"/".join(path): np.asarray(x) for path, x in flatten_dict(params).items()}
+        np.savez(out / f"mesh_on_{name}.npz", **flat)
+    seen["communication"] = communication(bytes_sent)
+    (out / "seen.json").write_text(json.dumps(seen))
+
+
+def communication(bytes_sent):
+    """Returns what a step's compiled program sends, and the parameters that train."""
+    import jax
+    from train_models import SPARSE_FFN, make_model, make_windows
+
+    from sparseffn_jax.train.config import TrainConfig
+    from sparseffn_jax.train.step import make_stage, make_update
+    from sparseffn_jax.train.strategies import make_strategy
+
+    model, params = make_model((None, SPARSE_FFN), tie_word_embeddings=False)
+    windows, config = make_windows(), TrainConfig(recipe="full", batch_size=8)
+    stage, sent = make_stage(config, params, 0), {}
+    for mesh in ("data=8", "fsdp=8"):
+        strategy = make_strategy("mesh", mesh)
+        state, frozen = strategy.init_state(stage, params)
+        update = make_update(model, stage, config, gather=strategy.gather)
+        step = strategy.compile(update, state, frozen, None, (8, windows.train.shape[1]))
+        sent[mesh] = bytes_sent(step.as_text())
+    leaves = jax.tree.leaves(state.trainable)
+    return {
+        "sent": sent,
+        "parameters": sum(x.size for x in leaves),
+        "split": sum(x.size for x in leaves if not x.sharding.is_fully_replicated),
+    }
+
+
+def two_processes(out, process):
+    from sparseffn_jax.train.strategies import make_strategy
+
+    seen = {}
+    for name, mesh in (("mesh", "data=2,fsdp=2,tensor=2"), ("pmap", None)):
+        seen[name], _ = fit(make_strategy(name, mesh), out / name)
+    (out / f"seen{process}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

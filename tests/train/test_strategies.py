@@ -1,0 +1,178 @@
+"""All ways to share the work give the same run; see parallel_worker.py for the runs themselves."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sparseffn_jax.measure.communication import data_parallel_bytes
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.processes import DistributedConfig
+from sparseffn_jax.train.sharding import leaf_sharding, make_mesh, parse_mesh
+from sparseffn_jax.train.strategies import MeshSharding, PmapReplicas, make_strategy
+
+HERE = Path(__file__).parent
+
+
+def start(*arguments):
+    roots = os.pathsep.join((str(HERE), str(HERE.parents[1])))
+    return subprocess.Popen(
+        [sys.executable, HERE / "parallel_worker.py", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": roots, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*workers):
+    for worker in workers:
+        output, _ = worker.communicate(timeout=300)
+        assert worker.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """What a process with eight devices saw, and its folder."""
+    out = tmp_path_factory.mktemp("eight")
+    finish(start(out))
+    return json.loads((out / "seen.json").read_text()), out
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--devices", 4, "--port", port)
+    finish(*(start(out, *options, "--process", i) for i in (0, 1)))
+    return [json.loads((out / f"seen{i}.json").read_text()) for i in (0, 1)], out
+
+
+@pytest.mark.parametrize("strategy", ["pmap", "mesh"])
+def test_eight_devices_train_as_one(eight, strategy):
+    seen, _ = eight
+    assert len(seen["single"]["losses"]) == 6
+    for what in ("losses", "validation"):
+        np.testing.assert_allclose(seen[strategy][what], seen["single"][what], rtol=1e-5)
+    assert seen[strategy]["hash"] == seen["single"]["hash"]
+
+
+@pytest.mark.parametrize("strategy", ["pmap", "mesh"])
+def test_two_processes_train_as_one_device(eight, two_processes, strategy):
+    (first, second), out = two_processes
+    single = eight[0]["single"]
+    assert first[strategy] == second[strategy]
+    for what in ("losses", "validation"):
+        np.testing.assert_allclose(first[strategy][what], single[what], rtol=1e-5)
+    assert first[strategy]["hash"] == single["hash"]
+    log = (out / strategy / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("onto", ["single", "four"])
+def test_a_mesh_checkpoint_goes_onto_other_devices(eight, onto):
+    _, out = eight
+    written, restored = np.load(out / "mesh.npz"), np.load(out / f"mesh_on_{onto}.npz")
+    assert set(written) == set(restored)
+    for name in written:
+        np.testing.assert_array_equal(restored[name], written[name], err_msg=name)
+
+
+def test_the_mesh_splits_what_the_table_says(eight):
+    seen, _ = eight
+    specs = {path.removeprefix("transformer/"): spec for path, spec in seen["specs"].items()}
+    assert specs["h/1/mlp/c_fc/kernel"] == ["tensor", "fsdp"]
+    assert specs["h/0/mlp/contract/axes"] == ["tensor", "fsdp"]
+    assert specs["h/0/attn/c_proj/kernel"] == ["fsdp", "tensor"]
+    # 97 tokens cannot be dealt out to two, so both axes share the channels.
+    assert specs["wte/embedding"] == ["None", "('tensor', 'fsdp')"]
+    # What the report would list, had it these sizes: no matrix but the smallest.
+    assert not any(path.endswith(("kernel", "embedding")) for path in seen["replicated"])
+
+
+def test_communication_is_what_the_formulas_say(eight):
+    seen = eight[0]["communication"]
+    sent, parameters = seen["sent"], seen["parameters"]
+    # Gradients, and a few numbers for losses and norms.
+    gradients = data_parallel_bytes(parameters, 8)
+    assert set(sent["data=8"]) == {"all-reduce"}
+    assert sent["data=8"]["all-reduce"] == pytest.approx(gradients, rel=0.01)
+    # On CPU XLA leaves the sum of the gradients an all-reduce, of which each device then takes its
+    # piece; forward and backward pass share what was gathered.
+    fsdp = sent["fsdp=8"]
+    assert fsdp["all-reduce"] == pytest.approx(gradients, rel=0.02)
+    assert fsdp["all-gather"] == pytest.approx(7 / 8 * 4 * seen["split"], rel=0.001)
+
+
+def mesh_of(**sizes):
+    return jax.sharding.AbstractMesh(
+        tuple(sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor")),
+        ("data", "fsdp", "tensor"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("mlp/expand/real", (5, 4, 16), P(None, "fsdp", "tensor")),
+        ("mlp/contract/imag", (3, 16, 4), P(None, "tensor", "fsdp")),
+        ("mlp/expand_gate/filter", (8, 32), P("fsdp", "tensor")),
+        ("mlp/core_expand/kernel", (6, 16, 8), P("tensor", "fsdp", None)),
+        ("mlp/core_contract/kernel", (6, 16, 8), P("tensor", None, "fsdp")),
+        ("mlp/core_expand/kernel", (32, 64), P("fsdp", "tensor")),
+        ("mlp/step_0/kernel", (6, 8, 8), P("tensor", "fsdp", None)),
+        ("self_attn/q_proj/kernel", (32, 32), P("fsdp", "tensor")),
+        ("mlp/down_proj/kernel", (64, 32), P("tensor", "fsdp")),
+        ("ln_1/scale", (32,), P()),
+        # No side of seven takes two devices; one that does takes both axes.
+        ("mlp/c_fc/kernel", (7, 8), P(None, ("tensor", "fsdp"))),
+        ("mlp/c_fc/kernel", (7, 9), P(None, None)),
+    ],
+)
+def test_rules(path, shape, spec):
+    keys = tuple(jax.tree_util.DictKey(name) for name in path.split("/"))
+    found = leaf_sharding(mesh_of(fsdp=2, tensor=2), keys, shape).spec
+    assert P(*found) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data=2,fsdp", "has 'fsdp': expected"),
+        ("data=2,data=2", "has 'data=2': expected"),
+        ("model=2", "has 'model=2': expected"),
+        ("data=0", "has 'data=0': expected"),
+        ("", "has '': expected"),
+    ],
+)
+def test_meshes_that_cannot_be_read(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_mesh(text)
+
+
+def test_what_does_not_fit_is_refused():
+    count = jax.device_count()
+    with pytest.raises(ValueError, match=rf"takes {2 * count} devices, but there are {count}"):
+        make_mesh(parse_mesh(f"fsdp={2 * count}"))
+    with pytest.raises(ValueError, match="the mesh strategy, and no other, needs the sizes"):
+        make_strategy("mesh")
+    with pytest.raises(ValueError, match="the mesh strategy, and no other, needs the sizes"):
+        make_strategy("pmap", "data=1")
+    strategy = MeshSharding(f"data={count}")
+    strategy.batch_shards = 8
+    with pytest.raises(ValueError, match="batch_size=12 cannot be dealt out to 8 parts"):
+        strategy.check(TrainConfig(batch_size=12))
+    assert PmapReplicas().batch_shards == count
+    with pytest.raises(ValueError, match="belong together"):
+        DistributedConfig(distributed=True, processes=2)
+    with pytest.raises(ValueError, match="process=2 must lie between 0 and 1"):
+        DistributedConfig(True, "localhost:1", 2, 2)
