@@ -25,8 +25,8 @@ from sparseffn_jax.convert.checkpoint import (
 from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.measure import report
 from sparseffn_jax.measure.timing import PairedTimes, time_pair
-from sparseffn_jax.nn.generation import generate
 from sparseffn_jax.nn.decoder import Decoder, ffn_module, layers_of
+from sparseffn_jax.nn.generation import generate
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import STDLIB, TokenWindows, check_window, load_windows
 from sparseffn_jax.train.loop import TrainResult, train

@@ -101,8 +101,8 @@ def load_pretrained(
     """Loads a model's config and parameters.
 
     Tensors stream in one by one (a msgpack file: shard by shard), each straight into its dtype and
-    place, so that host memory holds little more than what is kept. Every name and shape is checked against the config before the
-    first tensor of its file is converted.
+    place, so that host memory holds little more than what is kept. Every name and shape is checked
+    against the config before the first tensor of its file is converted.
 
     Args:
       source: a folder with ``config.json`` and ``model.safetensors`` or ``flax_model.msgpack``,
@@ -569,9 +569,7 @@ def _some(names: Collection[str]) -> str:
 # --- writing -----------------------------------------------------------------------------------
 
 
-def _config_json(
-    model: Decoder, tensors: Mapping[str, _Tensor], dtype: Dtype | None
-) -> str:
+def _config_json(model: Decoder, tensors: Mapping[str, _Tensor], dtype: Dtype | None) -> str:
     values = json.loads(model.config.to_json_string())
     for key in ("architectures", "dtype", "torch_dtype"):
         values.pop(key, None)

@@ -1,8 +1,8 @@
 """Least squares in closed form, from second moments: where each part of a SparseFFN starts.
 
-All fits are ridge regressions of targets Y on features X, both centred if the map has a bias, given
-their moments alone, in NumPy float64. A ridge is relative: it is multiplied by the mean of the diagonal that it
-is added to. Shape letters: N tokens, i features, o targets.
+All fits are ridge regressions of targets Y on features X, both centred if the map has a bias,
+given their moments alone, in NumPy float64. A ridge is relative: it is multiplied by the mean of
+the diagonal that it is added to. Shape letters: N tokens, i features, o targets.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _CHUNK = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Second moments of features X and targets Y over N tokens, centred or, with means of zero, not.
+    """Second moments of features X and targets Y over N tokens; means are zero if not centred.
 
     Attributes:
       xx: ``X'X / N``, shape (i, i).

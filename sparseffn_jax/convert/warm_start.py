@@ -85,8 +85,8 @@ class DenseFFN:
             bias = mlp[name].get("bias", np.zeros(weight.shape[1]))
             return Linear(weight, np.asarray(bias, np.float64))
 
-        names = (layout.expand,) if layout.gate is None else (layout.gate, layout.expand)
-        return cls(tuple(map(linear, names)), linear(layout.contract), activation)
+        expansions = tuple(map(linear, layout.expansions))
+        return cls(expansions, linear(layout.contract), activation)
 
     @property
     def width(self) -> int:
@@ -149,9 +149,7 @@ def sparsify(
     for i, layer_config in enumerate(configs):
         if layer_config is None:
             continue
-        dense[i] = DenseFFN.from_params(
-            layers[i]["mlp"], model.ffn_layout, layer_config.activation
-        )
+        dense[i] = DenseFFN.from_params(layers[i]["mlp"], model.ffn_layout, layer_config.activation)
         fitted_configs[i], fitted[i] = fit_layer(dense[i], layer_config, inputs[i], start)
     if distill_steps:
         trainable = {i: fitted_configs[i] for i in fitted if not _is_whole(configs[i])}
@@ -424,7 +422,7 @@ def fit_polynomial(
       The config with the radius that holds nearly all pre-activations, and the coefficients.
     """
     # A sample of tokens is plenty for a handful of coefficients.
-    sample = slice(None, None, max(1, len(u) // _POLYNOMIAL_TOKENS))
+    sample = slice(None, None, max(1, len(target) // _POLYNOMIAL_TOKENS))
     u, *up = (part[sample] for part in us)
     target = target[sample]
     radius = max(round(float(np.quantile(np.abs(u), _INSIDE)), 3), 1e-3)

@@ -62,9 +62,8 @@ def _parts(ffn: SparseFFNConfig) -> tuple[str, ...]:
                 1.0 if mask is None else mask.density
                 for mask in (core.expand_mask, core.contract_mask)
             ]
-            lines.append(
-                f"core: {core.width} units{gated}, density {densities[0]:.2f} and {densities[1]:.2f}"
-            )
+            kept = f"density {densities[0]:.2f} and {densities[1]:.2f}"
+            lines.append(f"core: {core.width} units{gated}, {kept}")
         for mask in ffn.micro.steps:
             lines.append(f"linear step: density {mask.density:.2f}")
     return tuple(lines)

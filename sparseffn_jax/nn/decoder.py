@@ -74,6 +74,11 @@ class FFNLayout:
     gate: str | None = None
     transposed: bool = False
 
+    @property
+    def expansions(self) -> tuple[str, ...]:
+        """The maps into the hidden units, in the order of ``SparseFFNConfig.expansions``."""
+        return (self.expand,) if self.gate is None else (self.gate, self.expand)
+
 
 class Decoder(nn.Module):
     """A decoder with a language-model head.
@@ -285,9 +290,7 @@ def replace_ffns(
     return {**params, body: {**params[body], collection: layers}}
 
 
-def dense(
-    module: Any, name: str, features: int, use_bias: bool = False
-) -> nn.Dense:
+def dense(module: Any, name: str, features: int, use_bias: bool = False) -> nn.Dense:
     """Returns a linear map for a part of a model, with that part's dtypes."""
     return nn.Dense(
         features,

@@ -1,6 +1,6 @@
 """The sparse feed-forward layer: spectral map, learned polynomial, micro-refinement."""
 
-import functools
+from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -139,7 +139,7 @@ class SparseFFN(nn.Module):
         if config.micro is not None and config.micro.core is not None:
             with jax.named_scope("core"):
                 parts.append(self._core(x, config.micro.core))
-        y = self._biased(functools.reduce(jnp.add, parts), "bias")
+        y = self._biased(reduce(jnp.add, parts), "bias")
         if config.micro is not None:
             for i, mask in enumerate(config.micro.steps):
                 with jax.named_scope("steps"):
@@ -155,12 +155,10 @@ class SparseFFN(nn.Module):
     def _spectral(self, x: Array, spectral_config: SpectralConfig):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width, rank = spectral_config.width, spectral_config.rank
+        expand = partial(SpectralLinear, width, spectral_config, rank, **dtypes)
         with jax.named_scope("spectral_expand"):
             us = [
-                self._biased(
-                    SpectralLinear(width, spectral_config, rank, name=f"expand{which}", **dtypes)(x),
-                    f"expand_bias{which}",
-                )
+                self._biased(expand(name=f"expand{which}")(x), f"expand_bias{which}")
                 for which in self.config.expansions
             ]
         with jax.named_scope("polynomial"):
@@ -190,13 +188,14 @@ class SparseFFN(nn.Module):
         return chebyshev(u, coefficients, degrees=polynomial.degrees, radius=polynomial.radius)
 
     def _core(self, x: Array, core: CoreConfig):
+        expand = partial(
+            self._linear,
+            features=core.width,
+            mask=core.expand_mask,
+            implementation=core.implementation,
+        )
         us = [
-            self._biased(
-                self._linear(
-                    f"core_expand{which}", core.width, core.expand_mask, core.implementation
-                )(x),
-                f"core_bias{which}",
-            )
+            self._biased(expand(f"core_expand{which}")(x), f"core_bias{which}")
             for which in self.config.expansions
         ]
         contract = self._linear(
