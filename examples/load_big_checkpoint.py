@@ -31,7 +31,7 @@ SHARD_BYTES = 500_000_000
 
 def main() -> None:
     """Writes the checkpoint, loads it in a process of its own, and prints what that took."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--parameters", type=int, default=1_100_000_000)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -158,7 +158,7 @@ class Decoder(nn.Module):
 
     def _cached_tokens(self) -> Int[Array, ""] | int:
         # Every layer's cache holds the same positions.
-        cached = flatten_dict(self.variables.get("cache", {}))
+        cached: dict[Any, Any] = flatten_dict(self.variables.get("cache", {}))
         return next((leaf for path, leaf in cached.items() if path[-1] == "cache_index"), 0)
 
     def _body_settings(self) -> tuple[Any, tuple[FFN, ...], Dtype, Dtype, bool]:

@@ -140,7 +140,7 @@ class LlamaBlock(Block):
 class LlamaModel(nn.Module):
     """Embedding, blocks and the last RMSNorm; returns hidden states ``(B, T, D)``."""
 
-    block: type[LlamaBlock]
+    block: type[Block]
     config: Any
     ffns: tuple[FFN, ...]
     dtype: Dtype

@@ -21,13 +21,19 @@ from sparseffn_jax.nn.llama import (
 class MistralMLP(LlamaMLP):
     """LLaMA's, without biases."""
 
-    use_bias = False
+    @property
+    def use_bias(self) -> bool:
+        """Never."""
+        return False
 
 
 class MistralAttention(LlamaAttention):
     """LLaMA's, without biases, within ``sliding_window`` tokens."""
 
-    use_bias = False
+    @property
+    def use_bias(self) -> bool:
+        """Never."""
+        return False
 
     @property
     def window(self) -> int | None:
