@@ -17,10 +17,15 @@ from sparseffn_jax.convert.checkpoint import (
     load_tokenizer,
     save_pretrained,
 )
+from sparseffn_jax.convert.export import export_dense
 from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.demo import EMBEDDED_MODEL
+from sparseffn_jax.nn.decoder import init_cache
 from sparseffn_jax.nn.generation import generate
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, init_cache
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
+from sparseffn_jax.nn.gptj import GPTJForCausalLM
+from sparseffn_jax.nn.llama import LlamaForCausalLM
+from sparseffn_jax.nn.mistral import MistralForCausalLM
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
 from sparseffn_jax.ops.block_sparse import BlockMask
 from sparseffn_jax.train.config import TrainConfig
@@ -37,8 +42,11 @@ __all__ = [
     "CoreConfig",
     "DivergenceError",
     "GPT2LMHeadModel",
+    "GPTJForCausalLM",
     "GuardConfig",
+    "LlamaForCausalLM",
     "MicroRefinementConfig",
+    "MistralForCausalLM",
     "PolynomialConfig",
     "Pretrained",
     "SparseFFN",
@@ -49,6 +57,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "evaluate_loss",
+    "export_dense",
     "generate",
     "init_cache",
     "load_pretrained",

@@ -101,6 +101,8 @@ def configs(draw):
         spectral,
         draw(some(polynomial_configs(spectral.width))) if spectral else None,
         micro,
+        draw(st.booleans()),
+        draw(st.booleans()),
     )
 
 
@@ -162,6 +164,9 @@ def test_dense_flops_are_those_of_the_stand_in():
     config = SparseFFNConfig(8, 32, micro=MicroRefinementConfig(core=CoreConfig(32)))
     assert config.dense_flops_per_token == 2 * (8 * 32 + 32 * 8)
     assert config.flops_ratio == 1.0
+    gated = dataclasses.replace(config, gated=True)
+    assert gated.dense_flops_per_token == 2 * (3 * 8 * 32)
+    assert gated.flops_ratio == 1.0
 
 
 def build(**changes):

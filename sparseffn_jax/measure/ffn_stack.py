@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseffn_jax.measure.timing import PairedTimes, time_pair
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, ffn_module
+from sparseffn_jax.nn.decoder import Decoder, ffn_module, layers_of
 
 Stack = Callable[[Float[Array, "t d"]], Any]
 
 
-def ffn_stack(model: GPT2LMHeadModel, params: Any, *, train: bool = False) -> Stack:
+def ffn_stack(model: Decoder, params: Any, *, train: bool = False) -> Stack:
     """Returns the model's FFNs, one after the other, as one jitted function of the activations.
 
     Nothing else of the model is in it: what replacing the FFNs gains is seen undiluted.
@@ -24,8 +24,8 @@ def ffn_stack(model: GPT2LMHeadModel, params: Any, *, train: bool = False) -> St
       train: return the gradient of the squared outputs by parameters and activations instead of
         the outputs.
     """
-    modules = [ffn_module(model, i) for i in range(model.config.n_layer)]
-    layers = [params["transformer"]["h"][str(i)]["mlp"] for i in range(len(modules))]
+    modules = [ffn_module(model, i) for i in range(model.spec.n_layer)]
+    layers = [layer["mlp"] for layer in layers_of(model, params)]
 
     def forward(layers: Any, x: Any) -> Any:
         for module, leaves in zip(modules, layers, strict=True):
@@ -39,20 +39,21 @@ def ffn_stack(model: GPT2LMHeadModel, params: Any, *, train: bool = False) -> St
     return lambda x: run(layers, x)
 
 
-def fresh_ffns(model: GPT2LMHeadModel, seed: int = 0) -> dict[str, Any]:
+def fresh_ffns(model: Decoder, seed: int = 0) -> dict[str, Any]:
     """Returns newly drawn parameters of the FFNs alone, at their places in the model's tree.
 
     How long a layer takes does not depend on its weights: a configuration can be timed before
     anything is fitted.
     """
-    x = jnp.zeros((1, model.config.n_embd), model.dtype)
+    x = jnp.zeros((1, model.spec.d_model), model.dtype)
     inits, layers = {}, {}
-    for i, key in enumerate(jax.random.split(jax.random.key(seed), model.config.n_layer)):
+    for i, key in enumerate(jax.random.split(jax.random.key(seed), model.spec.n_layer)):
         module = ffn_module(model, i)
         # Layers of one kind are compiled once.
         init = inits.setdefault(module, jax.jit(module.init))
         layers[str(i)] = {"mlp": init(key, x)["params"]}
-    return {"transformer": {"h": layers}}
+    body, collection = model.layer_path
+    return {body: {collection: layers}}
 
 
 def time_stacks(

@@ -7,7 +7,6 @@ rank, i and o channels of one input and output block.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float
 
 from sparseffn_jax.convert import closed_form
 from sparseffn_jax.convert.closed_form import Moments
-from sparseffn_jax.convert.warm_start import DenseFFN
+from sparseffn_jax.convert.warm_start import DenseFFN, Linear
 from sparseffn_jax.ops.activations import get_activation
 
 Dtype = Any
@@ -134,22 +133,21 @@ def fit_monarch(
       Float32 parameters of :class:`MonarchFFN`.
     """
     phi = jax.jit(get_activation(dense.activation))
-    hidden_of = functools.partial(_affine, dense.expand, dense.expand_bias)
-    u = hidden_of(x)
+    (dense_expand,) = dense.expansions
+    u = dense_expand(x)
     slope = np.asarray(jax.jvp(phi, (u,), (jnp.ones_like(u),))[1])
     # How strongly an error of each pre-activation moves the output, root mean square.
     scale = np.sqrt(np.mean(np.square(slope), 0, dtype=np.float64))
-    scale *= np.linalg.norm(dense.contract, axis=1)
+    scale *= np.linalg.norm(dense.contract.weight, axis=1)
     scale = np.maximum(scale, 1e-3 * scale.mean() + np.finfo(np.float64).tiny)
 
     inputs = Moments.of(x, x[:, :0])
-    wanted = Moments(
-        inputs.xx, inputs.xx @ dense.expand, inputs.x_mean, inputs.x_mean @ dense.expand
-    )
-    expand, weight = _regress(config, wanted, dense.expand, scale)
-    expand_bias = dense.expand_bias + inputs.x_mean @ (dense.expand - weight)
+    first = dense_expand.weight
+    wanted = Moments(inputs.xx, inputs.xx @ first, inputs.x_mean, inputs.x_mean @ first)
+    expand, weight = _regress(config, wanted, first, scale)
+    expand_bias = dense_expand.bias + inputs.x_mean @ (first - weight)
 
-    hidden = np.asarray(phi(_affine(weight, expand_bias, x)))
+    hidden = np.asarray(phi(Linear(weight, expand_bias)(x)))
     outputs = Moments.of(hidden, dense(x))
     full = closed_form.ridge_solve(outputs.xx, outputs.xy)
     contract, weight = _regress(config, outputs, full, np.ones(config.d_model))
@@ -188,7 +186,3 @@ def _regress(config, moments, weight, output_scale):
         )
         fitted[:, outputs] = first @ filter[column]
     return {"axes": axes.reshape(n, i, n * r), "filter": filter}, fitted
-
-
-def _affine(weight, bias, x):
-    return x @ np.asarray(weight, np.float32) + np.asarray(bias, np.float32)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -26,8 +25,7 @@ from sparseffn_jax.config import (
 from sparseffn_jax.convert.distill import distill_layers
 from sparseffn_jax.convert.warm_start import DenseFFN, collect_ffn_inputs, sparsify
 from sparseffn_jax.measure.monarch import MonarchConfig, MonarchFFN, fit_monarch
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
-from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.nn.decoder import Decoder, layers_of, replace_ffns
 from sparseffn_jax.ops.block_sparse import BlockMask
 
 Params = dict[str, Any]
@@ -82,12 +80,12 @@ class Method(Protocol):
         ...
 
     def ffn(self, config: Any) -> Any:
-        """Returns what :class:`GPT2LMHeadModel` takes in ``ffns`` for a configuration."""
+        """Returns what :class:`Decoder` takes in ``ffns`` for a configuration."""
         ...
 
     def convert(
-        self, model: GPT2LMHeadModel, params: Params, config: Any, start: WarmStart
-    ) -> tuple[GPT2LMHeadModel, Params]:
+        self, model: Decoder, params: Params, config: Any, start: WarmStart
+    ) -> tuple[Decoder, Params]:
         """Replaces every dense FFN and fits what replaces it."""
         ...
 
@@ -114,10 +112,10 @@ class SparseMethod:
         return config
 
     def convert(
-        self, model: GPT2LMHeadModel, params: Params, config: SparseFFNConfig, start: WarmStart
-    ) -> tuple[GPT2LMHeadModel, Params]:
+        self, model: Decoder, params: Params, config: SparseFFNConfig, start: WarmStart
+    ) -> tuple[Decoder, Params]:
         """See :class:`Method`."""
-        configs = [config] * model.config.n_layer
+        configs = [config] * model.spec.n_layer
         if self.place is not None:
             layers = _dense_layers(model, params, config.activation, start)
             configs = [self.place(config, dense, x) for dense, x in layers]
@@ -158,8 +156,8 @@ class MonarchMethod:
         return functools.partial(MonarchFFN, config)
 
     def convert(
-        self, model: GPT2LMHeadModel, params: Params, config: MonarchConfig, start: WarmStart
-    ) -> tuple[GPT2LMHeadModel, Params]:
+        self, model: Decoder, params: Params, config: MonarchConfig, start: WarmStart
+    ) -> tuple[Decoder, Params]:
         """See :class:`Method`."""
         layers = _dense_layers(model, params, config.activation, start)
         fitted = {i: fit_monarch(dense, config, x) for i, (dense, x) in enumerate(layers)}
@@ -172,10 +170,8 @@ class MonarchMethod:
                 steps=start.distill_steps,
                 seed=start.seed,
             )
-        old = params["transformer"]["h"]
-        h = {str(i): old[str(i)] | {"mlp": leaves} for i, leaves in fitted.items()}
-        params = params | {"transformer": params["transformer"] | {"h": h}}
-        return model.clone(ffns=(self.ffn(config),) * len(layers)), params
+        ffns = (self.ffn(config),) * len(layers)
+        return model.clone(ffns=ffns), replace_ffns(model, params, fitted)
 
 
 def default(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
@@ -276,12 +272,12 @@ def place_blocks(
     Wanda, 2306.11695), a block the sum of its weights.
     """
     core: Any = config.micro and config.micro.core
-    u = x @ np.float32(dense.expand) + np.float32(dense.expand_bias)
-    hidden = np.asarray(get_activation(dense.activation)(jnp.asarray(u)))
+    (expand,) = dense.expansions
+    hidden, _ = dense.hidden([expand(x)])
     masks = {}
     for name, mask, weight, a in (
-        ("expand_mask", core.expand_mask, dense.expand, x),
-        ("contract_mask", core.contract_mask, dense.contract, hidden),
+        ("expand_mask", core.expand_mask, expand.weight, x),
+        ("contract_mask", core.contract_mask, dense.contract.weight, hidden),
     ):
         energy = np.square(a).mean(0, dtype=np.float64).reshape(-1, 1) * weight**2
         (rows, columns), (bi, bo) = mask.grid, mask.block_shape
@@ -322,9 +318,9 @@ METHODS: Mapping[str, Method | Searched] = MappingProxyType({**SPARSE, **PEERS})
 
 def _dense_layers(model, params, activation, start) -> list[tuple[DenseFFN, np.ndarray]]:
     inputs = collect_ffn_inputs(model, params, start.calibration, start.batch_size)
-    layers = params["transformer"]["h"]
     return [
-        (DenseFFN.from_gpt2(layers[str(i)]["mlp"], activation), x) for i, x in enumerate(inputs)
+        (DenseFFN.from_params(layer["mlp"], model.ffn_layout, activation), x)
+        for layer, x in zip(layers_of(model, params), inputs, strict=True)
     ]
 
 

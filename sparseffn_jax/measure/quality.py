@@ -19,7 +19,7 @@ from sparseffn_jax.measure.fairness import Conditions, check_comparable, token_h
 from sparseffn_jax.measure.ffn_stack import ffn_stack, fresh_ffns, time_stacks
 from sparseffn_jax.measure.peers import METHODS, FFNShape, Method, Searched, WarmStart
 from sparseffn_jax.measure.sizing import Sizer
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, d_ff
+from sparseffn_jax.nn.decoder import Decoder
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import STDLIB, TokenWindows, check_window, load_windows
 from sparseffn_jax.train.loop import train
@@ -142,12 +142,17 @@ class _Job:
         self.dense = load_pretrained(settings.model)
         if self.dense.ffns:
             raise ValueError(f"{settings.model} is sparse already: give a dense GPT-2")
-        self.model, config = self.dense.model(), self.dense.config
-        self.shape = FFNShape(config.n_embd, d_ff(config), config.activation_function)
+        self.model, spec = self.dense.model(), self.dense.spec
+        if spec.gated or not spec.ffn_bias:
+            raise ValueError(
+                f"{settings.model} has gated FFNs or FFNs without biases, which the peers are not "
+                "made for: give a GPT-2 or a GPT-J"
+            )
+        self.shape = FFNShape(spec.d_model, spec.d_ff, spec.activation)
         tokenizer = load_tokenizer(settings.model)
-        check_tokenizer(tokenizer, config)
+        check_tokenizer(tokenizer, self.dense.config)
         windows = load_windows(
-            settings.text, tokenizer, check_window(settings.window, config.n_positions)
+            settings.text, tokenizer, check_window(settings.window, spec.n_positions)
         )
         rng = np.random.default_rng(settings.seed)
         held_out = rng.permutation(len(windows.validation))[: settings.evaluation_windows]
@@ -155,7 +160,7 @@ class _Job:
         chosen = rng.permutation(len(windows.train))[: settings.calibration_windows]
         self.calibration = windows.train[chosen]
         self.activations = jax.random.normal(
-            jax.random.key(settings.seed), (settings.timed_tokens, config.n_embd)
+            jax.random.key(settings.seed), (settings.timed_tokens, spec.d_model)
         )
         self.dense_stack = ffn_stack(self.model, self.dense.params)
 
@@ -288,12 +293,12 @@ class _Job:
 
     def speedup(self, method: Method, config: Any, repeats: int) -> dict[str, Any]:
         """Times the FFNs of all layers against the dense ones."""
-        model = self.model.clone(ffns=(method.ffn(config),) * self.model.config.n_layer)
+        model = self.model.clone(ffns=(method.ffn(config),) * self.model.spec.n_layer)
         stack = ffn_stack(model, fresh_ffns(model))
         pair = time_stacks(self.dense_stack, stack, self.activations, repeats=repeats)
         return pair.summary()
 
-    def train(self, name: str, model: GPT2LMHeadModel, params: Any) -> tuple[float, Conditions]:
+    def train(self, name: str, model: Decoder, params: Any) -> tuple[float, Conditions]:
         """Fine-tunes; returns the loss on held-out text and under which conditions it came."""
         settings, is_dense = self.settings, name == "dense"
         rate = settings.dense_learning_rate if is_dense else settings.learning_rate
@@ -324,7 +329,7 @@ class _Job:
         )
         return self.loss(model, result.params), conditions
 
-    def loss(self, model: GPT2LMHeadModel, params: Any) -> float:
+    def loss(self, model: Decoder, params: Any) -> float:
         return make_evaluator(model)(params, self.windows.validation, _EVALUATION_BATCH)
 
     def say(self, what: str) -> None:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, init_cache
+from sparseffn_jax.nn.decoder import Decoder, init_cache
 
 
 def generate(
-    model: GPT2LMHeadModel,
+    model: Decoder,
     params: Any,
     prompt: Int[Array, "b t"],
     max_new_tokens: int,

@@ -1,6 +1,7 @@
 """The sparse feed-forward layer: spectral map, learned polynomial, micro-refinement."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 
 from sparseffn_jax.config import CoreConfig, PolynomialConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.ops import spectral
-from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.activations import Activation, get_activation
 from sparseffn_jax.ops.block_sparse import BlockMask, block_sparse_matmul, matmul
 from sparseffn_jax.ops.polynomial import evaluate
 
@@ -109,8 +110,9 @@ class SparseFFN(nn.Module):
     """Drops into the place of a transformer's dense FFN (``mlp``): ``(..., d) -> (..., d)``.
 
     ``y = contract(poly(expand(x) + bias)) + core(x) + bias``, then ``y = y + y B_k`` for every
-    linear step. Each part is optional; see :class:`SparseFFNConfig`. With only a core of all
-    hidden units it is the dense FFN itself.
+    linear step. Gated, hidden units are products of two maps of x: ``poly(gate) * up``. Each part
+    is optional; see :class:`SparseFFNConfig`. With only a core of all hidden units it is the
+    dense FFN itself.
 
     Attributes:
       config: the parts and their static masks.
@@ -127,13 +129,14 @@ class SparseFFN(nn.Module):
         config = self.config
         if x.shape[-1] != config.d_model:
             raise ValueError(f"x has {x.shape[-1]} channels, but d_model={config.d_model}")
-        y = self._bias("bias", config.d_model)
+        parts = []
         if config.spectral is not None:
-            y = y + self._spectral(x, config.spectral)
+            parts.append(self._spectral(x, config.spectral))
+        if config.micro is not None and config.micro.core is not None:
+            with jax.named_scope("core"):
+                parts.append(self._core(x, config.micro.core))
+        y = self._biased(reduce(jnp.add, parts), "bias")
         if config.micro is not None:
-            if config.micro.core is not None:
-                with jax.named_scope("core"):
-                    y = y + self._core(x, config.micro.core)
             for i, mask in enumerate(config.micro.steps):
                 with jax.named_scope("steps"):
                     y = y + self._linear(
@@ -146,9 +149,12 @@ class SparseFFN(nn.Module):
         return y
 
     def _spectral(self, x: Array, branch: SpectralConfig):
-        d_model, width = self.config.d_model, branch.width
+        d_model, width, expansions = self.config.d_model, branch.width, self.config.expansions
         common = {"config": branch, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        expand = SpectralMap(d_model, width, rank=branch.rank, name="expand", **common)()
+        expand = [
+            SpectralMap(d_model, width, rank=branch.rank, name=f"expand{which}", **common)()
+            for which in expansions
+        ]
         contract = SpectralMap(
             width,
             d_model,
@@ -157,7 +163,9 @@ class SparseFFN(nn.Module):
             name="contract",
             **common,
         )()
-        channel = {"bias": self._bias("expand_bias", width)}
+        channel: dict[str, Any] = {}
+        if self.config.bias:
+            channel["bias"] = [self._bias(f"expand_bias{which}", width) for which in expansions]
         if self.config.polynomial is not None:
             channel["coefficients"] = self._coefficients(self.config.polynomial, width)
         (x,) = promote_dtype(x, dtype=self.dtype)
@@ -166,17 +174,21 @@ class SparseFFN(nn.Module):
         if branch.transform == "dft":
             operator = spectral.block_circulant_ffn
             settings |= {"block_size": branch.block_size, "frequencies": branch.frequencies}
-        return operator(x, [expand], self._activate, channel, contract, **settings)
+        return operator(x, expand, self._activate, channel, contract, **settings)
 
-    def _activate(self, us: Sequence[Array], channel: Mapping[str, Array]) -> Array:
-        (u,) = us
-        u = u + channel["bias"]
+    def _activate(self, us: Sequence[Array], channel: Mapping[str, Any]) -> Array:
+        if "bias" in channel:
+            us = [u + bias for u, bias in zip(us, channel["bias"], strict=True)]
         polynomial = self.config.polynomial
         if polynomial is None:
-            return get_activation(self.config.activation)(u)
-        return evaluate(
-            u, channel["coefficients"], degrees=polynomial.degrees, radius=polynomial.radius
+            return self._hidden(get_activation(self.config.activation), us)
+        phi = partial(
+            evaluate,
+            coefficients=channel["coefficients"],
+            degrees=polynomial.degrees,
+            radius=polynomial.radius,
         )
+        return self._hidden(phi, us)
 
     def _coefficients(self, polynomial: PolynomialConfig, width: int) -> Array:
         """Returns the polynomial's coefficients, one row a degree, for every channel or for all."""
@@ -194,12 +206,23 @@ class SparseFFN(nn.Module):
 
     def _core(self, x: Array, core: CoreConfig):
         core = core.without_dead_units()
-        expand = self._linear("core_expand", core.width, core.expand_mask, core.implementation)
+        expand = partial(
+            self._linear,
+            features=core.width,
+            mask=core.expand_mask,
+            implementation=core.implementation,
+        )
+        us = [
+            self._biased(expand(f"core_expand{which}")(x), f"core_bias{which}")
+            for which in self.config.expansions
+        ]
         contract = self._linear(
             "core_contract", self.config.d_model, core.contract_mask, core.implementation
         )
-        hidden = expand(x) + self._bias("core_bias", core.width)
-        return contract(get_activation(self.config.activation)(hidden))
+        return contract(self._hidden(get_activation(self.config.activation), us))
+
+    def _hidden(self, phi: Activation, us: Sequence[Array]):
+        return phi(us[0]) * us[1] if self.config.gated else phi(us[0])
 
     def _linear(self, name, features, mask, implementation, kernel_init=None):
         return BlockSparseLinear(
@@ -212,6 +235,11 @@ class SparseFFN(nn.Module):
             name=name,
         )
 
-    def _bias(self, name, features):
+    def _biased(self, x: Array, name: str):
+        if not self.config.bias:
+            return x
+        return x + self._bias(name, x.shape[-1])
+
+    def _bias(self, name: str, features: int):
         bias = self.param(name, nn.initializers.zeros, (features,), self.param_dtype)
         return bias.astype(self.dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from tiny_models import make_config, make_model
 from transformers import GPT2Config
 
 from sparseffn_jax.config import (
@@ -17,10 +18,12 @@ from sparseffn_jax.config import (
     SpectralConfig,
 )
 from sparseffn_jax.convert.warm_start import sparsify
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, ffn_module
+from sparseffn_jax.nn.decoder import ffn_module, layers_of
+from sparseffn_jax.nn.families import FAMILIES
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.ops.block_sparse import BlockMask
 
-D, D_FF, VOCAB, WINDOW = 32, 128, 97, 16
+D, D_FF, GATED_D_FF, VOCAB, WINDOW = 32, 128, 88, 97, 16
 DENSE = SparseFFNConfig(D, D_FF, micro=MicroRefinementConfig(CoreConfig(D_FF)))
 
 
@@ -57,6 +60,26 @@ PARTS = {
         ),
     ),
     "narrow": SparseFFNConfig(D, D_FF, micro=MicroRefinementConfig(CoreConfig(48))),
+    "gated klt and core": SparseFFNConfig(
+        D,
+        GATED_D_FF,
+        "silu",
+        SpectralConfig("klt", 64, rank=8),
+        PolynomialConfig(4),
+        MicroRefinementConfig(CoreConfig(16)),
+        gated=True,
+        bias=False,
+    ),
+    # More freedom than the model had: biases.
+    "gated dft and masked core": SparseFFNConfig(
+        D,
+        GATED_D_FF,
+        "silu",
+        SpectralConfig("dft", 64, block_size=4),
+        PolynomialConfig(3),
+        MicroRefinementConfig(CoreConfig(32, checkered(D, 32, 8), checkered(32, D, 8))),
+        gated=True,
+    ),
 }
 
 
@@ -73,6 +96,14 @@ def dense():
 
 
 @pytest.fixture(scope="module")
+def gated():
+    config = make_config("llama", max_position_embeddings=WINDOW)
+    model = FAMILIES["llama"](config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return model, jax.tree.map(lambda x: np.asarray(x) * (8.0 if x.ndim == 2 else 1.0), params)
+
+
+@pytest.fixture(scope="module")
 def tokens():
     return np.random.default_rng(0).integers(VOCAB, size=(224, WINDOW))
 
@@ -82,11 +113,11 @@ def ffn_error(dense, sparse, tokens):
     model, params = dense
     _, state = model.apply({"params": params}, tokens, mutable=["intermediates"])
     shares = []
-    for i in range(model.config.n_layer):
-        x = state["intermediates"]["transformer"]["h"][str(i)]["ffn_input"][0]
+    for i in range(model.spec.n_layer):
+        x = layers_of(model, state["intermediates"])[i]["ffn_input"][0]
         outputs = []
         for m, p in (dense, sparse):
-            leaves = jax.tree.map(jnp.asarray, p["transformer"]["h"][str(i)]["mlp"])
+            leaves = jax.tree.map(jnp.asarray, layers_of(m, p)[i]["mlp"])
             outputs.append(ffn_module(m, i).apply({"params": leaves}, x))
         target, output = (np.asarray(y, np.float64).reshape(-1, D) for y in outputs)
         shares.append(np.sum((target - output) ** 2) / np.sum((target - target.mean(0)) ** 2))
@@ -106,6 +137,19 @@ def test_density_one_is_the_dense_model(dense, tokens):
         np.testing.assert_array_equal(new["core_contract"]["kernel"], old["c_proj"]["kernel"].T)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_density_one_in_every_family(name, dtype, tokens):
+    config = make_config(name, **({"mlp_bias": True} if name == "llama" else {}))
+    model, params = make_model(name, config=config)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    sparse_model, sparse = sparsify(model, params, model.spec.sparse_ffn(1.0), tokens[:64])
+    assert {leaf.dtype for leaf in jax.tree.leaves(sparse)} == {jnp.dtype(dtype)}
+    logits = model.apply({"params": params}, tokens[:4])
+    actual = sparse_model.apply({"params": sparse}, tokens[:4])
+    np.testing.assert_allclose(actual, logits, atol=1e-5, rtol=0)
+
+
 def test_all_components_lose_nothing(dense, tokens):
     config = SparseFFNConfig(D, D_FF, spectral=SpectralConfig("klt", D_FF, rank=D))
     sparse = sparsify(*dense, config, tokens, distill_steps=0)
@@ -113,7 +157,8 @@ def test_all_components_lose_nothing(dense, tokens):
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_each_stage_is_better(dense, tokens, name):
+def test_each_stage_is_better(dense, gated, tokens, name):
+    dense = gated if PARTS[name].gated else dense
     train, held_out = tokens[:192], tokens[192:]
     errors = [
         ffn_error(
@@ -168,6 +213,8 @@ def test_distillation_is_deterministic(dense, tokens):
         ({"d_ff": 256}, "d_ff=256"),
         ({"activation": "relu"}, "activation='relu'"),
         ({"micro": MicroRefinementConfig(CoreConfig(129))}, "core width=129"),
+        ({"gated": True}, "gated=True, but the model has False"),
+        ({"bias": False}, "bias=False, but the model's FFN has biases"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(dense, tokens, change, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numerics import assert_close, draw
 
-from sparseffn_jax.convert.warm_start import DenseFFN
+from sparseffn_jax.convert.warm_start import DenseFFN, Linear
 from sparseffn_jax.measure.monarch import MonarchConfig, MonarchFFN, fit_monarch
 
 D, M = 16, 48
@@ -51,13 +51,9 @@ def test_is_low_rank_in_every_block():
 @pytest.fixture(scope="module")
 def dense():
     rng = np.random.default_rng(0)
-    return DenseFFN(
-        rng.standard_normal((D, M)) / 4.0,
-        rng.standard_normal(M) / 4.0,
-        rng.standard_normal((M, D)) / 4.0,
-        rng.standard_normal(D) / 4.0,
-        "gelu_new",
-    )
+    expand = Linear(rng.standard_normal((D, M)) / 4.0, rng.standard_normal(M) / 4.0)
+    contract = Linear(rng.standard_normal((M, D)) / 4.0, rng.standard_normal(D) / 4.0)
+    return DenseFFN((expand,), contract, "gelu_new")
 
 
 def error(dense, config, params, x):
