@@ -81,7 +81,7 @@ def main() -> None:
             largest = max(largest, over)
             if over > ALLOWANCE:
                 outcome = f"took {used:,} bytes"
-            counts[outcome] += 1
+            counts[outcome.splitlines()[0]] += 1
             if outcome not in ("loaded", "refused"):
                 failures.append(f"input {number} ({name}: {', '.join(done)}): {outcome}")
     rows = {"inputs": arguments.inputs, **counts, "failed": len(failures)}
