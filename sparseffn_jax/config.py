@@ -398,10 +398,11 @@ class SparseFFNConfig:
             return training
         filters, transforms = self._block_circulant_multiply_adds(branch)
         maps = len(self.expansions)
-        hidden = transforms * branch.width // ((maps + 1) * (self.d_model + branch.width))
-        expand = [maps * count // (maps + 1) for count in (filters, transforms)]
-        # The transforms' own gradient is left out, the recomputation added.
-        training["spectral"] += 2 * (sum(expand) + hidden - transforms)
+        # The transforms have no gradient of their own. Computed again are the expansions, and of
+        # the contraction the transform of its inputs: everything but the last transform.
+        last = transforms * self.d_model // (2 * self.d_model + (maps + 1) * branch.width)
+        again = maps * filters // (maps + 1) + transforms - last
+        training["spectral"] += 2 * (again - transforms)
         return training
 
     def _block_circulant_multiply_adds(self, spectral: SpectralConfig) -> tuple[int, int]:
@@ -411,8 +412,9 @@ class SparseFFNConfig:
         products = circulant_products(spectral.frequencies, b)
         p, q = self.d_model // b, spectral.width // b
         maps = len(self.expansions) + 1
-        # Each map: products at each frequency, and a b-point transform in and out of it.
-        return maps * p * q * products, maps * (p + q) * b * components
+        # Transformed are the inputs, once for all expansions, what each of them gives, the hidden
+        # activations and the outputs.
+        return maps * p * q * products, (2 * p + maps * q) * b * components
 
     @property
     def dense_flops_per_token(self) -> int:

@@ -367,7 +367,8 @@ HAND_COUNTED = {
     ),
     "gated klt": (2 * 3 * (16 + 24) + 5 * (24 + 16), 3 * 16 * 8),
     "gated all": (
-        3 * (2 * 4 * (4 + 1) + (12 + 24) * 3),
+        # Both expansions share the transform of the inputs.
+        3 * 2 * 4 * (4 + 1) + (12 + 2 * 24 + 24 + 12) * 3,
         2 * 7 * 4 * 6 + 6 * 6 * 4 + 3 * 16 + 12 * 6,
     ),
     "gated core": (0, 2 * 7 * 4 * 6 + 6 * 6 * 4),
