@@ -4,10 +4,14 @@ PYTHON ?= python3
 FLAX_TESTS := tests/nn tests/convert
 PYTEST := -m pytest -q -n auto
 
-.PHONY: demo test lint format clean
+.PHONY: demo bench test lint format clean
 
 demo: .venv/.installed
 	.venv/bin/sparseffn demo
+
+# PyTorch's products are among what is measured.
+bench: .venv/.installed-dev
+	.venv/bin/sparseffn bench all
 
 test: .venv/.installed-dev .venv-flax/.installed
 	.venv/bin/python $(PYTEST)

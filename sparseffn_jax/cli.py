@@ -1,5 +1,6 @@
-"""The command line: ``sparseffn demo | convert | finetune | evaluate | generate | inspect``."""
+"""The command line, ``sparseffn``: demo, convert, finetune, evaluate, generate, inspect, bench."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -14,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from sparseffn_jax.bench import BenchAll, BenchFFN, BenchModel, BenchQuality
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.convert.checkpoint import (
     Pretrained,
@@ -25,9 +27,12 @@ from sparseffn_jax.convert.checkpoint import (
 )
 from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.demo import EMBEDDED_MODEL, DemoSettings, run_demo
+from sparseffn_jax.measure.autotune import autotune
 from sparseffn_jax.measure.layers import describe_layer
 from sparseffn_jax.measure.report import make_folder, write_json
 from sparseffn_jax.nn.generation import generate
+from sparseffn_jax.ops import planning
+from sparseffn_jax.ops.planning import PlanTable
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import STDLIB, check_window, load_windows, read_text
 from sparseffn_jax.train.guard import DivergenceError
@@ -286,17 +291,42 @@ class Inspect:
     Attributes:
       model: Folder or hub name, dense or sparse.
       tokens: Rows for which the execution plans are chosen (1: decoding).
+      plans: Table of measured plans to choose by; see --autotune.
+      autotune: Measure the plans of the model's layers here and write the table to --plans.
       json: Also print the layers' SparseFFNConfigs, in the form that "convert --config" reads.
     """
 
     model: str = _EMBEDDED
     tokens: int = 2048
+    plans: Path | None = None
+    autotune: bool = False
     json: bool = False
 
     def run(self, console: Console) -> None:
         """Runs the command."""
         _check_at_least("tokens", self.tokens, 1)
+        if self.autotune and self.plans is None:
+            raise ValueError("--autotune needs --plans, the file to write the table to")
         pretrained = load_pretrained(self.model)
+        if self.autotune:
+            self._autotune(pretrained, console)
+        with contextlib.ExitStack() as stack:
+            if self.plans is not None:
+                stack.enter_context(planning.use(PlanTable.load(self.plans)))
+            self._show(pretrained, console)
+
+    def _autotune(self, pretrained: Pretrained, console: Console) -> None:
+        assert self.plans is not None
+        make_folder(self.plans.parent)
+        table = PlanTable(jax.devices()[0].device_kind)
+        for config in dict.fromkeys(filter(None, pretrained.ffns)):
+            with console.status("measuring plans"):
+                measured = autotune(config, [self.tokens])
+            table = dataclasses.replace(table, plans={**table.plans, **measured.plans})
+        table.save(self.plans)
+        console.print(f"wrote {len(table.plans)} plans to {self.plans}")
+
+    def _show(self, pretrained: Pretrained, console: Console) -> None:
         spec = pretrained.spec
         table = Table(title=f"{self.model}: d_model={spec.d_model}, d_ff={spec.d_ff}")
         for name in ("layer", "parts", "parameters", "FLOPs a token", "of dense", "plans"):
@@ -318,6 +348,24 @@ class Inspect:
             console.print_json(data=layers)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure sparse FFNs: one layer, a whole model, quality at equal time, or all in short."""
+
+    what: tyro.conf.OmitSubcommandPrefixes[
+        tyro.conf.OmitArgPrefixes[
+            Annotated[BenchFFN, tyro.conf.subcommand("ffn")]
+            | Annotated[BenchModel, tyro.conf.subcommand("model")]
+            | Annotated[BenchQuality, tyro.conf.subcommand("quality")]
+            | Annotated[BenchAll, tyro.conf.subcommand("all")]
+        ]
+    ]
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        self.what.run(console)
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
@@ -325,6 +373,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 
