@@ -19,9 +19,10 @@ from sparseffn_jax.convert.checkpoint import (
 )
 from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.demo import EMBEDDED_MODEL
-from sparseffn_jax.nn.generation import generate
+from sparseffn_jax.nn.generation import Sampling, generate
 from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, init_cache
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
+from sparseffn_jax.nn.text_generation import generate_text, stream_text
 from sparseffn_jax.ops.block_sparse import BlockMask
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows, load_windows
@@ -40,6 +41,7 @@ __all__ = [
     "MicroRefinementConfig",
     "PolynomialConfig",
     "Pretrained",
+    "Sampling",
     "SparseFFN",
     "SparseFFNConfig",
     "SpectralConfig",
@@ -48,11 +50,13 @@ __all__ = [
     "TrainResult",
     "evaluate_loss",
     "generate",
+    "generate_text",
     "init_cache",
     "load_pretrained",
     "load_tokenizer",
     "load_windows",
     "save_pretrained",
     "sparsify",
+    "stream_text",
     "train",
 ]

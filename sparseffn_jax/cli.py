@@ -1,6 +1,7 @@
 """The command line: ``sparseffn demo | convert | finetune | evaluate | generate | inspect``."""
 
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -27,8 +28,9 @@ from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.demo import EMBEDDED_MODEL, DemoSettings, run_demo
 from sparseffn_jax.measure.layers import describe_layer
 from sparseffn_jax.measure.report import make_folder, write_json
-from sparseffn_jax.nn.generation import generate
+from sparseffn_jax.nn.generation import Sampling
 from sparseffn_jax.nn.gpt2 import d_ff
+from sparseffn_jax.nn.text_generation import stream_text
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import STDLIB, check_window, load_windows, read_text
 from sparseffn_jax.train.guard import DivergenceError
@@ -225,14 +227,17 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continue a prompt.
+    """Continue a prompt; the text appears as it is written.
 
     Attributes:
       model: Folder or hub name, dense or sparse.
       prompt: The beginning.
-      max_new_tokens: Tokens to add.
+      max_new_tokens: Tokens to add at most; an end-of-text token ends the text before.
       temperature: 0 takes the likeliest token; higher is bolder.
       top_k: Sample from the k likeliest tokens only.
+      top_p: Sample from the likeliest tokens only, as few as have this probability together.
+      repetition_penalty: Above 1 makes tokens that are there already less likely.
+      stop: Strings that end the text; they are not printed.
       seed: Of sampling.
     """
 
@@ -241,26 +246,30 @@ class Generate:
     max_new_tokens: int = 120
     temperature: float = 0.6
     top_k: int | None = 40
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
     seed: int = 0
 
     def run(self, console: Console) -> None:
         """Runs the command."""
+        sampling = Sampling(self.repetition_penalty, self.temperature, self.top_k, self.top_p)
         pretrained = load_pretrained(self.model)
-        tokenizer = _tokenizer(self.model, pretrained)
-        ids = tokenizer.encode(self.prompt)
-        out = generate(
+        pieces = stream_text(
             pretrained.model(),
             pretrained.params,
-            jnp.asarray([ids], jnp.int32).reshape(1, -1),
+            _tokenizer(self.model, pretrained),
+            [self.prompt],
             self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
+            sampling,
+            stop=self.stop,
             key=jax.random.key(self.seed),
         )
-        new = np.asarray(out[0, len(ids) :]).tolist()
-        if tokenizer.eos_token_id in new:
-            new = new[: new.index(tokenizer.eos_token_id)]
-        console.print(tokenizer.decode(ids + new), markup=False, highlight=False, soft_wrap=True)
+        first = next(pieces)
+        for (piece,) in itertools.chain([(self.prompt,), first], pieces):
+            console.out(piece, end="", highlight=False)
+            console.file.flush()
+        console.out()
 
 
 @dataclasses.dataclass(frozen=True)
