@@ -27,12 +27,13 @@ from sparseffn_jax.convert.checkpoint import (
 from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.demo import EMBEDDED_MODEL, DemoSettings, run_demo
 from sparseffn_jax.measure.layers import describe_layer
+from sparseffn_jax.measure.perplexity import strided_loss
 from sparseffn_jax.measure.report import make_folder, write_json
 from sparseffn_jax.nn.generation import Sampling
 from sparseffn_jax.nn.gpt2 import d_ff
 from sparseffn_jax.nn.text_generation import stream_text
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.data import STDLIB, check_window, load_windows, read_text
+from sparseffn_jax.train.data import STDLIB, check_window, load_windows, read_text, read_whole
 from sparseffn_jax.train.guard import DivergenceError
 from sparseffn_jax.train.loop import Resume, train
 from sparseffn_jax.train.losses import evaluate_tokens
@@ -178,20 +179,25 @@ class Finetune:
 class Evaluate:
     """Measure a model's loss on a text: nats a token over the whole file.
 
-    The file is cut into non-overlapping windows; every token but the file's first is predicted
-    once, from what stands before it in its window.
+    The text is cut into non-overlapping windows; every token but the text's first is predicted
+    once, from what stands before it in its window. With --stride the windows overlap, so that
+    every token is predicted from at least window - stride others: slower and lower, the
+    perplexity that Hugging Face documents for models of fixed length.
 
     Attributes:
       model: Folder or hub name, dense or sparse.
-      text: UTF-8 text file.
+      text: UTF-8 text file; or a folder of text files or a Hugging Face dataset, whose documents
+        are joined by blank lines.
       window: Tokens in a window; default n_positions.
+      stride: Tokens between the beginnings of two windows.
       batch_size: Windows computed at once; changes the time, not the result.
       json: File to write loss, tokens and perplexity to.
     """
 
     model: str
-    text: Path
+    text: str
     window: int | None = None
+    stride: int | None = None
     batch_size: int = 8
     json: Path | None = None
 
@@ -200,7 +206,7 @@ class Evaluate:
         _check_at_least("batch_size", self.batch_size, 1)
         if self.json is not None:
             make_folder(self.json.parent)
-        text = read_text(self.text)
+        text = read_whole(self.text)
         pretrained = load_pretrained(self.model)
         tokenizer = _tokenizer(self.model, pretrained)
         tokens = np.array(tokenizer.backend_tokenizer.encode(text).ids, np.int32)
@@ -208,14 +214,19 @@ class Evaluate:
             raise ValueError(f"{self.text} has {len(tokens)} tokens: at least 2 are needed")
         window = check_window(self.window, pretrained.config.n_positions)
         model = pretrained.model()
-        loss = evaluate_tokens(model, pretrained.params, tokens, window, self.batch_size)
+        arguments = (model, pretrained.params, tokens, window)
+        if self.stride is None:
+            loss = evaluate_tokens(*arguments, self.batch_size)
+        else:
+            loss = strided_loss(*arguments, self.stride, self.batch_size)
         result = {
             "loss": loss,
             "tokens": len(tokens) - 1,
             "perplexity": math.exp(loss),
             "window": window,
+            "stride": self.stride,
             "model": self.model,
-            "text": str(self.text),
+            "text": self.text,
         }
         if self.json is not None:
             write_json(self.json, result)

@@ -20,7 +20,7 @@ def generate_text(
     model: nn.Module,
     params: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
     *,
@@ -41,7 +41,7 @@ def stream_text(
     model: nn.Module,
     params: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
     *,
@@ -59,7 +59,7 @@ def stream_text(
       model: the decoder.
       params: its parameters.
       tokenizer: a transformers tokenizer; its end-of-text token ends a row.
-      prompts: one text a row.
+      prompts: one a row, as text or as token ids.
       max_new_tokens: how many tokens a row gets at most.
       sampling: how tokens are chosen; by default the likeliest.
       stop: strings that end a row; neither they nor what follows is given out.
@@ -78,7 +78,8 @@ def stream_text(
         raise ValueError("a stop string is empty: it would stop before the first token")
     sampling = Sampling() if sampling is None else sampling
     end = tokenizer.eos_token_id
-    ids, mask = left_pad([tokenizer.encode(prompt) for prompt in prompts], least_length)
+    encoded = [tokenizer.encode(text) if isinstance(text, str) else text for text in prompts]
+    ids, mask = left_pad(encoded, least_length)
     state = start(
         model, params, ids, max_new_tokens, sampling, eos_token_id=end, prompt_mask=mask, key=key
     )
