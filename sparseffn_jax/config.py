@@ -15,6 +15,7 @@ from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.block_sparse import BlockMask
 
 Transform = Literal["klt", "dft"]
+_HIGHEST_DEGREE = 64  # Beyond it nothing is gained.
 # Found by search on a small trained GPT-2 at FLOPs ratios of 0.1 to 0.4: the core's share of the
 # budget, and the spectral branch's share of the hidden units over the root of the ratio.
 _CORE_SHARE = 0.75
@@ -110,6 +111,8 @@ class PolynomialConfig:
     def __post_init__(self):
         _check_types(self)
         _check_positive("polynomial degree", self.degree)
+        if self.degree > _HIGHEST_DEGREE:
+            raise ValueError(f"polynomial degree={self.degree}: expected at most {_HIGHEST_DEGREE}")
         _check_positive("polynomial groups", self.groups)
         if not 0.0 < self.radius < float("inf"):
             raise ValueError(f"polynomial radius={self.radius}: expected a positive number")

@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
@@ -33,6 +32,14 @@ from transformers import AutoTokenizer, GPT2Config
 
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.convert.names import NAME_MAPS, NameMap
+from sparseffn_jax.convert.untrusted import (
+    CheckpointError,
+    check_finite,
+    check_safetensors,
+    check_sizes,
+    read_flax_msgpack,
+    read_json,
+)
 from sparseffn_jax.nn.gpt2 import Dtype, GPT2LMHeadModel
 
 PathLike = str | os.PathLike[str]
@@ -50,10 +57,6 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message says why, and how to mend it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +83,9 @@ class Pretrained:
 def load_pretrained(source: Any, *, param_dtype: Dtype | None = jnp.float32) -> Pretrained:
     """Loads a model's config and parameters.
 
-    Tensors stream in one by one (a msgpack file: shard by shard), so that host memory holds
-    little more than one copy. Every name and shape is checked against the config before the
-    first tensor of its file is converted.
+    Tensors stream in one by one, so that host memory holds little more than one copy. Every name
+    and shape is checked against the config, and every size against the files', before the first
+    tensor is read; no weight may be NaN or infinite.
 
     Args:
       source: a folder with ``config.json`` and ``model.safetensors`` or ``flax_model.msgpack``,
@@ -99,6 +102,8 @@ def load_pretrained(source: Any, *, param_dtype: Dtype | None = jnp.float32) -> 
         folder = _find_folder(source)
         config, ffns = _read_config(folder)
         weights, where = _open_weights(folder), str(folder / "config.json")
+        sides = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
+        check_sizes(config.num_hidden_layers, sides, weights.shapes, where)
     else:
         folder, ffns, where = None, (), "the config"
         config, weights = _open_live(source)
@@ -194,7 +199,8 @@ def load_tokenizer(source: PathLike) -> Any:
             )
         source = folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        # Never the code that a folder may bring: without a word transformers would ask for leave.
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     # The tokenizers library raises bare Exceptions.
     except Exception as error:
         raise CheckpointError(
@@ -231,11 +237,14 @@ class _Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """Stored tensors: all their names at once, the tensors themselves file by file."""
+    """Stored tensors: what describes them, and how to read each."""
 
     where: str
-    names: Collection[str]
-    files: Iterator[dict[str, _Tensor]]
+    tensors: dict[str, _Tensor]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tensor.shape for tensor in self.tensors.values()]
 
 
 def _find_folder(source: PathLike) -> Path:
@@ -269,7 +278,7 @@ def _read_config(folder: Path) -> tuple[GPT2Config, tuple[SparseFFNConfig | None
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json: give a model folder as transformers'")
-    values = _read_json(file)
+    values = read_json(file)
     _check_family(values.get("model_type"), str(file))
     sparse_ffn = values.pop("sparse_ffn", None)
     try:
@@ -298,18 +307,6 @@ def _read_config(folder: Path) -> tuple[GPT2Config, tuple[SparseFFNConfig | None
     return config, tuple(ffns)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, not a {type(values).__name__}")
-    return values
-
-
 def _check_family(model_type: Any, where: str) -> None:
     if model_type not in NAME_MAPS:
         raise CheckpointError(
@@ -322,8 +319,7 @@ def _open_weights(folder: Path) -> _Weights:
     for name, read in ((_SAFETENSORS, _open_safetensors), (_MSGPACK, _open_msgpack)):
         file, index = folder / name, folder / f"{name}.index.json"
         if file.is_file():
-            tensors = read(file)
-            return _Weights(str(file), tensors.keys(), iter([tensors]))
+            return _Weights(str(file), read(file))
         if index.is_file():
             return _open_shards(index, read)
     pickles = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
@@ -340,7 +336,7 @@ def _open_weights(folder: Path) -> _Weights:
 
 
 def _open_shards(index: Path, read: Callable[[Path], dict[str, _Tensor]]) -> _Weights:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensor names to files")
     weight_map = {name.replace("/", "."): shard for name, shard in weight_map.items()}
@@ -369,19 +365,18 @@ def _open_shards(index: Path, read: Callable[[Path], dict[str, _Tensor]]) -> _We
         return tensors
 
     files = (open_shard(shard, names) for shard, names in shards.items())
-    if read is _open_safetensors:
-        # Headers alone, so that all of them can be checked before the first tensor is read.
-        files = iter([{name: tensor for shard in files for name, tensor in shard.items()}])
-    return _Weights(str(index), weight_map.keys(), files)
+    tensors = {name: tensor for shard in files for name, tensor in shard.items()}
+    return _Weights(str(index), tensors)
 
 
 def _open_safetensors(file: Path) -> dict[str, _Tensor]:
     try:
+        check_safetensors(file)
         handle = safe_open(file, framework="numpy")
         tensors = {}
         for name in handle.keys():  # noqa: SIM118 (the handle itself cannot be iterated)
             header = handle.get_slice(name)
-            read = functools.partial(handle.get_tensor, name)
+            read = functools.partial(_read_finite, name, str(file), handle.get_tensor, name)
             code = str(header.get_dtype())
             dtype = _SAFETENSORS_DTYPES.get(code, code)
             tensors[name] = _Tensor(str(file), tuple(header.get_shape()), dtype, read)
@@ -395,16 +390,30 @@ def _open_safetensors(file: Path) -> dict[str, _Tensor]:
 
 def _open_msgpack(file: Path) -> dict[str, _Tensor]:
     try:
-        with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            # Mapped, not read: the decoder takes any buffer, and copies each array out of it.
-            leaves = flatten_dict(msgpack_restore(typing.cast(bytes, data)), sep=".")
-    # A damaged file makes the decoders of msgpack and of its arrays raise almost anything.
-    except Exception as error:
-        raise CheckpointError(
-            f"{file} is not a whole msgpack file of Flax ({error}): it is damaged, cut short, or a "
-            "Git LFS pointer; copy or download it again"
-        ) from error
-    return _in_memory(str(file), leaves)
+        if not file.stat().st_size:
+            raise CheckpointError(f"{file} is not a whole msgpack file of Flax: it is empty")
+        with (
+            file.open("rb") as f,
+            mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            memoryview(data) as view,
+        ):
+            arrays = read_flax_msgpack(file, view)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    tensors = {}
+    for path, array in arrays.items():
+        # Sharded msgpack files join a path's parts by slashes.
+        name = path.replace("/", ".")
+        read = functools.partial(_read_finite, name, str(file), array.read, file)
+        tensors[name] = _Tensor(str(file), array.shape, array.dtype.name, read)
+    return tensors
+
+
+def _read_finite(name: str, where: str, read: Callable[[Any], np.ndarray], source: Any):
+    try:
+        return check_finite(read(source), name, where)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {name} from {where}: {error}") from error
 
 
 def _open_live(source: Any) -> tuple[GPT2Config, _Weights]:
@@ -419,7 +428,7 @@ def _open_live(source: Any) -> tuple[GPT2Config, _Weights]:
         )
     _check_family(getattr(config, "model_type", None), "the config")
     tensors = _in_memory("params", flatten_dict(dict(params), sep="."))
-    return config, _Weights("params", tensors.keys(), iter([tensors]))
+    return config, _Weights("params", tensors)
 
 
 def _in_memory(where: str, leaves: Mapping[Any, Any]) -> dict[str, _Tensor]:
@@ -427,10 +436,7 @@ def _in_memory(where: str, leaves: Mapping[Any, Any]) -> dict[str, _Tensor]:
     for path, leaf in leaves.items():
         if not isinstance(leaf, np.ndarray | jax.Array):
             raise CheckpointError(f"{where} holds a {type(leaf).__name__} as {path}, not an array")
-        # Sharded msgpack files join a path's parts by slashes.
-        tensors[path.replace("/", ".")] = _Tensor(
-            where, leaf.shape, leaf.dtype.name, lambda leaf=leaf: leaf
-        )
+        tensors[path] = _Tensor(where, leaf.shape, leaf.dtype.name, lambda leaf=leaf: leaf)
     return tensors
 
 
@@ -439,8 +445,9 @@ def _expected_leaves(model: GPT2LMHeadModel, where: str) -> dict[str, jax.ShapeD
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     try:
         shapes = jax.eval_shape(model.init, jax.random.key(0), ids)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    # JAX has several errors for sizes beyond its own.
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{where}: {_one_line(error)}") from error
     leaves = flatten_dict(shapes["params"], sep=".")
     return typing.cast(dict[str, jax.ShapeDtypeStruct], leaves)
 
@@ -451,18 +458,15 @@ def _load(
     names: NameMap,
     param_dtype: Dtype | None,
 ) -> dict[str, Any]:
-    placed = {name: names.to_path(name) for name in weights.names}
+    placed = {name: names.to_path(name) for name in weights.tensors}
     _check_names(weights.where, placed, expected, names)
+    _check_shapes(weights.tensors, placed, expected)
     leaves: dict[str, jax.Array] = {}
-    for tensors in weights.files:
-        _check_shapes(tensors, placed, expected)
-        while tensors:
-            # Taken out, so that a tensor's stored form is let go before the next one is read.
-            name, tensor = tensors.popitem()
-            path, transposed = placed[name]
-            if path in expected:
-                array = tensor.read()
-                leaves[path] = jnp.asarray(array.T if transposed else array, param_dtype)
+    for name, tensor in weights.tensors.items():
+        path, transposed = placed[name]
+        if path in expected:
+            array = tensor.read()
+            leaves[path] = jnp.asarray(array.T if transposed else array, param_dtype)
     return unflatten_dict({path: leaves[path] for path in expected}, sep=".")
 
 

@@ -2,23 +2,35 @@
 
 A checkpoint has the items ``ffn`` (the feed-forward parameters, so that they can be restored
 alone), ``rest`` (all other parameters), ``optimizer``, ``position`` (JSON) and, where a run was
-stopped between two snapshots, ``last_good`` (what the guard would go back to).
+stopped between two snapshots, ``last_good`` (what the guard would go back to). Its arrays are
+whole ones, however many devices and processes wrote them, and go back to any number of them.
 """
 
 import dataclasses
+import shutil
+from collections import deque
+from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 import optax
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
+from sparseffn_jax.train import processes
 from sparseffn_jax.train.guard import GuardState
-from sparseffn_jax.train.recipes import combine
+from sparseffn_jax.train.manifests import find_damage, is_sealed, seal
+from sparseffn_jax.train.recipes import combine, split_ffn
 from sparseffn_jax.train.step import TrainState
 
 Params = dict[str, Any]
 _FOLDER = "checkpoints"
+_NONE = -1
+# A full or forbidden disk reaches us as what the operating system says, or wrapped: tensorstore
+# raises ValueError, and JAX, when a process waits for another that failed, RuntimeError.
+_WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +57,12 @@ class Position:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Rebuilds a position from ``dataclasses.asdict``'s output."""
-        return cls(**{**values, "guard": GuardState(**values["guard"])})
+        return cls(**{**values, "guard": GuardState.from_dict(values["guard"])})
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A run at one position; the state's arrays are in host memory."""
+    """A run at one position; the state is logical, in host memory (see :mod:`.strategies`)."""
 
     position: Position
     state: TrainState
@@ -59,27 +71,55 @@ class Snapshot:
 class CheckpointStore:
     """The checkpoints below a run's folder; a context that leaves when all are written.
 
+    A checkpoint is written beside the run: Orbax writes its files and gives the folder its name,
+    then the folder is sealed (see :mod:`sparseffn_jax.train.manifests`), read back, and only then
+    are older ones removed. A disk that is full or refuses leaves the ones before as they were;
+    :meth:`take_warnings` says so.
+
     Args:
       out_dir: the run's folder; created if it is not there.
-      keep: how many of the newest checkpoints stay.
+      keep: how many of the newest whole checkpoints stay.
     """
 
     def __init__(self, out_dir: str | Path, keep: int):
-        self.path = Path(out_dir).absolute() / _FOLDER
+        self.path, self._keep = Path(out_dir).absolute() / _FOLDER, keep
         self.path.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self.path, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoints")
+        self._finishing: futures.Future[None] | None = None
+        self._warnings: deque[str] = deque()
+        # A process that was killed leaves what it was writing.
+        self._remove_unfinished()
+        processes.wait_for_all("checkpoints")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_):
-        self._manager.close()
+        self.wait()
+        self._thread.shutdown()
+        self._checkpointer.close()
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, or ``None``."""
-        return self._manager.latest_step()
+        """The newest whole checkpoint's step, or ``None``; reads every byte of it.
+
+        Newer ones that are damaged are passed over with a warning.
+        """
+        step, damage = _NONE, {}
+        if processes.is_first():
+            step, damage = _find_whole(self.path)
+        step = processes.from_first(step)
+        going_on = "from the beginning" if step == _NONE else f"with that of step {step}"
+        for number, reason in damage.items():
+            self._warnings.append(
+                f"the checkpoint {self.path / str(number)} is not whole ({reason}): going on "
+                f"{going_on}"
+            )
+        return None if step == _NONE else step
+
+    def sealed_step(self) -> int | None:
+        """The newest checkpoint's step that has been written to the end, or ``None``."""
+        return max((s for s in _steps(self.path) if is_sealed(self.path / str(s))), default=None)
 
     def save(
         self,
@@ -88,7 +128,7 @@ class CheckpointStore:
         config: dict[str, Any],
         last_good: Snapshot | None = None,
     ) -> None:
-        """Starts writing a checkpoint; it counts once it is complete.
+        """Starts writing a checkpoint, after the one before is written.
 
         Args:
           snapshot: what to write, under its position's step.
@@ -96,7 +136,9 @@ class CheckpointStore:
           config: the run's settings, JSON-ready; a resumed run must have the same.
           last_good: the guard's snapshot, where it is another one.
         """
-        ffn, rest = _split_ffn(combine(snapshot.state.trainable, frozen))
+        self.wait()
+        step = snapshot.position.step
+        ffn, rest = split_ffn(combine(snapshot.state.trainable, frozen))
         items = {
             "ffn": ocp.args.StandardSave(ffn),
             "rest": ocp.args.StandardSave(rest),
@@ -111,37 +153,93 @@ class CheckpointStore:
         }
         if last_good is not None:
             items["last_good"] = ocp.args.StandardSave(last_good.state._asdict())
-        self._manager.save(snapshot.position.step, args=ocp.args.Composite(**items), force=True)
+        try:
+            # What is there under that name, if anything, was found damaged.
+            self._checkpointer.save(
+                self.path / str(step), args=ocp.args.Composite(**items), force=True
+            )
+        except _WRITE_ERRORS as error:
+            self._warn(step, error)
+        else:
+            self._finishing = self._thread.submit(self._finish, step)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        if self._finishing is not None:
+            self._finishing.result()
+            self._finishing = None
+
+    def take_warnings(self) -> list[str]:
+        """Returns what went wrong since the last call."""
+        return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
     def read(self, step: int) -> tuple[Position, Position | None, dict[str, Any]]:
         """Returns a checkpoint's position, its ``last_good`` snapshot's if any, and the config."""
-        saved = self._restore(step, "position", ocp.args.JsonRestore())
+        args = ocp.args.Composite(position=ocp.args.JsonRestore())
+        saved = self._checkpointer.restore(self.path / str(step), args=args)["position"]
         last_good = saved["last_good"] and Position.from_dict(saved["last_good"])
         return Position.from_dict(saved["position"]), last_good, saved["config"]
 
-    def restore_params(self, step: int, like: Params) -> Params:
-        """Returns all parameters of a checkpoint as NumPy arrays, in the precision saved.
+    def restore_params(self, step: int, like: Params, abstract: Callable[[Any], Any]) -> Params:
+        """Returns all parameters of a checkpoint, in the precision saved.
+
+        Args:
+          step: of the checkpoint.
+          like: a tree of the same names and shapes.
+          abstract: makes of a tree's shapes those to restore to: leaves with a sharding become
+            arrays on their devices, all others NumPy arrays.
 
         Raises:
           ValueError: if they have not the names and shapes of ``like``.
         """
-        parts = [self._restore(step, name, ocp.args.StandardRestore()) for name in ("ffn", "rest")]
-        params = combine(*parts)
-        _check_same_shapes(params, like, self.path / str(step))
-        return params
+        folders = [self.path / str(step) / name for name in ("ffn", "rest")]
+        saved = [_shapes_of(folder) for folder in folders]
+        _check_same_shapes(combine(*saved), like, self.path / str(step))
+        parts = zip(folders, saved, strict=True)
+        return combine(*(_restore(folder, abstract(shapes)) for folder, shapes in parts))
 
     def restore_optimizer(self, step: int, like: optax.OptState) -> optax.OptState:
-        """Returns the optimizer's state; ``like`` gives its structure and shapes."""
-        return self._restore(step, "optimizer", ocp.args.StandardRestore(like))
+        """Returns the optimizer's state; ``like`` gives its structure, shapes and shardings."""
+        return _restore(self.path / str(step) / "optimizer", like)
 
     def restore_last_good(self, step: int, like: TrainState) -> TrainState:
         """Returns the state of the ``last_good`` snapshot; see :meth:`restore_optimizer`."""
-        return TrainState(
-            **self._restore(step, "last_good", ocp.args.StandardRestore(like._asdict()))
-        )
+        return TrainState(**_restore(self.path / str(step) / "last_good", like._asdict()))
 
-    def _restore(self, step: int, name: str, args: ocp.args.CheckpointArgs) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+    def _finish(self, step: int) -> None:
+        folder = self.path / str(step)
+        try:
+            self._checkpointer.wait_until_finished()
+            if processes.is_first():
+                seal(folder, _label(step))
+                if damage := find_damage(folder, _label(step)):
+                    raise OSError(f"what was read back is not what was written: {damage}")
+                self._prune()
+        except _WRITE_ERRORS as error:
+            self._warn(step, error)
+
+    def _prune(self) -> None:
+        """Removes all that is older than the newest whole checkpoints."""
+        sealed = sorted(s for s in _steps(self.path) if is_sealed(self.path / str(s)))
+        oldest = sealed[-self._keep :][0]
+        for step in _steps(self.path):
+            if step < oldest:
+                shutil.rmtree(self.path / str(step))
+
+    def _warn(self, step: int, error: Exception) -> None:
+        kept = self.sealed_step()
+        newest = "there is none yet" if kept is None else f"the newest is {self.path / str(kept)}"
+        self._warnings.append(
+            f"the checkpoint of step {step} could not be written ({_first_line(error)}); the run "
+            f"goes on, {newest}"
+        )
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        # It also gives back the room that a full disk needs.
+        if processes.is_first():
+            for folder in self.path.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def restore_ffn(out_dir: str | Path, step: int | None = None) -> Params:
@@ -149,30 +247,64 @@ def restore_ffn(out_dir: str | Path, step: int | None = None) -> Params:
 
     Args:
       out_dir: the run's folder.
-      step: of the checkpoint; ``None`` takes the newest.
+      step: of the checkpoint; ``None`` takes the newest that is whole.
 
     Returns:
       The ``mlp`` subtrees at their places in the parameter tree, as NumPy arrays.
 
     Raises:
       FileNotFoundError: if there is no such checkpoint.
+      ValueError: if it is damaged.
     """
     path = Path(out_dir).absolute() / _FOLDER
-    steps = ocp.utils.checkpoint_steps(path) if path.is_dir() else []
-    if not steps or (step is not None and step not in steps):
+    steps = _steps(path)
+    found = _find_whole(path)[0] if step is None else step
+    if found not in steps:
+        wanted = "whole checkpoint" if step is None else f"checkpoint of step {step}"
         raise FileNotFoundError(
-            f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}: it has "
-            f"{', '.join(map(str, sorted(steps))) or 'none'}"
+            f"{path} holds no {wanted}: it has {', '.join(map(str, sorted(steps))) or 'none'}"
         )
-    with CheckpointStore(out_dir, keep=len(steps)) as store:
-        return store._restore(step or max(steps), "ffn", ocp.args.StandardRestore())
+    if step is not None and (damage := find_damage(path / str(step), _label(step))):
+        raise ValueError(f"the checkpoint {path / str(step)} is not whole: {damage}")
+    folder = path / str(found) / "ffn"
+    return _restore(folder, _shapes_of(folder))
 
 
-def _split_ffn(params: Params) -> tuple[Params, Params]:
-    parts: tuple[dict, dict] = ({}, {})
-    for path, leaf in flatten_dict(params).items():
-        parts["mlp" not in path][path] = leaf
-    return unflatten_dict(parts[0]), unflatten_dict(parts[1])
+def _restore(folder: Path, like: Any) -> Any:
+    """Restores one item: leaves with a sharding to their devices, all others as NumPy arrays."""
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(folder, like)
+
+
+def _shapes_of(folder: Path) -> Any:
+    with ocp.StandardCheckpointer() as reader:
+        metadata: Any = reader.metadata(folder)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.item_metadata.tree
+    )
+
+
+def _steps(path: Path) -> list[int]:
+    return [int(p.name) for p in path.glob("*") if p.name.isdecimal() and p.is_dir()]
+
+
+def _find_whole(path: Path) -> tuple[int, dict[int, str]]:
+    """Returns the newest whole checkpoint's step, and what is wrong with newer ones."""
+    damage = {}
+    for step in sorted(_steps(path), reverse=True):
+        problem = find_damage(path / str(step), _label(step))
+        if problem is None:
+            return step, damage
+        damage[step] = problem
+    return _NONE, damage
+
+
+def _label(step: int) -> str:
+    return f"the checkpoint of step {step}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _check_same_shapes(params: Params, like: Params, path: Path) -> None:

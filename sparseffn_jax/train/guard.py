@@ -10,13 +10,17 @@ import dataclasses
 import enum
 import math
 from collections.abc import Mapping
+from typing import Any, Self
 
-# Weight of the newest loss in the running statistics, once there are enough of them: a memory of
+# Weight of the newest value in the running statistics, once there are enough of them: a memory of
 # 20 steps, short enough to forget how steeply the loss fell at first.
 _WEIGHT = 0.05
 _BAND_STARTS_AFTER = 50
 # Of the mean: a loss that has settled still moves by this much without meaning anything.
 _SMALLEST_DEVIATION = 0.01
+# Of the logarithm of the feed-forward layers' share of the gradient: with the default band, the
+# share may grow tenfold.
+_SMALLEST_SHARE_DEVIATION = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +29,8 @@ class GuardConfig:
 
     Attributes:
       band_deviations: a loss above the running mean by more than this many running standard
-        deviations is outside the band.
-      patience: losses in a row outside the band that count as divergence.
+        deviations is outside the band; so is the share of the feed-forward layers in the gradient.
+      patience: steps in a row outside a band that count as divergence.
       rate_factor: multiplies the learning rates at each restore.
       max_restores: restores before giving up.
       snapshot_every: steps between copies of what trains, kept in host memory.
@@ -49,24 +53,60 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GuardState:
-    """What the guard remembers.
+class Chart:
+    """An exponentially weighted control chart (Roberts 1959) of one number.
 
     Attributes:
-      mean: running mean of the losses inside the band, nats a token.
+      mean: running mean of the values inside the band.
       variance: their running variance.
       count: how many there were.
-      outside: losses in a row outside the band, up to now.
-      restores: so far.
-      rate_factor: the product of all restores' factors.
+      outside: values in a row outside the band, up to now.
     """
 
     mean: float = 0.0
     variance: float = 0.0
     count: int = 0
     outside: int = 0
+
+    def limit(self, deviations: float, smallest_deviation: float) -> float:
+        """The largest value inside the band."""
+        return self.mean + deviations * max(math.sqrt(self.variance), smallest_deviation)
+
+    def add(self, value: float, limit: float) -> Self:
+        """Returns the chart after one more value; a value outside the band does not move it."""
+        if self.count >= _BAND_STARTS_AFTER and value > limit:
+            return dataclasses.replace(self, outside=self.outside + 1)
+        # Finch 2009, incremental calculation of weighted mean and variance; a plain mean at first.
+        weight = max(_WEIGHT, 1.0 / (self.count + 1))
+        delta = value - self.mean
+        return type(self)(
+            mean=self.mean + weight * delta,
+            variance=(1.0 - weight) * (self.variance + weight * delta**2),
+            count=self.count + 1,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardState:
+    """What the guard remembers.
+
+    Attributes:
+      loss: the losses, nats a token.
+      ffn_share: logarithms of the feed-forward layers' gradient norm over that of the rest.
+      restores: so far.
+      rate_factor: the product of all restores' factors.
+    """
+
+    loss: Chart = Chart()
+    ffn_share: Chart = Chart()
     restores: int = 0
     rate_factor: float = 1.0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuilds a state from ``dataclasses.asdict``'s output."""
+        charts = {name: Chart(**values[name]) for name in ("loss", "ffn_share")}
+        return cls(**{**values, **charts})
 
 
 class Verdict(enum.Enum):
@@ -74,6 +114,7 @@ class Verdict(enum.Enum):
 
     GOOD = enum.auto()
     SUSPECT = enum.auto()
+    FFN_DIVERGED = enum.auto()
     DIVERGED = enum.auto()
 
 
@@ -82,53 +123,67 @@ class DivergenceError(RuntimeError):
 
 
 def observe(
-    config: GuardConfig, state: GuardState, loss: float, *norms: float
+    config: GuardConfig, state: GuardState, metrics: Mapping[str, float]
 ) -> tuple[GuardState, Verdict]:
     """Judges one step; returns the guard's new state and its verdict.
 
-    The band is an exponentially weighted control chart (Roberts 1959): running mean plus
-    ``band_deviations`` running standard deviations. Losses outside do not move it.
+    Everything has diverged when a number is not finite, or when the loss was above its band
+    ``patience`` times in a row. The feed-forward layers have diverged alone when only numbers of
+    theirs are not finite, or when their share of the gradient was above its band so often while
+    the loss was not.
 
     Args:
       config: the limits.
       state: the guard's state after the step before.
-      loss: nats a token.
-      *norms: of the gradient and the update; like the loss, they must be finite.
+      metrics: of the step: ``loss``, nats a token, and all norms; see
+        :func:`sparseffn_jax.train.step.make_update`.
     """
-    if not all(map(math.isfinite, (loss, *norms))):
-        return dataclasses.replace(state, outside=0), Verdict.DIVERGED
-    if state.count >= _BAND_STARTS_AFTER and loss > upper_limit(config, state):
-        outside = state.outside + 1
-        if outside < config.patience:
-            return dataclasses.replace(state, outside=outside), Verdict.SUSPECT
-        return dataclasses.replace(state, outside=0), Verdict.DIVERGED
-    # Finch 2009, incremental calculation of weighted mean and variance; a plain mean at first.
-    weight = max(_WEIGHT, 1.0 / (state.count + 1))
-    delta = loss - state.mean
-    inside = dataclasses.replace(
-        state,
-        mean=state.mean + weight * delta,
-        variance=(1.0 - weight) * (state.variance + weight * delta**2),
-        count=state.count + 1,
-        outside=0,
+    broken = _broken(metrics)
+    if broken:
+        verdict = Verdict.FFN_DIVERGED if _are_of_ffn(broken, metrics) else Verdict.DIVERGED
+        return _back_inside(state), verdict
+    state = dataclasses.replace(
+        state, loss=state.loss.add(metrics["loss"], upper_limit(config, state))
     )
-    return inside, Verdict.GOOD
+    if (share := _ffn_share(metrics)) is not None:
+        chart = state.ffn_share.add(share, share_limit(config, state))
+        state = dataclasses.replace(state, ffn_share=chart)
+    if state.loss.outside >= config.patience:
+        return _back_inside(state), Verdict.DIVERGED
+    if state.ffn_share.outside >= config.patience and not state.loss.outside:
+        return _back_inside(state), Verdict.FFN_DIVERGED
+    is_outside = state.loss.outside or state.ffn_share.outside
+    return state, Verdict.SUSPECT if is_outside else Verdict.GOOD
 
 
 def upper_limit(config: GuardConfig, state: GuardState) -> float:
     """The largest loss inside the band, nats a token."""
-    deviation = max(math.sqrt(state.variance), _SMALLEST_DEVIATION * abs(state.mean))
-    return state.mean + config.band_deviations * deviation
+    smallest = _SMALLEST_DEVIATION * abs(state.loss.mean)
+    return state.loss.limit(config.band_deviations, smallest)
 
 
-def describe(config: GuardConfig, state: GuardState, metrics: Mapping[str, float]) -> str:
-    """Says why a step with these metrics, after ``state``, counts as divergence."""
-    broken = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
+def share_limit(config: GuardConfig, state: GuardState) -> float:
+    """The largest logarithm of the feed-forward layers' share of the gradient inside the band."""
+    return state.ffn_share.limit(config.band_deviations, _SMALLEST_SHARE_DEVIATION)
+
+
+def describe(
+    config: GuardConfig, state: GuardState, verdict: Verdict, metrics: Mapping[str, float]
+) -> str:
+    """Says why a step with these metrics, after ``state``, got a verdict of divergence."""
+    broken = _broken(metrics)
     if broken:
-        return ", ".join(broken)
+        return ", ".join(f"{name} is {metrics[name]}" for name in broken)
+    if verdict is Verdict.DIVERGED:
+        return (
+            f"loss {metrics['loss']:.4f} makes {config.patience} in a row above "
+            f"{upper_limit(config, state):.4f}, the limit of its running band"
+        )
+    share = metrics["ffn_grad_norm"] / metrics["rest_grad_norm"]
     return (
-        f"loss {metrics['loss']:.4f} makes {config.patience} in a row above "
-        f"{upper_limit(config, state):.4f}, the limit of its running band"
+        f"the feed-forward layers' gradient, {share:.3g} times that of the rest, makes "
+        f"{config.patience} in a row above {math.exp(share_limit(config, state)):.3g}, the limit "
+        "of its running band"
     )
 
 
@@ -136,4 +191,28 @@ def after_restore(config: GuardConfig, state: GuardState) -> GuardState:
     """Counts a restore and lowers the rate."""
     return dataclasses.replace(
         state, restores=state.restores + 1, rate_factor=state.rate_factor * config.rate_factor
+    )
+
+
+def _broken(metrics: Mapping[str, float]) -> list[str]:
+    return [name for name, value in metrics.items() if not math.isfinite(value)]
+
+
+def _are_of_ffn(broken: list[str], metrics: Mapping[str, float]) -> bool:
+    # The norms of everything are broken with those of a part; without parts, nothing can be told.
+    own = {"grad_norm", "update_norm", "ffn_grad_norm", "ffn_update_norm"}
+    known = "rest_grad_norm" in metrics
+    return known and own.issuperset(broken) and any(name.startswith("ffn_") for name in broken)
+
+
+def _ffn_share(metrics: Mapping[str, float]) -> float | None:
+    ffn, rest = metrics.get("ffn_grad_norm", 0.0), metrics.get("rest_grad_norm", 0.0)
+    return math.log(ffn / rest) if ffn > 0.0 and rest > 0.0 else None
+
+
+def _back_inside(state: GuardState) -> GuardState:
+    return dataclasses.replace(
+        state,
+        loss=dataclasses.replace(state.loss, outside=0),
+        ffn_share=dataclasses.replace(state.ffn_share, outside=0),
     )

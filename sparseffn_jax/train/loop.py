@@ -12,24 +12,25 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sparseffn_jax.train import guard
+from sparseffn_jax.train import guard, processes
 from sparseffn_jax.train.checkpoints import CheckpointStore, Position, Snapshot
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows, make_batches
 from sparseffn_jax.train.losses import check_token_ids, make_evaluator
 from sparseffn_jax.train.metrics import MetricsLog, Record
-from sparseffn_jax.train.recipes import combine, partition
+from sparseffn_jax.train.recipes import combine, is_ffn, partition
+from sparseffn_jax.train.sharding import path_name
 from sparseffn_jax.train.step import (
     TrainState,
     add_adapters,
     init_state,
     make_stage,
-    make_step,
+    make_update,
     merge_adapters,
 )
+from sparseffn_jax.train.strategies import SingleDevice, Strategy
 
 Params = dict[str, Any]
 Resume = Literal["auto", "never", "must"]
@@ -41,7 +42,8 @@ class TrainResult:
 
     Attributes:
       params: the model's parameters after the last step, adapters merged; what trained is
-        float32.
+        float32. They lie where the strategy has them; of several processes, each has all of
+        them in host memory.
       history: the records of ``metrics.jsonl``, from the run's first step on.
       data_hash: SHA-256 chained over the batches read: equal for two runs that saw the same.
     """
@@ -49,6 +51,21 @@ class TrainResult:
     params: Params
     history: list[Record]
     data_hash: str
+
+
+class Terminated(SystemExit):
+    """A run was told to end (SIGTERM), saved and stopped; the process's status is 143.
+
+    Clusters send SIGTERM before they take a machine away. 143 is what a shell reports for a
+    process that SIGTERM has ended: schedulers take it for a preemption, not for a failure.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def train(
@@ -59,6 +76,7 @@ def train(
     out_dir: str | Path,
     *,
     teacher: tuple[nn.Module, Params] | None = None,
+    strategy: Strategy | None = None,
     resume: Resume = "auto",
     on_step: Callable[[int, Record], None] | None = None,
 ) -> TrainResult:
@@ -66,7 +84,11 @@ def train(
 
     A stopped run goes on from its newest checkpoint and ends, on the same machine, with the same
     bits as one that was never stopped. Ctrl-C finishes the step, saves and raises; pressed again,
-    it stops at once.
+    it stops at once. SIGTERM does the same. A checkpoint that cannot be written, because the disk
+    is full or refuses, costs a warning and not the run.
+
+    Several processes (see :mod:`sparseffn_jax.train.processes`) call it alike, with one ``out_dir``
+    that all of them reach.
 
     Args:
       model: a decoder, ``apply({"params": p}, input_ids, deterministic=..., rngs=...)`` giving
@@ -76,8 +98,10 @@ def train(
       config: the settings; a resumed run must have those it started with.
       out_dir: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
       teacher: model and parameters to distil from; needs a weight in ``config``.
-      resume: ``"auto"`` goes on where there is a checkpoint; ``"must"`` raises where there is
-        none, ``"never"`` where there is one.
+      strategy: how devices share the work; ``None`` takes one device. A run may go on with
+        another strategy, or another number of devices, than it was started with.
+      resume: ``"auto"`` goes on where there is a whole checkpoint; ``"must"`` raises where there
+        is none, ``"never"`` where there is one.
       on_step: called after every step with its number, from 1, and its metrics.
 
     Raises:
@@ -85,44 +109,63 @@ def train(
       FileNotFoundError, FileExistsError: see ``resume``.
       DivergenceError: if the guard gives up.
       KeyboardInterrupt: after Ctrl-C; its message says where the run can be resumed.
+      Terminated: the same after SIGTERM.
     """
+    strategy = strategy or SingleDevice()
+    strategy.check(config)
     _check_teacher(config, teacher)
     for split in (windows.train, windows.validation):
         check_token_ids(model, params, split)
     out_dir = Path(out_dir)
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(CheckpointStore(out_dir, config.keep_checkpoints))
-        run = _Run(model, params, windows, config, store, teacher, resume)
-        log = stack.enter_context(MetricsLog(out_dir, run.position.step, config.steps))
-        interrupted = stack.enter_context(_deferred_interrupt())
-        while run.position.step < config.steps and not interrupted.is_set():
+        run = _Run(model, params, windows, config, store, teacher, strategy, resume)
+        log = stack.enter_context(
+            MetricsLog(out_dir, run.position.step, config.steps, writes=processes.is_first())
+        )
+        run.start(log)
+        signals = stack.enter_context(_deferred_signals())
+        stopped_by = 0
+        while run.position.step < config.steps and not stopped_by:
             metrics = run.advance(log)
             if on_step is not None:
                 on_step(run.position.step, metrics)
-        run.save()
+            # A signal may reach one process only; they must all stop after the same step.
+            stopped_by = processes.agree_on_largest(max(signals, default=0))
+        run.save(log)
     if run.position.step < config.steps:
-        raise KeyboardInterrupt(
-            f"stopped after step {run.position.step} of {config.steps}; the checkpoint is in "
-            f"{store.path / str(run.position.step)}, and the same call goes on from there"
-        )
-    return TrainResult(run.model_params(), log.history, run.position.data_hash)
+        kept = store.sealed_step()
+        where = "no checkpoint could be written"
+        if kept is not None:
+            where = (
+                f"the checkpoint is in {store.path / str(kept)}, and the same call goes on from it"
+            )
+        message = f"stopped after step {run.position.step} of {config.steps}; {where}"
+        raise Terminated(message) if stopped_by == signal.SIGTERM else KeyboardInterrupt(message)
+    params = processes.to_every_process(run.model_params())
+    return TrainResult(params, log.history, run.position.data_hash)
 
 
 class _Run:
     """A run's changing parts, and how one step changes them."""
 
-    def __init__(self, model, params, windows, config, store, teacher, resume):
+    def __init__(self, model, params, windows, config, store, teacher, strategy, resume):
         self._model, self._config, self._store = model, config, store
+        self._strategy = strategy
         self._teacher_model, teacher_params = teacher or (None, None)
-        self._teacher_params = jax.tree.map(jnp.asarray, teacher_params)
-        self._validation, self._evaluate = windows.validation, make_evaluator(model)
-        self._batches = make_batches(windows.train, config.batch_size, config.seed)
+        self._teacher_params = strategy.place(teacher_params)
+        self._evaluate = make_evaluator(model, strategy.place_evaluation)
+        self._windows = windows
+        # Of row numbers: which windows a batch has is known everywhere, and read where needed.
+        rows = np.arange(len(windows.train))
+        self._batches = make_batches(rows, config.batch_size, config.seed)
         self._batch_shape = (config.batch_size, windows.train.shape[1])
         # What a resumed run must have in common with its beginning, or its steps would differ.
         self._settings = dataclasses.asdict(config) | {
             "training_text": hashlib.sha256(windows.train.tobytes()).hexdigest()
         }
         self._tokens, self._seconds = 0, 0.0
+        self._saved_step = 0
         params = add_adapters(config, params)
         latest = store.latest_step()
         if resume == "never" and latest is not None:
@@ -133,6 +176,7 @@ class _Run:
         if resume == "must" and latest is None:
             raise FileNotFoundError(f"there is no checkpoint to resume from in {store.path}")
         if latest is not None:
+            self._saved_step = latest
             self._restore(latest, params)
         else:
             self.position = Position(
@@ -146,7 +190,14 @@ class _Run:
             self._start_stage(params)
 
     def model_params(self) -> Params:
-        return merge_adapters(combine(self._state.trainable, self._frozen))
+        params = combine(self._state.trainable, self._frozen)
+        return merge_adapters(self._strategy.logical(params))
+
+    def start(self, log: MetricsLog) -> None:
+        """Says what a user should know before the first step."""
+        self._log_warnings(log)
+        if report := self._strategy.report(combine(self._state.trainable, self._frozen)):
+            log.say(report)
 
     def advance(self, log: MetricsLog) -> Record:
         """Reads one batch, updates, lets the guard judge it, and logs; returns the metrics."""
@@ -159,7 +210,8 @@ class _Run:
         # Taken before the step and kept if its loss is good: so a snapshot has been seen to work.
         candidate = self._take_snapshot() if self._is_snapshot_due() else None
         started = time.perf_counter()
-        batch = next(self._batches)
+        rows = next(self._batches)
+        batch = self._strategy.place_batch(self._windows.train, rows)
         self._state, metrics = self._step(
             self._state,
             self._frozen,
@@ -169,50 +221,47 @@ class _Run:
             np.int32(position.updates),
             np.float32(position.guard.rate_factor),
         )
-        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics = self._strategy.scalars(metrics)
         self._seconds += time.perf_counter() - started
-        self._tokens += batch[:, 1:].size
+        self._tokens += len(rows) * (self._windows.train.shape[1] - 1)
 
-        guard_state, verdict = guard.observe(
-            config.guard,
-            position.guard,
-            metrics["loss"],
-            metrics["grad_norm"],
-            metrics["update_norm"],
-        )
-        chained = hashlib.sha256(bytes.fromhex(position.data_hash) + batch.tobytes())
+        guard_state, verdict = guard.observe(config.guard, position.guard, metrics)
         self.position = Position(
             step=position.step + 1,
             stage=position.stage,
             updates=position.updates + 1,
             data=self._batches.get_state(),
-            data_hash=chained.hexdigest(),
+            data_hash=processes.chain_batch(position.data_hash, self._windows.train, rows),
             guard=guard_state,
         )
-        if verdict is guard.Verdict.DIVERGED:
-            self._go_back(log, guard.describe(config.guard, position.guard, metrics))
+        if verdict in (guard.Verdict.DIVERGED, guard.Verdict.FFN_DIVERGED):
+            reason = guard.describe(config.guard, position.guard, verdict, metrics)
+            self._go_back(log, reason, verdict is guard.Verdict.FFN_DIVERGED)
             return metrics
         if verdict is guard.Verdict.GOOD and candidate is not None:
             self._good = candidate
             if candidate.position.step % config.save_every == 0:
                 self._save(candidate)
+        self._log_warnings(log)
         self._log(log, metrics)
         return metrics
 
-    def save(self) -> None:
+    def save(self, log: MetricsLog) -> None:
         """Writes a checkpoint of the run as it stands, complete enough to go on exactly."""
         is_over = self.position.step == self._config.steps
         snapshot = self._take_snapshot()
         self._save(snapshot, None if is_over or snapshot is self._good else self._good)
+        self._store.wait()
+        self._log_warnings(log)
 
     def _start_stage(self, params: Params) -> None:
         self._stage = make_stage(self._config, params, self.position.stage)
-        self._state, self._frozen = init_state(self._stage, params)
-        self._good = Snapshot(self.position, _to_host(self._state))
+        self._state, self._frozen = self._strategy.init_state(self._stage, params)
+        self._good = Snapshot(self.position, self._strategy.to_host(self._state))
         self._compile()
 
     def _restore(self, step: int, params: Params) -> None:
-        self.position, good_position, settings = self._store.read(step)
+        self.position, last_good, settings = self._store.read(step)
         changed = [name for name in self._settings if settings.get(name) != self._settings[name]]
         if changed:
             raise ValueError(
@@ -220,34 +269,35 @@ class _Run:
                 f"({', '.join(changed)}) and cannot go on with these: give another folder, or "
                 "what it was started with"
             )
-        params = self._store.restore_params(step, params)
+        strategy = self._strategy
+        params = self._store.restore_params(step, params, strategy.abstract)
         self._stage = make_stage(self._config, params, self.position.stage)
         like, _ = jax.eval_shape(lambda p: init_state(self._stage, p), params)
+        like = strategy.abstract(like)
         trainable, frozen = partition(params, self._stage.labels)
         optimizer = self._store.restore_optimizer(step, like.optimizer)
-        self._state = _to_device(TrainState(trainable, optimizer))
-        self._frozen = _to_device(frozen)
-        if good_position is None:
-            self._good = Snapshot(self.position, _to_host(self._state))
-        else:
-            self._good = Snapshot(good_position, self._store.restore_last_good(step, like))
+        self._state = strategy.place_state(TrainState(trainable, optimizer))
+        self._frozen = strategy.place(frozen)
+        good_position, good_state = self.position, self._state
+        if last_good is not None:
+            good_position = last_good
+            good_state = strategy.place_state(self._store.restore_last_good(step, like))
+        self._good = Snapshot(good_position, strategy.to_host(good_state))
         self._batches.set_state(self.position.data)
         self._compile()
 
     def _compile(self) -> None:
         # Ahead of time, so that neither the clock nor the time left counts it.
-        self._step = (
-            make_step(self._model, self._stage, self._config, self._teacher_model)
-            .lower(
-                self._state,
-                self._frozen,
-                self._teacher_params,
-                jax.ShapeDtypeStruct(self._batch_shape, jnp.int32),
-                np.int32(0),
-                np.int32(0),
-                np.float32(1.0),
-            )
-            .compile()
+        update = make_update(
+            self._model,
+            self._stage,
+            self._config,
+            self._teacher_model,
+            axis_name=self._strategy.axis_name,
+            gather=self._strategy.gather,
+        )
+        self._step = self._strategy.compile(
+            update, self._state, self._frozen, self._teacher_params, self._batch_shape
         )
 
     def _is_snapshot_due(self) -> bool:
@@ -257,18 +307,21 @@ class _Run:
     def _take_snapshot(self) -> Snapshot:
         if self._good.position.step == self.position.step:
             return self._good
-        return Snapshot(self.position, _to_host(self._state))
+        return Snapshot(self.position, self._strategy.to_host(self._state))
 
     def _save(self, snapshot: Snapshot, last_good: Snapshot | None = None) -> None:
         step = snapshot.position.step
-        if step > 0 and step != self._store.latest_step():
-            self._store.save(snapshot, self._frozen, self._settings, last_good)
+        if step > 0 and step != self._saved_step:
+            self._saved_step = step
+            frozen = self._strategy.logical(self._frozen)
+            self._store.save(snapshot, frozen, self._settings, last_good)
 
-    def _go_back(self, log: MetricsLog, reason: str) -> None:
+    def _go_back(self, log: MetricsLog, reason: str, ffn_alone: bool) -> None:
         limits, step = self._config.guard, self.position.step
         state = guard.after_restore(limits, self.position.guard)
         if state.restores > limits.max_restores:
-            latest = self._store.latest_step()
+            self._store.wait()
+            latest = self._store.sealed_step()
             checkpoint = (
                 "no checkpoint had been written yet"
                 if latest is None
@@ -280,22 +333,35 @@ class _Run:
                 "longer warm-up"
             )
         good = self._good
-        self._state = _to_device(good.state)
-        self.position = dataclasses.replace(
-            self.position, updates=good.position.updates, guard=state
-        )
+        good_state = self._strategy.place_state(good.state)
+        if ffn_alone:
+            self._state = _with_ffn_of(self._state, good_state)
+            self.position = dataclasses.replace(self.position, guard=state)
+        else:
+            self._state = good_state
+            self.position = dataclasses.replace(
+                self.position, updates=good.position.updates, guard=state
+            )
+        part = "feed-forward layers" if ffn_alone else "state"
         log.event(
             {
                 "step": step,
                 "event": "restore",
+                "part": part,
                 "reason": reason,
                 "restored_step": good.position.step,
                 "rate_factor": state.rate_factor,
             },
-            f"step {step}: {reason}; restored the state of step {good.position.step}, going on "
+            f"step {step}: {reason}; restored the {part} of step {good.position.step}, going on "
             f"past this batch with the learning rate times {state.rate_factor:g} "
             f"(restore {state.restores} of {limits.max_restores})",
         )
+
+    def _log_warnings(self, log: MetricsLog) -> None:
+        for warning in self._store.take_warnings():
+            log.event(
+                {"step": self.position.step, "event": "checkpoint", "reason": warning}, warning
+            )
 
     def _log(self, log: MetricsLog, metrics: Record) -> None:
         config, step = self._config, self.position.step
@@ -310,29 +376,34 @@ class _Run:
         if evaluates:
             microbatch = config.batch_size // config.accumulate_steps
             metrics["validation_loss"] = self._evaluate(
-                self.model_params(), self._validation, microbatch
+                self.model_params(), self._windows.validation, microbatch
             )
         log.record({"step": step} | metrics)
 
 
 @contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Yields an event that the first Ctrl-C sets; the second interrupts as usual."""
-    requested = threading.Event()
+def _deferred_signals() -> Iterator[list[int]]:
+    """Yields a list that gets the first SIGINT or SIGTERM; the next one acts as usual."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield requested  # Only the main thread may handle signals.
+        yield received  # Only the main thread may handle signals.
         return
-    usual = signal.getsignal(signal.SIGINT)
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def request(*_):
-        requested.set()
-        signal.signal(signal.SIGINT, usual)
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
-    signal.signal(signal.SIGINT, request)
+    def note(number: int, _) -> None:
+        received.append(number)
+        restore()
+
+    for number in usual:
+        signal.signal(number, note)
     try:
-        yield requested
+        yield received
     finally:
-        signal.signal(signal.SIGINT, usual)
+        restore()
 
 
 def _check_teacher(config: TrainConfig, teacher: Any) -> None:
@@ -343,11 +414,10 @@ def _check_teacher(config: TrainConfig, teacher: Any) -> None:
         raise ValueError("a teacher is given, but distill_weight and hidden_weight are both 0")
 
 
-def _to_host(tree: Any) -> Any:
-    # A copy: on the CPU backend a view would share the buffers that the next step is given.
-    return jax.tree.map(np.array, tree)
-
-
-def _to_device(tree: Any) -> Any:
-    # A copy too, for the same reason.
-    return jax.tree.map(jnp.array, tree)
+def _with_ffn_of(state: TrainState, good: TrainState) -> TrainState:
+    """Returns ``state`` with the feed-forward layers of ``good``, and their optimizer's slots."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, now, then: then if is_ffn(tuple(path_name(path).split("/"))) else now,
+        state,
+        good,
+    )

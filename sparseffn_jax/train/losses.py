@@ -137,10 +137,16 @@ def evaluate_tokens(
     return total / (len(tokens) - 1)
 
 
-def make_evaluator(model: nn.Module) -> Evaluator:
+def make_evaluator(
+    model: nn.Module, place: Callable[[np.ndarray], Any] = lambda batch: batch
+) -> Evaluator:
     """Returns :func:`evaluate_loss` for one model, compiled once for all its calls.
 
     Its windows are not checked; see :func:`check_token_ids`.
+
+    Args:
+      model: a decoder.
+      place: puts a batch where the parameters are.
     """
 
     @jax.jit
@@ -156,7 +162,7 @@ def make_evaluator(model: nn.Module) -> Evaluator:
             batch = windows[start : start + batch_size]
             # A last batch of its own shape would compile the model a second time.
             padded = np.resize(batch, (batch_size, batch.shape[1]))
-            total += float(sum_losses(params, padded, len(batch)))
+            total += float(sum_losses(params, place(padded), len(batch)))
         return total / windows[:, 1:].size
 
     return evaluate

@@ -2,34 +2,41 @@
 
 import datetime
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar, text
 
 Record = dict[str, Any]
+_FLUSH_SECONDS = 30.0
 
 
 class MetricsLog:
     """Writes records, one JSON object a line, and shows how the run gets on.
+
+    A disk that takes no more is said once, and does not stop the run: its history is complete in
+    memory, and in the file again once there is room.
 
     Args:
       out_dir: the run's folder, which gets ``metrics.jsonl`` and ``tensorboard/``.
       first_step: where the run goes on; records of later steps, which a stopped run wrote after
         its last checkpoint, are dropped.
       steps: where the run will end.
+      writes: whether to write and show anything; of several processes, one should.
     """
 
-    def __init__(self, out_dir: Path, first_step: int, steps: int):
-        path = out_dir / "metrics.jsonl"
-        self.history = _read_records(path, first_step)
-        self._file = path.open("w", encoding="utf-8", buffering=1)
-        for record in self.history:
-            self._write(record)
-        self._events = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step + 1)
+    def __init__(self, out_dir: Path, first_step: int, steps: int, *, writes: bool = True):
+        self._path, self._writes = out_dir / "metrics.jsonl", writes
+        self.history = _read_records(self._path, first_step)
+        self._unwritten: list[Record] = []
+        self._size = 0
         self._console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
         self._progress = Progress(
             TextColumn("training"),
@@ -38,11 +45,14 @@ class MetricsLog:
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not (writes and self._console.is_terminal),
         )
         self._task = self._progress.add_task("", total=steps, completed=first_step, status="")
         self._first_step, self._steps = first_step, steps
-        self._started = time.perf_counter()
+        self._started = self._flushed = time.perf_counter()
+        self._warned = False
+        self._events: EventsWriter | None = None
+        self._attempt(self._start_files)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -50,8 +60,8 @@ class MetricsLog:
 
     def __exit__(self, *_):
         self._progress.stop()
-        self._events.close()
-        self._file.close()
+        if self._events is not None:
+            self._attempt(self._events.close)
 
     def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Moves the progress bar."""
@@ -60,23 +70,68 @@ class MetricsLog:
 
     def record(self, record: Record) -> None:
         """Writes one step's numbers; away from a terminal, also a line of text."""
-        self.history.append(record)
-        self._write(record)
-        for name, value in record.items():
-            if name != "step":
-                self._events.add_scalar(name, value, record["step"])
-        if not self._console.is_terminal:
+        self._write(record, [scalar(name, x) for name, x in record.items() if name != "step"])
+        if self._writes and not self._console.is_terminal:
             self._console.print(self._line(record))
 
-    def event(self, record: Record, text: str) -> None:
+    def event(self, record: Record, message: str) -> None:
         """Writes something that happened, with an ``"event"`` key, and says it."""
-        self.history.append(record)
-        self._write(record)
-        self._events.add_text(record["event"], text, record["step"])
-        self._console.print(text, style="yellow")
+        self._write(record, [text(record["event"], message)])
+        self.say(message)
 
-    def _write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
+    def say(self, message: str) -> None:
+        """Shows a message without writing it."""
+        if self._writes:
+            self._console.print(message, style="yellow")
+
+    def _start_files(self) -> None:
+        # Beside the old file and then in its place: a crash between the two must not take the
+        # history away.
+        partial = self._path.with_suffix(".partial")
+        partial.write_bytes("".join(map(_json_line, self.history)).encode())
+        self._size = partial.stat().st_size
+        os.replace(partial, self._path)
+        folder = self._path.parent / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies of a full disk, and then its queue blocks the run.
+        self._events = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(step=self._first_step + 1, session_log=start))
+
+    def _write(self, record: Record, summaries: list[Any]) -> None:
+        self.history.append(record)
+        self._unwritten.append(record)
+        self._attempt(self._append)
+        if self._events is not None:
+            self._attempt(self._add_summaries, record["step"], summaries)
+
+    def _append(self) -> None:
+        lines = "".join(map(_json_line, self._unwritten)).encode()
+        with self._path.open("r+b") as file:
+            # What a full disk has cut short goes, and comes again whole.
+            file.truncate(self._size)
+            file.seek(self._size)
+            file.write(lines)
+        self._size += len(lines)
+        self._unwritten.clear()
+
+    def _add_summaries(self, step: int, summaries: list[Any]) -> None:
+        events = cast(EventsWriter, self._events)
+        for summary in summaries:
+            events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if time.perf_counter() - self._flushed > _FLUSH_SECONDS:
+            events.flush()
+            self._flushed = time.perf_counter()
+
+    def _attempt(self, write: Callable[..., None], *arguments: Any) -> None:
+        if not self._writes:
+            return
+        try:
+            write(*arguments)
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                self.say(f"cannot write the log to {self._path.parent}: {error.strerror}")
 
     def _line(self, record: Record) -> str:
         step = record["step"]
@@ -96,7 +151,11 @@ def _read_records(path: Path, last_step: int) -> list[Record]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            break  # The line that a crash cut short is the last one.
+            continue  # A crash or a full disk cut it short.
         if record["step"] <= last_step:
             records.append(record)
     return records
+
+
+def _json_line(record: Record) -> str:
+    return json.dumps(record) + "\n"

@@ -61,7 +61,7 @@ def ffn_only(
     clip_norm: float = 1.0,
 ) -> tuple[optax.GradientTransformation, Labels]:
     """Trains the feed-forward layers, sparse and dense; see :func:`full` for the arguments."""
-    return _recipe(params, _is_ffn, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
+    return _recipe(params, is_ffn, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
 
 
 def lora(
@@ -83,7 +83,7 @@ def lora(
         raise ValueError("the lora recipe trains adapters: add them as params['lora']")
     return _recipe(
         params,
-        lambda path: _is_ffn(path) or path[0] == "lora",
+        lambda path: is_ffn(path) or path[0] == "lora",
         learning_rate,
         ffn_learning_rate,
         weight_decay,
@@ -105,7 +105,7 @@ def stepwise(
     Gradual unfreezing is from Howard & Ruder 2018 (1801.06146). Embeddings never train. See
     :func:`full` for the other arguments.
     """
-    trains = _is_ffn if stage == 1 else lambda path: _is_ffn(path) or _is_attention_or_norm(path)
+    trains = is_ffn if stage == 1 else lambda path: is_ffn(path) or _is_attention_or_norm(path)
     return _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
 
 
@@ -129,8 +129,21 @@ def partition(params: Params, labels: Labels) -> tuple[Params, Params]:
     return unflatten_dict(parts[0]), unflatten_dict(parts[1])
 
 
+def split_ffn(params: Params) -> tuple[Params, Params]:
+    """Splits a tree in two by its paths, (feed-forward layers, rest); :func:`combine` undoes it."""
+    parts: tuple[dict, dict] = ({}, {})
+    for path, leaf in flatten_dict(params).items():
+        parts[not is_ffn(path)][path] = leaf
+    return unflatten_dict(parts[0]), unflatten_dict(parts[1])
+
+
+def is_ffn(path: Path) -> bool:
+    """Whether a path in the parameter tree leads into a feed-forward layer."""
+    return "mlp" in path
+
+
 def combine(trainable: Params, frozen: Params) -> Params:
-    """The inverse of :func:`partition`."""
+    """The inverse of :func:`partition`, and of :func:`split_ffn`."""
     return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
 
 
@@ -177,16 +190,12 @@ def _decayed(params: Params) -> Any:
     )
 
 
-def _is_ffn(path: Path) -> bool:
-    return "mlp" in path
-
-
 def _is_attention_or_norm(path: Path) -> bool:
     return any(name == "attn" or name.startswith("ln_") for name in path)
 
 
 def _ffn_of(path: Path) -> Path:
-    return path[: path.index("mlp") + 1] if _is_ffn(path) else ()
+    return path[: path.index("mlp") + 1] if is_ffn(path) else ()
 
 
 def _sparse_ffns(paths) -> set[Path]:
@@ -194,5 +203,5 @@ def _sparse_ffns(paths) -> set[Path]:
     return {
         _ffn_of(path)
         for path in paths
-        if _is_ffn(path) and path[path.index("mlp") + 1].startswith(("expand", "core_expand"))
+        if is_ffn(path) and path[path.index("mlp") + 1].startswith(("expand", "core_expand"))
     }

@@ -1,6 +1,7 @@
 """One optimizer update, compiled: loss, gradients of what trains, update."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,14 @@ from flax.traverse_util import flatten_dict
 from sparseffn_jax.nn.lora import init_lora, is_attention_kernel, merge_lora
 from sparseffn_jax.train import losses
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.recipes import RECIPES, Labels, combine, partition, warmup_cosine
+from sparseffn_jax.train.recipes import (
+    RECIPES,
+    Labels,
+    combine,
+    partition,
+    split_ffn,
+    warmup_cosine,
+)
 
 Params = dict[str, Any]
 
@@ -83,30 +91,65 @@ def merge_adapters(params: Params) -> Params:
     return merge_lora(params, adapters, alpha=rank)
 
 
-def init_state(stage: Stage, params: Params) -> tuple[TrainState, Params]:
-    """Splits ``params`` into a fresh train state, its leaves copied in float32, and the frozen."""
+def init_state(
+    stage: Stage, params: Params, run: Callable[[Callable, Params], Any] | None = None
+) -> tuple[TrainState, Params]:
+    """Splits ``params`` into a fresh train state, its leaves copied in float32, and the frozen.
+
+    Args:
+      stage: whose labels say what trains.
+      params: all parameters.
+      run: applies the optimizer's ``init`` to what trains; ``None`` compiles it for one device.
+    """
     trainable, frozen = partition(params, stage.labels)
     # The step donates its state: without the copy it would take the caller's arrays away.
     trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable)
     frozen = jax.tree.map(jnp.asarray, frozen)
-    return TrainState(trainable, jax.jit(stage.optimizer.init)(trainable)), frozen
+    optimizer = (
+        run(stage.optimizer.init, trainable) if run else jax.jit(stage.optimizer.init)(trainable)
+    )
+    return TrainState(trainable, optimizer), frozen
 
 
 def make_step(
     model: nn.Module, stage: Stage, config: TrainConfig, teacher_model: nn.Module | None = None
 ):
-    """Returns the jitted update, whose first argument, the state, is donated.
+    """Returns :func:`make_update`'s update jitted; its first argument, the state, is donated."""
+    return jax.jit(make_update(model, stage, config, teacher_model), donate_argnums=0)
+
+
+def make_update(
+    model: nn.Module,
+    stage: Stage,
+    config: TrainConfig,
+    teacher_model: nn.Module | None = None,
+    *,
+    axis_name: str | None = None,
+    gather: Callable[[Params], Params] = lambda params: params,
+):
+    """Returns one update of a stage, to be compiled.
 
     It maps ``(state, frozen, teacher_params, batch, index, updates, rate_factor)`` to ``(state,
     metrics)``: ``batch`` holds ``(batch_size, window + 1)`` token ids; ``index`` is the step's
     number, from which dropout's keys come; ``updates`` counts the stage's updates so far; and
     ``rate_factor`` multiplies the learning rates. The metrics are the float32 scalars ``loss``,
     ``grad_norm`` (before clipping), ``update_norm``, ``learning_rate`` and ``ffn_learning_rate``,
-    and with a teacher ``cross_entropy``.
+    with a teacher ``cross_entropy``, and where more than the feed-forward layers trains, the
+    norms of both parts: ``ffn_grad_norm``, ``rest_grad_norm``, ``ffn_update_norm`` and
+    ``rest_update_norm``.
+
+    Args:
+      model: a decoder.
+      stage: what trains, and by which transform.
+      config: the settings.
+      teacher_model: to distil from.
+      axis_name: under ``jax.pmap``, the axis over which batches are dealt out: gradients and
+        metrics are its means, so that replicas stay equal.
+      gather: brings parameters that are stored in pieces to where the computation needs them.
     """
 
     def loss_and_metrics(trainable, frozen, teacher_params, windows, key):
-        params = merge_adapters(combine(trainable, frozen))
+        params = merge_adapters(gather(combine(trainable, frozen)))
         inputs, targets = windows[:, :-1], windows[:, 1:]
         logits, states = losses.forward(
             model,
@@ -120,7 +163,7 @@ def make_step(
             return loss, {"loss": loss}
         teacher_logits, teacher_states = losses.forward(
             teacher_model,
-            teacher_params,
+            gather(teacher_params),
             inputs,
             with_hidden_states=config.hidden_weight > 0,
         )
@@ -131,8 +174,13 @@ def make_step(
             loss = loss + config.hidden_weight * losses.hidden_state_mse(states, teacher_states)
         return loss, {"loss": loss, "cross_entropy": cross_entropy}
 
+    ffn, rest = split_ffn(stage.labels)
+    splits = all(set(jax.tree.leaves(part)) - {"frozen"} for part in (ffn, rest))
+
     def step(state, frozen, teacher_params, batch, index, updates, rate_factor):
         key = jax.random.fold_in(jax.random.key(config.seed), index)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         gradient = jax.grad(loss_and_metrics, has_aux=True)
 
         def microbatch_gradient(windows, number):
@@ -156,17 +204,36 @@ def make_step(
             )
             total, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(count)))
             grads, metrics = jax.tree.map(lambda x: x / count, total)
+        if axis_name is not None:
+            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        if splits:
+            metrics |= _norms_by_part("grad_norm", grads)
+            grads = _contain_ffn(grads, metrics)
 
         deltas, optimizer = stage.optimizer.update(grads, state.optimizer, state.trainable)
         deltas = jax.tree.map(lambda delta: rate_factor * delta, deltas)
-        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["update_norm"] = optax.tree.norm(deltas)
+        if splits:
+            metrics |= _norms_by_part("update_norm", deltas)
         metrics["learning_rate"] = rate_factor * stage.learning_rate(updates)
         metrics["ffn_learning_rate"] = rate_factor * stage.ffn_learning_rate(updates)
         trainable: Any = optax.apply_updates(state.trainable, deltas)
         return TrainState(trainable, optimizer), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step
+
+
+def _norms_by_part(name: str, tree: Params) -> dict[str, Any]:
+    ffn, rest = split_ffn(tree)
+    return {f"ffn_{name}": optax.tree.norm(ffn), f"rest_{name}": optax.tree.norm(rest)}
+
+
+def _contain_ffn(grads: Params, metrics: dict[str, Any]) -> Params:
+    """Drops a feed-forward gradient that alone is not finite: clipping would spread it to all."""
+    ffn, rest = split_ffn(grads)
+    sound = jnp.isfinite(metrics["ffn_grad_norm"]) | ~jnp.isfinite(metrics["rest_grad_norm"])
+    return combine(jax.tree.map(lambda x: jnp.where(sound, x, 0.0), ffn), rest)
 
 
 def step_memory(model: nn.Module, config: TrainConfig, window: int, stage: int = 0) -> StepMemory:

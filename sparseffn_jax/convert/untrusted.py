@@ -1,0 +1,406 @@
+"""What a checkpoint's files claim, checked before anything is built on it.
+
+A file from elsewhere may be damaged or made to harm. Sizes that it states are compared with its
+own before memory is taken for them, nothing in it is run, and names stay within its folder. Every
+fault is a :class:`CheckpointError`.
+"""
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+# A checkpoint of 100 billion parameters has some thousands of tensors, described in under a
+# megabyte.
+_MOST_TENSORS = 100_000
+_MOST_JSON_BYTES = 2**25
+_MOST_NESTING = 32
+_LONGEST_NAME = 1024
+_CHECKED_AT_ONCE = 2**20
+
+SAFETENSORS_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; the message says why, and how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """An array within a file.
+
+    Attributes:
+      shape: as stored.
+      dtype: as stored.
+      parts: (offset, bytes) in the file of its contents, row by row.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: tuple[tuple[int, int], ...]
+
+    def read(self, file: Path) -> np.ndarray:
+        """Reads the array."""
+        array = np.empty(self.shape, self.dtype)
+        flat, start = array.reshape(-1).view(np.uint8), 0
+        with file.open("rb") as f:
+            for offset, size in self.parts:
+                f.seek(offset)
+                f.readinto(memoryview(flat[start : start + size]))
+                start += size
+        return array
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+      CheckpointError: if it cannot be read, is far too large, or holds something else.
+    """
+    try:
+        size = file.stat().st_size
+        if size > _MOST_JSON_BYTES:
+            raise CheckpointError(
+                f"{file} has {size:,} bytes, too many for a description of a model: at most "
+                f"{_MOST_JSON_BYTES:,} are read"
+            )
+        return _parse_json(file.read_bytes(), str(file))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+
+
+def check_safetensors(file: Path) -> None:
+    """Checks a safetensors file's header against the file.
+
+    Its length, the names, which must differ, and every tensor's type, shape and place: within the
+    file, as long as type and shape make it, one after the other.
+
+    Raises:
+      CheckpointError: if something does not hold.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8).ljust(8, b"\xff"))
+        if length > min(size - 8, _MOST_JSON_BYTES):
+            raise CheckpointError(
+                f"{file} is not a whole safetensors file (it has {size:,} bytes and announces a "
+                f"header of {length:,}): it is damaged, cut short, or a Git LFS pointer; copy or "
+                "download it again"
+            )
+        header = _parse_json(f.read(length), f"the header of {file}")
+    header.pop("__metadata__", None)
+    places = sorted(_safetensors_place(file, name, entry) for name, entry in header.items())
+    expected = 0
+    for start, end, name in places:
+        if start != expected:
+            raise CheckpointError(
+                f"{file} is not a whole safetensors file ({name} begins at byte {start:,} of its "
+                f"data, but the tensor before ends at {expected:,}): it is damaged, or its header "
+                "lies"
+            )
+        expected = end
+    if expected != size - 8 - length:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file (it has {size - 8 - length:,} bytes of data, "
+            f"and its header describes {expected:,}): it is damaged or cut short; copy or download "
+            "it again"
+        )
+
+
+def read_flax_msgpack(file: Path, data: memoryview) -> dict[str, StoredArray]:
+    """Finds the arrays in a msgpack file of Flax, by path joined with dots.
+
+    Nothing is read but what describes them (https://github.com/msgpack/msgpack/blob/master/spec.md
+    and ``flax.serialization``).
+
+    Args:
+      file: for the errors.
+      data: its contents.
+
+    Raises:
+      CheckpointError: if the file is anything else than nested dictionaries of arrays.
+    """
+    try:
+        arrays = dict(_Msgpack(data).tree("", 0))
+    except (_Malformed, struct.error, UnicodeDecodeError, IndexError) as error:
+        raise CheckpointError(
+            f"{file} is not a whole msgpack file of Flax ({error}): it is damaged, cut short, or a "
+            "Git LFS pointer; copy or download it again"
+        ) from error
+    return arrays
+
+
+def check_finite(array: np.ndarray, name: str, where: str) -> np.ndarray:
+    """Returns a floating-point array that has no NaN and no infinity.
+
+    Raises:
+      CheckpointError: if it has one.
+    """
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _CHECKED_AT_ONCE):
+        wrong = ~np.isfinite(flat[start : start + _CHECKED_AT_ONCE])
+        if wrong.any():
+            first = start + int(wrong.argmax())
+            place = tuple(map(int, np.unravel_index(first, array.shape)))
+            raise CheckpointError(
+                f"{where} holds {name} with the value {flat[first]} at {place}: weights must be "
+                "finite; the file is damaged, or of a run that diverged"
+            )
+    return array
+
+
+def check_sizes(
+    layers: int, sides: Mapping[str, int], shapes: Collection[tuple[int, ...]], where: str
+) -> None:
+    """Checks that a config's sizes can be those of a checkpoint, before a model is built of them.
+
+    Args:
+      layers: of the config; each has a tensor at least.
+      sides: sizes of the config, by name, that are the length of some tensor's side.
+      shapes: of the checkpoint's tensors.
+      where: the config, for the error.
+
+    Raises:
+      CheckpointError: if a size is beyond what is stored.
+    """
+    if layers > len(shapes):
+        raise CheckpointError(
+            f"{where} has {layers} layers, but the checkpoint has {len(shapes)} tensors: they "
+            "belong to different models, or the config is damaged"
+        )
+    longest = max((max(shape, default=0) for shape in shapes), default=0)
+    for name, size in sides.items():
+        if size > longest:
+            raise CheckpointError(
+                f"{where} has {name}={size}, but no stored tensor has a side longer than "
+                f"{longest}: they belong to different models, or the config is damaged"
+            )
+
+
+def _parse_json(data: bytes, where: str) -> dict[str, Any]:
+    # What these characters part becomes an object in memory, many times their size.
+    if sum(data.count(mark) for mark in (b"{", b"[", b",")) > 16 * _MOST_TENSORS:
+        raise CheckpointError(f"{where} describes more than {_MOST_TENSORS:,} tensors")
+    try:
+        values = json.loads(data, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise CheckpointError(f"{where} is not JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it names {twice[:_LONGEST_NAME]!r} twice")
+    return values
+
+
+def _safetensors_place(file: Path, name: str, entry: Any) -> tuple[int, int, str]:
+    def is_size(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+    wrong = CheckpointError(
+        f"{file} describes {name[:_LONGEST_NAME]!r} as {str(entry)[:200]}: expected a known dtype, "
+        "a shape, and data_offsets that fit both"
+    )
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise wrong
+    bits, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(bits, str) or bits not in SAFETENSORS_BITS:
+        raise wrong
+    if not (isinstance(shape, list) and len(shape) <= _MOST_NESTING and all(map(is_size, shape))):
+        raise wrong
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(is_size, offsets))):
+        raise wrong
+    if 8 * (offsets[1] - offsets[0]) != math.prod(shape) * SAFETENSORS_BITS[bits]:
+        raise wrong
+    return offsets[0], offsets[1], name
+
+
+class _Malformed(Exception):
+    """The bytes are not what a parameter tree is written as."""
+
+
+class _Msgpack:
+    """Walks a parameter tree in msgpack; takes memory only for what describes its arrays."""
+
+    _EXT_NDARRAY = 1
+
+    def __init__(self, data: memoryview, offset: int = 0, end: int | None = None):
+        self._data, self._at = data, offset
+        self._end = len(data) if end is None else end
+        self._entries = 0
+
+    def tree(self, path: str, depth: int) -> Iterator[tuple[str, StoredArray]]:
+        """Yields the arrays of the map that comes next, and nothing after the outermost."""
+        count = self._header("map", {0x80: 0x0F}, {0xDE: ">H", 0xDF: ">I"})
+        if depth > _MOST_NESTING:
+            raise _Malformed("it is nested too deeply")
+        seen: set[str] = set()
+        for _ in range(count):
+            key = self._string()
+            if key in seen:
+                raise _Malformed(f"it names {path}{key} twice")
+            seen.add(key)
+            if key == "__msgpack_chunked_array__":
+                yield path.removesuffix("."), self._chunked(count)
+                return
+            self._entries += 1
+            if self._entries > _MOST_TENSORS:
+                raise _Malformed(f"it has more than {_MOST_TENSORS:,} entries")
+            name = f"{path}{key}"
+            if len(name) > _LONGEST_NAME:
+                raise _Malformed("it has a name that is too long")
+            code = self._peek()
+            if 0x80 <= code <= 0x8F or code in (0xDE, 0xDF):
+                yield from self.tree(f"{name}.", depth + 1)
+            else:
+                yield name, self._array(name)
+        if depth == 0 and self._at != self._end:
+            raise _Malformed("more follows after its end")
+
+    def _array(self, name: str) -> StoredArray:
+        code = self._peek()
+        if code not in (0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8):
+            raise _Malformed(f"it holds something else than an array as {name}")
+        self._at += 1
+        # Fixed sizes of 1, 2, 4, 8 and 16 bytes, or a length of one, two or four.
+        if code >= 0xD4:
+            size = 1 << (code - 0xD4)
+        else:
+            size = self._unpack({0xC7: ">B", 0xC8: ">H", 0xC9: ">I"}[code])
+        kind = self._unpack(">b")
+        if kind != self._EXT_NDARRAY:
+            raise _Malformed(f"it holds something else than an array as {name}")
+        start = self._at
+        self._skip(size)
+        return _Msgpack(self._data, start, self._at)._ndarray()
+
+    def _ndarray(self) -> StoredArray:
+        """Reads (shape, name of the dtype, contents)."""
+        if self._header("array", {0x90: 0x0F}, {}) != 3:
+            raise _Malformed("an array is not described by three values")
+        shape = tuple(
+            self._integer() for _ in range(self._header("array", {0x90: 0x0F}, {0xDC: ">H"}))
+        )
+        dtype = _dtype(self._string())
+        size = self._header("bytes", {}, {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"})
+        start = self._at
+        self._skip(size)
+        if self._at != self._end or size != math.prod(shape) * dtype.itemsize:
+            raise _Malformed(f"an array of shape {shape} and {dtype} has {size} bytes")
+        return StoredArray(shape, dtype, ((start, size),))
+
+    def _chunked(self, count: int) -> StoredArray:
+        """Reads an array that Flax has cut, after the key that says so."""
+        if count != 3 or self._take(1) != b"\xc3":
+            raise _Malformed("a cut array is not described by three values")
+        shape, chunks = (), []
+        for _ in range(2):
+            key = self._string()
+            entries = self._header("map", {0x80: 0x0F}, {0xDE: ">H"})
+            if key == "shape":
+                named = [(self._string(), self._integer()) for _ in range(entries)]
+                shape = tuple(size for _, size in sorted(named, key=lambda pair: int(pair[0])))
+            elif key == "chunks":
+                arrays = [(self._string(), self._array("a chunk")) for _ in range(entries)]
+                chunks = [array for _, array in sorted(arrays, key=lambda pair: int(pair[0]))]
+            else:
+                raise _Malformed(f"a cut array has the key {key}")
+        parts = tuple(part for chunk in chunks for part in chunk.parts)
+        dtypes = {chunk.dtype for chunk in chunks}
+        if len(dtypes) != 1:
+            raise _Malformed("a cut array has pieces of several dtypes, or none")
+        (dtype,) = dtypes
+        if sum(size for _, size in parts) != math.prod(shape) * dtype.itemsize:
+            raise _Malformed(f"the pieces of an array of shape {shape} have another size")
+        return StoredArray(shape, dtype, parts)
+
+    def _string(self) -> str:
+        size = self._header("string", {0xA0: 0x1F}, {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"})
+        if size > _LONGEST_NAME:
+            raise _Malformed("it has a name that is too long")
+        return str(self._take(size), "utf-8")
+
+    def _integer(self) -> int:
+        code = self._unpack(">B")
+        if code < 0x80:
+            return code
+        formats = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
+        if code not in formats:
+            raise _Malformed("a shape has something else than sizes")
+        return self._unpack(formats[code])
+
+    def _header(self, what: str, short: dict[int, int], long: dict[int, str]) -> int:
+        """Reads the size of a map, array, string or bytes; each entry takes a byte at least."""
+        code = self._unpack(">B")
+        size = next((code & mask for base, mask in short.items() if code & ~mask == base), None)
+        if size is None:
+            if code not in long:
+                raise _Malformed(f"byte {self._at - 1} begins no {what}")
+            size = self._unpack(long[code])
+        if size > self._end - self._at:
+            raise _Malformed(f"byte {self._at} announces a {what} beyond the end")
+        return size
+
+    def _peek(self) -> int:
+        if self._at >= self._end:
+            raise _Malformed("it ends too soon")
+        return self._data[self._at]
+
+    def _unpack(self, format: str) -> int:
+        (value,) = struct.unpack(format, self._take(struct.calcsize(format)))
+        return value
+
+    def _take(self, size: int) -> memoryview:
+        start = self._at
+        self._skip(size)
+        return self._data[start : self._at]
+
+    def _skip(self, size: int) -> None:
+        if size > self._end - self._at:
+            raise _Malformed("it ends too soon")
+        self._at += size
+
+
+def _dtype(name: str) -> np.dtype:
+    # jax.numpy knows bfloat16 and its like by name; only numbers can come of it.
+    scalar: Callable | None = getattr(jnp, name, None) if name.isidentifier() else None
+    if scalar is None or not hasattr(scalar, "dtype"):
+        raise _Malformed(f"an array has the dtype {name}")
+    return np.dtype(scalar.dtype)

@@ -1,0 +1,117 @@
+"""Runs of several processes, each with some of the devices: what they must agree on.
+
+They start alike and see the same losses, so that they decide alike; what only one of them can
+know (a signal, its part of a batch, the state of a disk) is exchanged here.
+"""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How this process finds the others.
+
+    Attributes:
+      distributed: Run as one of several processes. JAX finds the others by itself under SLURM,
+        Open MPI and Kubernetes; elsewhere give the three values below.
+      coordinator: Host and port of process 0, such as 10.0.0.1:1234.
+      processes: How many there are.
+      process: The number of this one, from 0.
+    """
+
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+    def __post_init__(self):
+        given = [x is not None for x in (self.coordinator, self.processes, self.process)]
+        if any(given) and not (all(given) and self.distributed):
+            raise ValueError(
+                "coordinator, processes and process belong together, and to a distributed run: "
+                "give all three and --distributed, or --distributed alone under SLURM, Open MPI "
+                "or Kubernetes"
+            )
+        if self.processes is not None and not 0 <= (self.process or 0) < self.processes:
+            raise ValueError(
+                f"process={self.process} must lie between 0 and {self.processes - 1}, one less "
+                f"than processes={self.processes}"
+            )
+
+    def start(self) -> None:
+        """Meets the other processes; must come before JAX is used.
+
+        Raises:
+          ValueError: if they are not found.
+        """
+        if not self.distributed:
+            return
+        try:
+            jax.distributed.initialize(self.coordinator, self.processes, self.process)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the processes of the run did not meet ({error}): run under SLURM, Open MPI or "
+                "Kubernetes, or check coordinator, processes and process"
+            ) from error
+
+
+def is_first() -> bool:
+    """Whether this process writes the files and talks to the terminal."""
+    return jax.process_index() == 0
+
+
+def agree_on_largest(value: int) -> int:
+    """Returns the largest of all processes' values."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def from_first(value: int) -> int:
+    """Returns the first process's value."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process is here; ``name`` says where that is."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def chain_batch(data_hash: str, windows: Int[np.ndarray, "n w"], rows: Int[np.ndarray, " b"]):
+    """Returns ``data_hash`` chained with a batch: SHA-256 of it and of every window's SHA-256.
+
+    Each process reads its own share of the windows, and all get what one alone would get.
+
+    Args:
+      data_hash: of the batches before, in hexadecimal.
+      windows: all windows.
+      rows: which of them the batch has.
+    """
+    count, here = jax.process_count(), jax.process_index()
+    share = -(-len(rows) // count)
+    digests = [
+        hashlib.sha256(windows[row].tobytes()).digest()
+        for row in rows[here * share : (here + 1) * share]
+    ]
+    joined = b"".join(digests)
+    if count > 1:
+        own = np.frombuffer(joined.ljust(32 * share, b"\0"), np.uint8)
+        joined = multihost_utils.process_allgather(own).tobytes()[: 32 * len(rows)]
+    return hashlib.sha256(bytes.fromhex(data_hash) + joined).hexdigest()
+
+
+def to_every_process(tree: Any) -> Any:
+    """Returns arrays that are spread over processes whole, as NumPy arrays on each of them."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

@@ -1,0 +1,195 @@
+"""How parameters are laid out on a mesh of devices: one table of rules by parameter path.
+
+The mesh has three axes. ``data`` holds replicas; ``fsdp`` holds replicas of the computation that
+share one copy of the weights (ZeRO, Rajbhandari et al. 2019, 1910.02054); ``tensor`` splits the
+computation of a layer itself (Megatron-LM, Shoeybi et al. 2019, 1909.08053): the hidden units of
+an FFN and the heads of attention are dealt out, so that a layer needs one sum over the axis, at
+its output. Batches are split over ``data`` and ``fsdp``.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+_LARGE = 2**20
+
+Axes = tuple[str | None, ...]
+# Ends of paths, and the axis of each dimension; the first that fits a leaf's path and number of
+# dimensions counts, and what no rule names is replicated. Orientation: Flax's Dense keeps its
+# kernel as (in, out), FlaxConv1D as (out, in).
+RULES: tuple[tuple[str, Axes], ...] = (
+    # Embeddings and head.
+    (r"(wte|embed_tokens)/embedding", ("tensor", "fsdp")),
+    (r"wpe/embedding", (None, "fsdp")),
+    (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r"lm_head/bias", ("tensor",)),
+    # Attention: heads are outputs of the first projection and inputs of the last.
+    (r"attn/c_attn/kernel", ("tensor", "fsdp")),
+    (r"attn/c_attn/bias", ("tensor",)),
+    (r"attn/c_proj/kernel", ("fsdp", "tensor")),
+    (r"attn/[qkv]_proj/kernel", ("fsdp", "tensor")),
+    (r"attn/[qkv]_proj/bias", ("tensor",)),
+    (r"attn/(o|out)_proj/kernel", ("tensor", "fsdp")),
+    # Dense FFNs.
+    (r"mlp/c_fc/kernel", ("tensor", "fsdp")),
+    (r"mlp/c_proj/kernel", ("fsdp", "tensor")),
+    (r"mlp/(fc_in|gate_proj|up_proj)/kernel", ("fsdp", "tensor")),
+    (r"mlp/(fc_out|down_proj)/kernel", ("tensor", "fsdp")),
+    (r"mlp/(c_fc|fc_in|gate_proj|up_proj)/bias", ("tensor",)),
+    # Sparse FFNs, klt: components are few, so no device waits for another's. Only the hidden
+    # units are dealt out, and the sum over the axis has `rank` numbers a token instead of d_model.
+    (r"mlp/expand\w*/axes", ("fsdp", None)),
+    (r"mlp/expand\w*/filter", ("fsdp", "tensor")),
+    (r"mlp/contract/axes", ("tensor", "fsdp")),
+    (r"mlp/contract/filter", (None, "fsdp")),
+    # dft, (frequencies, p, q): no frequency meets another, and p and q are d_model and the hidden
+    # units in blocks. The transforms stay within a block, that is on one device.
+    (r"mlp/expand\w*/(real|imag)", (None, "fsdp", "tensor")),
+    (r"mlp/contract/(real|imag)", (None, "tensor", "fsdp")),
+    (r"mlp/\w*(expand|core)\w*bias", ("tensor",)),
+    (r"mlp/polynomial", ("tensor", None)),
+    # The core: dense, or a mask of whole rows and columns.
+    (r"mlp/core_expand\w*/kernel", ("fsdp", "tensor")),
+    (r"mlp/core_contract/kernel", ("tensor", "fsdp")),
+    (r"mlp/step_\d+/kernel", ("fsdp", "tensor")),
+    # Compressed blocks, (n, in, out), sorted by output block: a device holds some output blocks.
+    (r"mlp/core_expand\w*/kernel", ("tensor", "fsdp", None)),
+    (r"mlp/core_contract/kernel", ("tensor", None, "fsdp")),
+    (r"mlp/step_\d+/kernel", ("tensor", "fsdp", None)),
+    # LoRA adapters, thin as they are.
+    (r"kernel/a", ("fsdp", None)),
+    (r"kernel/b", (None, "tensor")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """A leaf that every device holds whole.
+
+    Attributes:
+      path: of the leaf, joined by slashes.
+      shape: of the leaf.
+      bytes: that it takes on each device.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads sizes such as ``"data=2,fsdp=2,tensor=2"``; an axis left out has size 1.
+
+    Raises:
+      ValueError: if that is not what ``text`` is.
+    """
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    given = set()
+    for part in text.split(","):
+        name, equals, size = part.strip().partition("=")
+        if name not in AXES or name in given or not equals or not re.fullmatch("[1-9][0-9]*", size):
+            raise ValueError(
+                f"mesh {text!r} has {part.strip()!r}: expected a size of each axis at most once, "
+                f"such as {','.join(f'{axis}=2' for axis in AXES)}"
+            )
+        given.add(name)
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of all ``devices``, by default all that there are.
+
+    Raises:
+      ValueError: if its size is not their number.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = tuple(sizes[axis] for axis in AXES)
+    if math.prod(shape) != len(devices):
+        given = ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ValueError(
+            f"mesh {given} takes {math.prod(shape)} devices, but there are {len(devices)}: the "
+            "product of its sizes must be their number"
+        )
+    automatic = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=automatic)
+
+
+def leaf_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns the sharding that the rules give a leaf.
+
+    An axis that does not divide its dimension goes to the largest other one that it divides, if
+    there is one.
+
+    Args:
+      mesh: with the axes ``data``, ``fsdp`` and ``tensor``.
+      path: key path of the leaf in a tree of parameters, or in an optimizer's state that holds
+        such trees.
+      shape: of the leaf.
+    """
+    name = path_name(path)
+    for pattern, axes in RULES:
+        if len(axes) == len(shape) and re.search(rf"(^|/){pattern}$", name):
+            return NamedSharding(mesh, _fit(mesh, axes, shape))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings(mesh: Mesh, tree: Any, *, gathered: bool = False) -> Any:
+    """Returns a tree like ``tree``, of arrays or their shapes, with every leaf's sharding.
+
+    ``gathered`` gives the shardings in which a layer's computation takes its weights: those of
+    the table without ``fsdp``.
+    """
+
+    def of_leaf(path, leaf):
+        stored = leaf_sharding(mesh, path, leaf.shape)
+        return _without_fsdp(stored) if gathered else stored
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def replicated_leaves(tree: Any, larger_than: int = _LARGE) -> list[Replicated]:
+    """Lists the arrays of more than ``larger_than`` bytes that every device holds whole."""
+    return [
+        Replicated(path_name(path), leaf.shape, leaf.nbytes)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if leaf.nbytes > larger_than and leaf.sharding.is_fully_replicated
+    ]
+
+
+def path_name(path: Any) -> str:
+    """Joins the names in a key path by slashes, leaving out what is no dictionary's key."""
+    return "/".join(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+
+
+def _without_fsdp(sharding: NamedSharding) -> NamedSharding:
+    kept = []
+    for axes in sharding.spec:
+        # JAX unpacks a tuple of one axis.
+        named = (axes,) if isinstance(axes, str) else axes or ()
+        kept.append(tuple(axis for axis in named if axis != "fsdp") or None)
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
+
+
+def _fit(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
+    dimensions: list[list[str]] = [[] for _ in shape]
+
+    def takes(i: int, axis: str) -> bool:
+        parts = math.prod(mesh.shape[other] for other in (*dimensions[i], axis))
+        return shape[i] % parts == 0
+
+    for i, axis in enumerate(axes):
+        if axis is None or mesh.shape[axis] == 1:
+            continue
+        others = sorted((j for j in range(len(shape)) if j != i), key=lambda j: -shape[j])
+        place = next((j for j in (i, *others) if takes(j, axis)), None)
+        if place is not None:
+            dimensions[place].append(axis)
+    return PartitionSpec(*(tuple(names) if names else None for names in dimensions))

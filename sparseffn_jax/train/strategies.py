@@ -1,0 +1,268 @@
+"""Where a run's arrays live and how its step is compiled: one device, replicas, or a mesh.
+
+The loop knows two forms of a tree of arrays. *Logical*: every leaf has the shape that the model
+knows. *Placed*: as the compiled step takes it. All strategies give the same losses for the same
+global batches, but for rounding and dropout.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from sparseffn_jax.train import sharding
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.step import Stage, TrainState, init_state
+
+StrategyName = Literal["single", "pmap", "mesh"]
+PMAP_AXIS = "replicas"
+# Of the step's arguments: index, updates, rate_factor.
+_SCALARS = (np.int32(0), np.int32(0), np.float32(1.0))
+
+
+class SingleDevice:
+    """Everything on one device.
+
+    Attributes:
+      batch_shards: parts that a batch is cut into.
+      axis_name: over which the step takes the mean of gradients, if any.
+    """
+
+    batch_shards: int = 1
+    axis_name: str | None = None
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises ``ValueError`` if the batches cannot be cut as the strategy needs it."""
+        parts = self.batch_shards * config.accumulate_steps
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size={config.batch_size} cannot be dealt out to {self.batch_shards} parts "
+                f"of {config.accumulate_steps} microbatches: it must be a multiple of {parts}"
+            )
+
+    def init_state(self, stage: Stage, params: Any) -> tuple[TrainState, Any]:
+        """Returns a fresh train state and what is frozen, both placed, of logical ``params``."""
+        return init_state(stage, params)
+
+    def place(self, tree: Any) -> Any:
+        """Places a logical tree that is only read: what lies right already is not copied."""
+        return jax.tree.map(jnp.asarray, tree)
+
+    def place_state(self, tree: Any) -> Any:
+        """Places a logical tree that steps will overwrite."""
+        # A copy: on the CPU backend a view would share the buffers that the next step is given.
+        return jax.tree.map(jnp.array, tree)
+
+    def logical(self, placed: Any) -> Any:
+        """The inverse of :meth:`place`; leaves stay on their devices."""
+        return placed
+
+    def to_host(self, placed: Any) -> Any:
+        """Returns a logical copy in host memory; of a mesh of processes, each holds its part."""
+        return jax.tree.map(np.array, placed)
+
+    def abstract(self, tree: Any) -> Any:
+        """Returns the shapes of a logical tree, with shardings where it is to be restored so."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+    def gather(self, params: Any) -> Any:
+        """Within the step: brings parameters to where the computation needs them."""
+        return params
+
+    def place_batch(self, windows: Int[np.ndarray, "n w"], rows: Int[np.ndarray, " b"]) -> Any:
+        """Returns the batch ``windows[rows]``, placed; a process reads only what it needs."""
+        return windows[rows]
+
+    def place_evaluation(self, batch: Int[np.ndarray, "b w"]) -> Any:
+        """Returns a batch placed beside logical parameters."""
+        return batch
+
+    def compile(
+        self, update: Callable, state: Any, frozen: Any, teacher: Any, batch_shape: tuple[int, int]
+    ) -> Callable:
+        """Compiles an update for placed arguments; see :func:`make_update`."""
+        batch = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
+        step = jax.jit(update, donate_argnums=0)
+        return step.lower(state, frozen, teacher, batch, *_SCALARS).compile()
+
+    def scalars(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """Returns a step's metrics as numbers."""
+        return {name: float(value) for name, value in metrics.items()}
+
+    def report(self, placed: Any) -> str | None:
+        """Returns what a user should know about the placement, or ``None``."""
+        return None
+
+
+class PmapReplicas(SingleDevice):
+    """``jax.pmap``: every device has all parameters and a part of the batch.
+
+    Placed leaves have a leading axis over this process's devices.
+    """
+
+    axis_name = PMAP_AXIS
+
+    def __init__(self):
+        self.batch_shards = jax.device_count()
+        mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (PMAP_AXIS,))
+        self._sharding = NamedSharding(mesh, PartitionSpec(PMAP_AXIS))
+
+    def init_state(self, stage, params):
+        return self.place(init_state(stage, params))
+
+    def place(self, tree):
+        count = jax.local_device_count()
+
+        def replicate(x):
+            return jax.device_put(np.broadcast_to(x, (count, *np.shape(x))), self._sharding)
+
+        return jax.tree.map(replicate, tree)
+
+    place_state = place
+
+    def logical(self, placed):
+        return jax.tree.map(lambda x: x.addressable_data(0)[0], placed)
+
+    def to_host(self, placed):
+        return jax.tree.map(lambda x: np.array(x.addressable_data(0)[0]), placed)
+
+    def place_batch(self, windows, rows):
+        own = np.split(rows, jax.process_count())[jax.process_index()]
+        return windows[own.reshape(jax.local_device_count(), -1)]
+
+    def compile(self, update, state, frozen, teacher, batch_shape):
+        (size, width), count = batch_shape, jax.local_device_count()
+        batch = jax.ShapeDtypeStruct((count, size // self.batch_shards, width), jnp.int32)
+
+        # Scalars are replicated by hand: of several processes, pmap cannot lower them itself.
+        def replicated(scalars):
+            return [np.broadcast_to(x, (count,)) for x in scalars]
+
+        step = jax.pmap(update, axis_name=PMAP_AXIS, donate_argnums=0)
+        compiled = step.lower(state, frozen, teacher, batch, *replicated(_SCALARS)).compile()
+        return lambda *args: compiled(*args[:4], *replicated(args[4:]))
+
+    def scalars(self, metrics):
+        return {name: float(x.addressable_data(0)[0]) for name, x in metrics.items()}
+
+
+class MeshSharding(SingleDevice):
+    """``jax.jit`` over a mesh, parameters laid out by :mod:`sparseffn_jax.train.sharding`.
+
+    Args:
+      mesh: such as ``"data=2,fsdp=2,tensor=2"``; its size is the number of devices.
+      devices: to take; by default all that there are.
+
+    Raises:
+      ValueError: if the mesh does not fit the devices.
+    """
+
+    def __init__(self, mesh: str, devices: list[jax.Device] | None = None):
+        sizes = sharding.parse_mesh(mesh)
+        self.mesh = sharding.make_mesh(sizes, devices)
+        self.batch_shards = sizes["data"] * sizes["fsdp"]
+        self._is_split = sizes["fsdp"] * sizes["tensor"] > 1
+
+    def init_state(self, stage, params):
+        state, frozen = init_state(stage, self.place(params), self._jit_sharded)
+        return state, frozen
+
+    def place(self, tree):
+        return jax.tree.map(_put, tree, sharding.shardings(self.mesh, tree))
+
+    place_state = place
+
+    def to_host(self, placed):
+        return jax.tree.map(
+            lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), placed
+        )
+
+    def abstract(self, tree):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            tree,
+            sharding.shardings(self.mesh, tree),
+        )
+
+    def gather(self, params):
+        # Without this the partitioner may move activations to the pieces of the weights: it sees
+        # one axis over both batch and weights, and not that only the weights are to travel.
+        return jax.lax.with_sharding_constraint(
+            params, sharding.shardings(self.mesh, params, gathered=True)
+        )
+
+    def place_batch(self, windows, rows):
+        where = NamedSharding(self.mesh, sharding.BATCH_SPEC)
+        return jax.make_array_from_callback(
+            (len(rows), windows.shape[1]), where, lambda index: windows[rows[index[0]]]
+        )
+
+    def place_evaluation(self, batch):
+        # A last batch may be too short to be dealt out; then every device computes all of it.
+        deals = len(batch) % self.batch_shards == 0
+        spec = sharding.BATCH_SPEC if deals else PartitionSpec()
+        return _put(batch, NamedSharding(self.mesh, spec))
+
+    def compile(self, update, state, frozen, teacher, batch_shape):
+        batch = jax.ShapeDtypeStruct(
+            batch_shape, jnp.int32, sharding=NamedSharding(self.mesh, sharding.BATCH_SPEC)
+        )
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        step = jax.jit(
+            update,
+            donate_argnums=0,
+            out_shardings=(sharding.shardings(self.mesh, state), everywhere),
+        )
+        return step.lower(state, frozen, teacher, batch, *_SCALARS).compile()
+
+    def report(self, placed):
+        whole = sharding.replicated_leaves(placed) if self._is_split else []
+        if not whole:
+            return None
+        lines = [f"  {leaf.path} {leaf.shape}: {leaf.bytes / 2**20:.1f} MiB" for leaf in whole]
+        return "\n".join([f"{len(whole)} large leaves are whole on every device:", *lines])
+
+    def _jit_sharded(self, function: Callable, argument: Any) -> Any:
+        # What does not depend on the argument, such as a moment's zeros, would be replicated.
+        result = sharding.shardings(self.mesh, jax.eval_shape(function, argument))
+        return jax.jit(function, out_shardings=result)(argument)
+
+
+Strategy = SingleDevice
+
+
+def make_strategy(name: StrategyName, mesh: str | None = None) -> Strategy:
+    """Returns a strategy by name.
+
+    Args:
+      name: ``"single"``, ``"pmap"`` or ``"mesh"``.
+      mesh: sizes of the mesh's axes, such as ``"data=2,fsdp=2,tensor=2"``; ``"mesh"`` needs it.
+
+    Raises:
+      ValueError: if name and mesh do not fit each other or the devices.
+    """
+    if (name == "mesh") != (mesh is not None):
+        raise ValueError(
+            f"strategy={name!r} with mesh={mesh!r}: the mesh strategy, and no other, needs the "
+            "sizes of a mesh, such as data=2,fsdp=2,tensor=2"
+        )
+    if mesh is not None:
+        return MeshSharding(mesh)
+    if name == "single" and jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes cannot share one device: take strategy 'pmap' or "
+            "'mesh'"
+        )
+    return PmapReplicas() if name == "pmap" else SingleDevice()
+
+
+def _put(x: Any, where: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable and jax.process_count() > 1):
+        return jax.device_put(x, where)
+    # Every process has the whole array: each sends its devices only their parts.
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
