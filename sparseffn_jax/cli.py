@@ -39,8 +39,8 @@ from sparseffn_jax.train.loop import Resume, train
 from sparseffn_jax.train.losses import evaluate_tokens
 
 _EMBEDDED = str(EMBEDDED_MODEL)
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-Precision = Literal["float32", "bfloat16"]
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Finetune:
       text: What to train on; see "demo".
       window: Tokens in a window; default n_positions.
       teacher: Folder or hub name of a dense model to distil from; needs --distill-weight.
-      dtype: Of the computation; weights stay float32.
+      dtype: Of the computation; weights stay float32. In float16 the loss is scaled.
       resume: "auto" goes on from the newest checkpoint if there is one, "must" demands one,
         "never" refuses one.
     """
