@@ -19,8 +19,9 @@ from sparseffn_jax.convert.checkpoint import (
 )
 from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.demo import EMBEDDED_MODEL
+from sparseffn_jax.nn.decoder import init_cache
 from sparseffn_jax.nn.generation import Sampling, generate
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, init_cache
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
 from sparseffn_jax.nn.text_generation import generate_text, stream_text
 from sparseffn_jax.ops.block_sparse import BlockMask

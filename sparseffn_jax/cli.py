@@ -30,7 +30,6 @@ from sparseffn_jax.measure.layers import describe_layer
 from sparseffn_jax.measure.perplexity import strided_loss
 from sparseffn_jax.measure.report import make_folder, write_json
 from sparseffn_jax.nn.generation import Sampling
-from sparseffn_jax.nn.gpt2 import d_ff
 from sparseffn_jax.nn.text_generation import stream_text
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import STDLIB, check_window, load_windows, read_text, read_whole
@@ -66,7 +65,7 @@ class Convert:
     "finetune"). The result is a folder in Hugging Face format.
 
     Attributes:
-      model: Folder or hub name of a dense GPT-2.
+      model: Folder or hub name of a dense model.
       out: Folder to write.
       config: JSON file of one SparseFFNConfig for every layer, or a list with one (or null, to
         keep the layer dense) for each; see "inspect". Without it --flops decides.
@@ -96,10 +95,10 @@ class Convert:
         dense = load_pretrained(self.model)
         configs = self._configs(dense)
         tokenizer = _tokenizer(self.model, dense)
-        windows = load_windows(self.text, tokenizer, dense.config.n_positions).train
+        windows = load_windows(self.text, tokenizer, dense.spec.n_positions).train
         order = np.random.default_rng(self.seed).permutation(len(windows))
         calibration = windows[order[: self.calibration_windows], :-1]
-        with console.status(f"fitting {dense.config.n_layer} layers"):
+        with console.status(f"fitting {dense.spec.n_layer} layers"):
             model, params = sparsify(
                 dense.model(),
                 dense.params,
@@ -112,11 +111,8 @@ class Convert:
         console.print(f"wrote {self.out}; recover its quality with: sparseffn finetune")
 
     def _configs(self, dense: Pretrained) -> Any:
-        config = dense.config
         if self.config is None:
-            return SparseFFNConfig.from_flops_ratio(
-                config.n_embd, d_ff(config), self.flops, config.activation_function
-            )
+            return dense.spec.sparse_ffn(self.flops)
         return SparseFFNConfig.layers_from_json(read_text(self.config))
 
 
@@ -154,7 +150,7 @@ class Finetune:
         pretrained = load_pretrained(self.model)
         tokenizer = _tokenizer(self.model, pretrained)
         windows = load_windows(
-            self.text, tokenizer, check_window(self.window, pretrained.config.n_positions)
+            self.text, tokenizer, check_window(self.window, pretrained.spec.n_positions)
         )
         model = pretrained.model(_DTYPES[self.dtype])
         teacher = None
@@ -212,7 +208,7 @@ class Evaluate:
         tokens = np.array(tokenizer.backend_tokenizer.encode(text).ids, np.int32)
         if len(tokens) < 2:
             raise ValueError(f"{self.text} has {len(tokens)} tokens: at least 2 are needed")
-        window = check_window(self.window, pretrained.config.n_positions)
+        window = check_window(self.window, pretrained.spec.n_positions)
         model = pretrained.model()
         arguments = (model, pretrained.params, tokens, window)
         if self.stride is None:
@@ -301,11 +297,11 @@ class Inspect:
         """Runs the command."""
         _check_at_least("tokens", self.tokens, 1)
         pretrained = load_pretrained(self.model)
-        config = pretrained.config
-        table = Table(title=f"{self.model}: d_model={config.n_embd}, d_ff={d_ff(config)}")
+        spec = pretrained.spec
+        table = Table(title=f"{self.model}: d_model={spec.d_model}, d_ff={spec.d_ff}")
         for name in ("layer", "parts", "parameters", "FLOPs a token", "of dense", "plans"):
             table.add_column(name, justify="left" if name in ("parts", "plans") else "right")
-        for i in range(config.n_layer):
+        for i in range(spec.n_layer):
             layer = describe_layer(pretrained.model(), i, self.tokens)
             table.add_row(
                 str(i),
@@ -317,7 +313,7 @@ class Inspect:
             )
         console.print(table)
         if self.json:
-            ffns = pretrained.ffns or (None,) * config.n_layer
+            ffns = pretrained.ffns or (None,) * spec.n_layer
             layers = [None if ffn is None else ffn.to_dict() for ffn in ffns]
             console.print_json(data=layers)
 

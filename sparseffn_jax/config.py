@@ -26,6 +26,8 @@ _SPECTRAL_SHARE = 0.6
 class SpectralConfig:
     """The spectral branch: ``contract(activation(expand(x)))`` in a transform domain.
 
+    Gated, it is ``contract(activation(expand_gate(x)) * expand_up(x))``.
+
     Attributes:
       transform: ``"klt"``, data-adapted axes, of which ``rank`` are kept; or ``"dft"``, the
         block-circulant map, of whose ``block_size // 2 + 1`` frequencies a mask keeps some.
@@ -138,9 +140,12 @@ class PolynomialConfig:
 class CoreConfig:
     """Micro-refinement of kind "ffn": ``W2 phi(W1 x + b1)`` on ``width`` hidden units.
 
+    Gated, it is ``W2 (phi(Wg x + bg) * (Wu x + bu))``.
+
     Attributes:
       width: hidden units; all ``d_ff`` of them with no masks is the dense FFN itself.
-      expand_mask: of W1, over ``(d_model, width)``; ``None`` keeps every block.
+      expand_mask: of W1, or of both Wg and Wu, over ``(d_model, width)``; ``None`` keeps every
+        block.
       contract_mask: of W2, over ``(width, d_model)``; ``None`` keeps every block.
       implementation: plan to force: ``"slice"``, ``"gather"`` or ``"masked"``.
     """
@@ -189,6 +194,8 @@ class SparseFFNConfig:
       spectral: the spectral branch, or ``None``.
       polynomial: the spectral branch's activation, or ``None`` for phi itself.
       micro: the micro-refinement, or ``None``.
+      gated: whether a hidden unit is ``phi(gate) * up``, two maps of the input, as in LLaMA.
+      bias: whether the maps have biases; a model whose FFN has none converts without any.
 
     Raises:
       ValueError: on construction, if the parts do not fit together; the message names the value
@@ -201,6 +208,8 @@ class SparseFFNConfig:
     spectral: SpectralConfig | None = None
     polynomial: PolynomialConfig | None = None
     micro: MicroRefinementConfig | None = None
+    gated: bool = False
+    bias: bool = True
 
     def __post_init__(self):
         _check_types(self)
@@ -251,7 +260,14 @@ class SparseFFNConfig:
 
     @classmethod
     def from_flops_ratio(
-        cls, d_model: int, d_ff: int, flops_ratio: float, activation: str = "gelu_new"
+        cls,
+        d_model: int,
+        d_ff: int,
+        flops_ratio: float,
+        activation: str = "gelu_new",
+        *,
+        gated: bool = False,
+        bias: bool = True,
     ) -> Self:
         """Sizes a layer with all three parts for a pretrained FFN to a budget of FLOPs.
 
@@ -263,6 +279,8 @@ class SparseFFNConfig:
           d_ff: hidden units of the dense FFN.
           flops_ratio: of this layer over the dense FFN, above 0 and at most 1; not exceeded.
           activation: of the dense FFN.
+          gated: whether the dense FFN is; see :class:`SparseFFNConfig`.
+          bias: whether the dense FFN has biases.
 
         Raises:
           ValueError: if the ratio is out of range or leaves no room for a component.
@@ -270,12 +288,15 @@ class SparseFFNConfig:
         if not 0.0 < flops_ratio <= 1.0:
             raise ValueError(f"flops_ratio={flops_ratio} must lie above 0 and not above 1")
         if flops_ratio == 1.0:
-            return cls(d_model, d_ff, activation, micro=MicroRefinementConfig(CoreConfig(d_ff)))
+            whole = MicroRefinementConfig(CoreConfig(d_ff))
+            return cls(d_model, d_ff, activation, micro=whole, gated=gated, bias=bias)
         core = _multiple(_CORE_SHARE * flops_ratio * d_ff)
         width = min(d_ff - core, _multiple(_SPECTRAL_SHARE * flops_ratio**0.5 * d_ff))
         polynomial = PolynomialConfig(degree=4)
-        left = 4 * d_model * (flops_ratio * d_ff - core) - 3 * polynomial.degree * width
-        rank = int(left / (4 * (d_model + width)))
+        # Operations of one unit in the core for each channel, and of one component in the branch.
+        each = dense_flops(1, 1, gated)
+        left = each * d_model * (flops_ratio * d_ff - core) - 3 * polynomial.degree * width
+        rank = int(left / (each * (d_model + width)))
         if rank < 1:
             raise ValueError(
                 f"flops_ratio={flops_ratio} leaves no component for d_model={d_model} and "
@@ -288,21 +309,29 @@ class SparseFFNConfig:
             spectral=SpectralConfig("klt", width, min(rank, d_model, width)),
             polynomial=polynomial,
             micro=MicroRefinementConfig(CoreConfig(core)),
+            gated=gated,
+            bias=bias,
         )
+
+    @property
+    def expansions(self) -> tuple[str, ...]:
+        """Suffixes of the maps into a hidden unit: gate, on which phi acts, and up, if gated."""
+        return ("_gate", "_up") if self.gated else ("",)
 
     def flops_per_token(self) -> dict[str, int]:
         """Counts floating-point operations on nonzeros for one token's forward pass, by part.
 
-        A multiply-add counts as two. Biases and the core's activation are left out, as they are
-        in :attr:`dense_flops_per_token`; the polynomial is counted.
+        A multiply-add counts as two. Biases, the core's activation and the product with the gate
+        are left out, as they are in :attr:`dense_flops_per_token`; the polynomial is counted.
         """
+        maps_in = len(self.expansions)
         flops = {"spectral": 0, "polynomial": 0, "micro": 0}
         if (spectral := self.spectral) is not None:
             if self.polynomial is not None:
                 # One Clenshaw step is a multiply-add and a subtraction.
                 flops["polynomial"] = 3 * self.polynomial.degrees[-1] * spectral.width
             if spectral.transform == "klt":
-                ranks = spectral.rank + (spectral.contract_rank or spectral.rank)
+                ranks = maps_in * spectral.rank + (spectral.contract_rank or spectral.rank)
                 flops["spectral"] = 2 * ranks * (self.d_model + spectral.width)
             else:
                 flops["spectral"] = 2 * self._block_circulant_multiply_adds(spectral)
@@ -310,7 +339,7 @@ class SparseFFNConfig:
             weights = sum(mask.size for mask in micro.steps)
             if (core := micro.core) is not None:
                 full = self.d_model * core.width
-                for mask in (core.expand_mask, core.contract_mask):
+                for mask in (*[core.expand_mask] * maps_in, core.contract_mask):
                     weights += full if mask is None else mask.size
             flops["micro"] = 2 * weights
         return flops
@@ -321,13 +350,13 @@ class SparseFFNConfig:
         components = sum(1 if f in real_only else 2 for f in spectral.frequencies)
         products = sum(1 if f in real_only else 4 for f in spectral.frequencies)
         p, q = self.d_model // b, spectral.width // b
-        # Both maps: products at each frequency, and a b-point transform in and out of it.
-        return 2 * (p * q * products + (p + q) * b * components)
+        # Each map: products at each frequency, and a b-point transform in and out of it.
+        return (len(self.expansions) + 1) * (p * q * products + (p + q) * b * components)
 
     @property
     def dense_flops_per_token(self) -> int:
-        """Floating-point operations of the dense FFN's two products for one token."""
-        return 4 * self.d_model * self.d_ff
+        """Floating-point operations of the dense FFN's products for one token."""
+        return dense_flops(self.d_model, self.d_ff, self.gated)
 
     @property
     def flops_ratio(self) -> float:
@@ -371,6 +400,14 @@ class SparseFFNConfig:
     def from_json(cls, text: str) -> Self:
         """Builds a config from :meth:`to_json`'s output; raises ``ValueError`` if it is not one."""
         return cls.from_dict(_load_json(text))
+
+
+def dense_flops(d_model: int, d_ff: int, gated: bool) -> int:
+    """Counts a dense FFN's floating-point operations for one token: two products, three if gated.
+
+    A multiply-add counts as two; biases and the activation are left out.
+    """
+    return (6 if gated else 4) * d_model * d_ff
 
 
 def _load_json(text: str) -> Any:

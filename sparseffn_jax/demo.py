@@ -26,7 +26,7 @@ from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.measure import report
 from sparseffn_jax.measure.timing import PairedTimes, time_pair
 from sparseffn_jax.nn.generation import generate
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, d_ff, ffn_module
+from sparseffn_jax.nn.decoder import Decoder, ffn_module, layers_of
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import STDLIB, TokenWindows, check_window, load_windows
 from sparseffn_jax.train.loop import TrainResult, train
@@ -43,7 +43,7 @@ class DemoSettings:
     """What the main job runs on, and for how long.
 
     Attributes:
-      model: Folder or hub name of a dense GPT-2.
+      model: Folder or hub name of a dense model.
       text: "stdlib" (the source of Python's standard library), a text file, a folder of text
         files, or a Hugging Face dataset with a "text" column.
       out: Folder for report.json, the pictures and the sparse model; an earlier report there is
@@ -129,15 +129,13 @@ class _Job:
         self.say("Loading the model and the text")
         self.dense: Pretrained = load_pretrained(settings.model)
         if self.dense.ffns:
-            raise ValueError(f"{settings.model} is sparse already: give a dense GPT-2")
+            raise ValueError(f"{settings.model} is sparse already: give a dense model")
         self.model = self.dense.model()
         config = self.dense.config
-        window = check_window(settings.window, config.n_positions)
+        window = check_window(settings.window, self.dense.spec.n_positions)
         self.tokenizer = load_tokenizer(settings.model)
         check_tokenizer(self.tokenizer, config)
-        self.config = SparseFFNConfig.from_flops_ratio(
-            config.n_embd, d_ff(config), settings.flops, config.activation_function
-        )
+        self.config = self.dense.spec.sparse_ffn(settings.flops)
         windows = load_windows(settings.text, self.tokenizer, window)
         rng = np.random.default_rng(settings.seed)
         held_out = rng.permutation(len(windows.validation))[: settings.evaluation_windows]
@@ -157,7 +155,7 @@ class _Job:
     def say(self, what: str) -> None:
         self.console.print(f"[bold]> {what}[/bold]")
 
-    def loss(self, model: GPT2LMHeadModel, params: Any) -> float:
+    def loss(self, model: Decoder, params: Any) -> float:
         return make_evaluator(model)(params, self.windows.validation, _EVALUATION_BATCH)
 
     def evaluate_dense(self) -> None:
@@ -220,7 +218,7 @@ class _Job:
         )
 
     def train(
-        self, name: str, model: GPT2LMHeadModel, params: Any, steps: int, teacher: Any
+        self, name: str, model: Decoder, params: Any, steps: int, teacher: Any
     ) -> tuple[TrainResult, list[tuple[int, float]]]:
         settings = self.settings
         rate = settings.dense_learning_rate if teacher is None else settings.learning_rate
@@ -256,9 +254,7 @@ class _Job:
         dense_tuned, self.dense = self.dense, dataclasses.replace(self.dense, params=original)
         for ratio in self.settings.sweep:
             self.say(f"Quality and time at FFN FLOPs {ratio:g}")
-            config = SparseFFNConfig.from_flops_ratio(
-                self.config.d_model, self.config.d_ff, ratio, self.config.activation
-            )
+            config = self.model.spec.sparse_ffn(ratio)
             distill_steps = self.settings.distill_steps if self.settings.sweep_steps else 0
             model, params = self.convert(config, "refit", distill_steps)
             point = {"flops_ratio": config.flops_ratio, "val_loss": self.loss(model, params)}
@@ -275,7 +271,7 @@ class _Job:
         self.dense = dense_tuned
         self.report["sweep"] = self.points
 
-    def time_ffns(self, model: GPT2LMHeadModel, params: Any, train: bool = False) -> PairedTimes:
+    def time_ffns(self, model: Decoder, params: Any, train: bool = False) -> PairedTimes:
         """Times the FFNs of all layers, one after the other, on activations of one batch."""
         x = jax.random.normal(jax.random.key(0), (_TIMED_TOKENS, self.config.d_model))
         sides = [
@@ -304,7 +300,7 @@ class _Job:
     def write_samples(self) -> None:
         self.say("Letting both write")
         ids = jnp.asarray([self.tokenizer.encode(self.settings.prompt)], jnp.int32)
-        new = min(120, self.model.config.n_positions - ids.shape[1])
+        new = min(120, self.model.spec.n_positions - ids.shape[1])
         for name, model, params in (
             ("dense", self.model, self.dense.params),
             ("sparse", self.sparse_model, self.sparse_params),
@@ -327,7 +323,7 @@ class _Job:
             "sparse": rep["warm_start"]["layer_distillation"],
         }
         report.plot_training(out / "training.png", self.curves, starts)
-        report.plot_masks(out / "masks.png", [self.config] * self.model.config.n_layer)
+        report.plot_masks(out / "masks.png", [self.config] * self.model.spec.n_layer)
         tuned = {
             "flops_ratio": rep["ffn_flops_ratio"],
             "time_ratio": 1.0 / rep["ffn_speedup"],
@@ -392,9 +388,9 @@ def _summary(rep: dict[str, Any]) -> Table:
     return table
 
 
-def _ffn_stack(model: GPT2LMHeadModel, params: Any, train: bool) -> Callable[[Any], Any]:
-    modules = [ffn_module(model, i) for i in range(model.config.n_layer)]
-    layers = [params["transformer"]["h"][str(i)]["mlp"] for i in range(len(modules))]
+def _ffn_stack(model: Decoder, params: Any, train: bool) -> Callable[[Any], Any]:
+    modules = [ffn_module(model, i) for i in range(model.spec.n_layer)]
+    layers = [layer["mlp"] for layer in layers_of(model, params)]
 
     def forward(layers: Any, x: Any) -> Any:
         for module, leaves in zip(modules, layers, strict=True):
@@ -408,12 +404,12 @@ def _ffn_stack(model: GPT2LMHeadModel, params: Any, train: bool) -> Callable[[An
     return lambda x: run(layers, x)
 
 
-def _forward(model: GPT2LMHeadModel, params: Any) -> Callable[[Any], Any]:
+def _forward(model: Decoder, params: Any) -> Callable[[Any], Any]:
     run, params = jax.jit(model.apply), jax.device_put(params)
     return lambda batch: run({"params": params}, batch[:, :-1])
 
 
-def _gradient(model: GPT2LMHeadModel, params: Any) -> Callable[[Any], Any]:
+def _gradient(model: Decoder, params: Any) -> Callable[[Any], Any]:
     def loss(params: Any, batch: Any) -> Any:
         logits: Any = model.apply({"params": params}, batch[:, :-1])
         return cross_entropy(logits, batch[:, 1:])

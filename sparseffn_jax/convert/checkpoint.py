@@ -28,7 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import AutoTokenizer, GPT2Config
+from transformers import AutoTokenizer
 
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.convert.names import NAME_MAPS, NameMap
@@ -40,9 +40,12 @@ from sparseffn_jax.convert.untrusted import (
     read_flax_msgpack,
     read_json,
 )
-from sparseffn_jax.nn.gpt2 import Dtype, GPT2LMHeadModel
+from sparseffn_jax.nn.decoder import Decoder, DecoderSpec, Dtype
+from sparseffn_jax.nn.families import family
 
 PathLike = str | os.PathLike[str]
+# Says for a leaf's path, such as ("model", "norm", "weight"), and shape where it is to lie.
+Placement = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
 
 _SAFETENSORS = "model.safetensors"
 _MSGPACK = "flax_model.msgpack"
@@ -56,7 +59,14 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+_SIZES = (
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_OPTIONAL_SIZES = ("n_inner", "intermediate_size", "num_key_value_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,27 +75,38 @@ class Pretrained:
 
     Attributes:
       config: of the model.
-      params: its parameter tree, that of ``FlaxGPT2LMHeadModel`` but for sparse layers' ``mlp``.
+      params: its parameter tree, that of transformers' Flax class but for sparse layers' ``mlp``.
       ffns: one entry a layer, ``None`` where it is dense; empty if every layer is.
       folder: where it was read from, tokenizer files included; ``None`` for a live model.
     """
 
-    config: GPT2Config
+    config: Any
     params: dict[str, Any]
     ffns: tuple[SparseFFNConfig | None, ...] = ()
     folder: Path | None = None
 
-    def model(self, dtype: Dtype = jnp.float32, remat: bool = False) -> GPT2LMHeadModel:
-        """Returns the module that ``params`` belong to; see :class:`GPT2LMHeadModel`."""
-        return GPT2LMHeadModel(self.config, self.ffns, dtype=dtype, remat=remat)
+    @property
+    def spec(self) -> DecoderSpec:
+        """What the config says, under one name in all model families."""
+        return family(self.config.model_type).spec_of(self.config)
+
+    def model(self, dtype: Dtype = jnp.float32, remat: bool = False) -> Decoder:
+        """Returns the module that ``params`` belong to; see :class:`Decoder`."""
+        return family(self.config.model_type)(self.config, self.ffns, dtype=dtype, remat=remat)
 
 
-def load_pretrained(source: Any, *, param_dtype: Dtype | None = jnp.float32) -> Pretrained:
+def load_pretrained(
+    source: Any,
+    *,
+    param_dtype: Dtype | None = jnp.float32,
+    sharding: Placement | None = None,
+) -> Pretrained:
     """Loads a model's config and parameters.
 
-    Tensors stream in one by one, so that host memory holds little more than one copy. Every name
-    and shape is checked against the config, and every size against the files', before the first
-    tensor is read; no weight may be NaN or infinite.
+    Tensors stream in one by one, each straight into its dtype and place, so that host memory
+    holds little more than what is kept. Every name and shape is checked against the config, and
+    every size against the files', before the first tensor is read; no weight may be NaN or
+    infinite.
 
     Args:
       source: a folder with ``config.json`` and ``model.safetensors`` or ``flax_model.msgpack``,
@@ -93,6 +114,8 @@ def load_pretrained(source: Any, *, param_dtype: Dtype | None = jnp.float32) -> 
         Hugging Face Hub; a live ``FlaxPreTrainedModel``; or a pair ``(config, params)``. Arrays
         of live models are shared, not copied, where their dtype stays.
       param_dtype: of the parameters; ``None`` keeps the checkpoint's.
+      sharding: called with each leaf's path, such as ``("model", "norm", "weight")``, and shape;
+        returns where it is to lie, or ``None`` for the default device.
 
     Raises:
       CheckpointError: if the source is not there, damaged, of another kind than its config says,
@@ -107,14 +130,14 @@ def load_pretrained(source: Any, *, param_dtype: Dtype | None = jnp.float32) -> 
     else:
         folder, ffns, where = None, (), "the config"
         config, weights = _open_live(source)
-    expected = _expected_leaves(GPT2LMHeadModel(config, ffns), where)
-    params = _load(weights, expected, NAME_MAPS[config.model_type], param_dtype)
+    expected = _expected_leaves(family(config.model_type)(config, ffns), where)
+    params = _load(weights, expected, NAME_MAPS[config.model_type], param_dtype, sharding)
     return Pretrained(config, params, ffns, folder)
 
 
 def save_pretrained(
     folder: PathLike,
-    model: GPT2LMHeadModel,
+    model: Decoder,
     params: Mapping[str, Any],
     *,
     tokenizer: Any = None,
@@ -211,7 +234,7 @@ def load_tokenizer(source: PathLike) -> Any:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, config: GPT2Config) -> None:
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
     """Checks that every token that ``tokenizer`` can give has an embedding.
 
     Raises:
@@ -274,29 +297,33 @@ def _download(name: str, weights: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=["config.json", *_TOKENIZER_FILES, *files]))
 
 
-def _read_config(folder: Path) -> tuple[GPT2Config, tuple[SparseFFNConfig | None, ...]]:
+def _read_config(folder: Path) -> tuple[Any, tuple[SparseFFNConfig | None, ...]]:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json: give a model folder as transformers'")
     values = read_json(file)
-    _check_family(values.get("model_type"), str(file))
+    config_class = _family(values.get("model_type"), str(file)).config_class
     sparse_ffn = values.pop("sparse_ffn", None)
     try:
-        config = GPT2Config.from_dict(values)
+        config = config_class.from_dict(values)
     # What transformers raises for a wrong field differs from version to version.
     except Exception as error:
         raise CheckpointError(
             f"{file} is not a config for transformers: {_one_line(error)}"
         ) from error
-    for name in _SIZES:
-        size = getattr(config, name)
+    for name in (*_SIZES, *_OPTIONAL_SIZES):
+        size = getattr(config, name, None)
+        if size is None and name in _OPTIONAL_SIZES:
+            continue
         if not isinstance(size, int) or size < 1:
+            name = config_class.attribute_map.get(name, name)
             raise CheckpointError(f"{file} has {name}={size!r}: expected a positive integer")
+    n_layer = config.num_hidden_layers
     if sparse_ffn is None:
         return config, ()
-    if not isinstance(sparse_ffn, list) or len(sparse_ffn) != config.n_layer:
+    if not isinstance(sparse_ffn, list) or len(sparse_ffn) != n_layer:
         raise CheckpointError(
-            f"{file}: sparse_ffn must be a list with one entry for each of n_layer={config.n_layer}"
+            f"{file}: sparse_ffn must be a list with one entry for each of n_layer={n_layer}"
         )
     ffns = []
     for i, entry in enumerate(sparse_ffn):
@@ -307,12 +334,11 @@ def _read_config(folder: Path) -> tuple[GPT2Config, tuple[SparseFFNConfig | None
     return config, tuple(ffns)
 
 
-def _check_family(model_type: Any, where: str) -> None:
-    if model_type not in NAME_MAPS:
-        raise CheckpointError(
-            f"{where} has model_type={model_type!r}: known model families are "
-            f"{', '.join(NAME_MAPS)}"
-        )
+def _family(model_type: Any, where: str) -> type[Decoder]:
+    try:
+        return family(model_type)
+    except ValueError as error:
+        raise CheckpointError(f"{where} has {error}") from error
 
 
 def _open_weights(folder: Path) -> _Weights:
@@ -376,7 +402,7 @@ def _open_safetensors(file: Path) -> dict[str, _Tensor]:
         tensors = {}
         for name in handle.keys():  # noqa: SIM118 (the handle itself cannot be iterated)
             header = handle.get_slice(name)
-            read = functools.partial(_read_finite, name, str(file), handle.get_tensor, name)
+            read = functools.partial(_read_finite, name, str(file), _read_tensor(name), file)
             code = str(header.get_dtype())
             dtype = _SAFETENSORS_DTYPES.get(code, code)
             tensors[name] = _Tensor(str(file), tuple(header.get_shape()), dtype, read)
@@ -386,6 +412,15 @@ def _open_safetensors(file: Path) -> dict[str, _Tensor]:
             f"{file} is not a whole safetensors file ({error}): it is damaged, cut short, or a Git "
             "LFS pointer; copy or download it again"
         ) from error
+
+
+def _read_tensor(name: str) -> Callable[[Path], np.ndarray]:
+    def read(file):
+        # Mapped anew for each tensor: pages of a mapping that were read stay resident until then.
+        with safe_open(file, framework="numpy") as handle:
+            return handle.get_tensor(name)
+
+    return read
 
 
 def _open_msgpack(file: Path) -> dict[str, _Tensor]:
@@ -416,7 +451,7 @@ def _read_finite(name: str, where: str, read: Callable[[Any], np.ndarray], sourc
         raise CheckpointError(f"cannot read {name} from {where}: {error}") from error
 
 
-def _open_live(source: Any) -> tuple[GPT2Config, _Weights]:
+def _open_live(source: Any) -> tuple[Any, _Weights]:
     if hasattr(source, "config") and hasattr(source, "params"):
         config, params = source.config, source.params
     elif isinstance(source, tuple) and len(source) == 2:
@@ -426,7 +461,7 @@ def _open_live(source: Any) -> tuple[GPT2Config, _Weights]:
             f"cannot load a model from a {type(source).__name__}: expected a folder, a hub name, "
             "a FlaxPreTrainedModel or a pair (config, params)"
         )
-    _check_family(getattr(config, "model_type", None), "the config")
+    _family(getattr(config, "model_type", None), "the config")
     tensors = _in_memory("params", flatten_dict(dict(params), sep="."))
     return config, _Weights("params", tensors)
 
@@ -440,7 +475,7 @@ def _in_memory(where: str, leaves: Mapping[Any, Any]) -> dict[str, _Tensor]:
     return tensors
 
 
-def _expected_leaves(model: GPT2LMHeadModel, where: str) -> dict[str, jax.ShapeDtypeStruct]:
+def _expected_leaves(model: Decoder, where: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the leaves that the model's parameter tree must have, by dotted path."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     try:
@@ -457,17 +492,32 @@ def _load(
     expected: Mapping[str, jax.ShapeDtypeStruct],
     names: NameMap,
     param_dtype: Dtype | None,
+    sharding: Placement | None,
 ) -> dict[str, Any]:
     placed = {name: names.to_path(name) for name in weights.tensors}
     _check_names(weights.where, placed, expected, names)
     _check_shapes(weights.tensors, placed, expected)
     leaves: dict[str, jax.Array] = {}
-    for name, tensor in weights.tensors.items():
+    tensors = dict(weights.tensors)
+    # The largest first, while there is room for its stored form too.
+    for name in sorted(tensors, key=lambda name: -math.prod(tensors[name].shape)):
+        # Taken out, so that a tensor's stored form is let go before the next one is read.
+        tensor = tensors.pop(name)
         path, transposed = placed[name]
         if path in expected:
             array = tensor.read()
-            leaves[path] = jnp.asarray(array.T if transposed else array, param_dtype)
+            where = sharding and sharding(tuple(path.split(".")), expected[path].shape)
+            leaves[path] = _place(array.T if transposed else array, param_dtype, where)
     return unflatten_dict({path: leaves[path] for path in expected}, sep=".")
+
+
+def _place(
+    array: np.ndarray | jax.Array, dtype: Dtype | None, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(array, dtype)
+    # Not by way of the default device, which may be too small for the whole.
+    return jax.device_put(array if dtype is None else array.astype(dtype), sharding)
 
 
 def _check_names(
@@ -530,7 +580,7 @@ def _some(names: Collection[str]) -> str:
 
 
 def _config_json(
-    model: GPT2LMHeadModel, tensors: Mapping[str, _Tensor], dtype: Dtype | None
+    model: Decoder, tensors: Mapping[str, _Tensor], dtype: Dtype | None
 ) -> str:
     values = json.loads(model.config.to_json_string())
     for key in ("architectures", "dtype", "torch_dtype"):
@@ -551,7 +601,7 @@ def _config_json(
     if any(entries):
         values["sparse_ffn"] = entries
     else:
-        values["architectures"] = ["GPT2LMHeadModel"]
+        values["architectures"] = [type(model).__name__]
     return json.dumps(values, indent=2) + "\n"
 
 

@@ -1,7 +1,7 @@
 """Least squares in closed form, from second moments: where each part of a SparseFFN starts.
 
-All fits are ridge regressions of centred targets Y on centred features X, given their moments
-alone, in NumPy float64. A ridge is relative: it is multiplied by the mean of the diagonal that it
+All fits are ridge regressions of targets Y on features X, both centred if the map has a bias, given
+their moments alone, in NumPy float64. A ridge is relative: it is multiplied by the mean of the diagonal that it
 is added to. Shape letters: N tokens, i features, o targets.
 """
 
@@ -19,7 +19,7 @@ _CHUNK = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Centred second moments of features X and targets Y over N tokens.
+    """Second moments of features X and targets Y over N tokens, centred or, with means of zero, not.
 
     Attributes:
       xx: ``X'X / N``, shape (i, i).
@@ -34,10 +34,15 @@ class Moments:
     y_mean: Float[np.ndarray, " o"]
 
     @classmethod
-    def of(cls, x: Float[np.ndarray, "n i"], y: Float[np.ndarray, "n o"]) -> "Moments":
-        """Accumulates the moments of float32 data in float64, chunk by chunk."""
+    def of(
+        cls, x: Float[np.ndarray, "n i"], y: Float[np.ndarray, "n o"], *, centred: bool = True
+    ) -> "Moments":
+        """Accumulates the moments of float32 data in float64, chunk by chunk.
+
+        What is fitted to moments that are not centred needs no bias.
+        """
         n = len(x)
-        x_mean, y_mean = x.mean(0, dtype=np.float64), y.mean(0, dtype=np.float64)
+        x_mean, y_mean = (part.mean(0, dtype=np.float64) * centred for part in (x, y))
         xx = np.zeros((x.shape[1], x.shape[1]))
         xy = np.zeros((x.shape[1], y.shape[1]))
         for start in range(0, n, _CHUNK):

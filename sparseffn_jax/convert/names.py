@@ -84,6 +84,10 @@ def _fill(pattern: str, numbers: list[str]) -> str:
     return pattern
 
 
+def _linear(scope: str, names: tuple[str, ...]) -> tuple[Rule, ...]:
+    return tuple(Rule(f"{scope}.{name}.kernel", f"{scope}.{name}.weight", True) for name in names)
+
+
 GPT2 = NameMap(
     # GPT-2's Conv1D keeps its weight as (in, out); FlaxConv1D, unlike other Flax layers, its
     # kernel as (out, in).
@@ -105,4 +109,37 @@ GPT2 = NameMap(
     tied=frozenset(("lm_head.kernel",)),
 )
 
-NAME_MAPS: Mapping[str, NameMap] = MappingProxyType({"gpt2": GPT2})
+# PyTorch's Linear keeps its weight as (out, in), the transpose of a Flax Dense's kernel.
+GPTJ = NameMap(
+    rules=(
+        Rule("transformer.wte.embedding", "transformer.wte.weight"),
+        Rule("transformer.h.*.ln_1.scale", "transformer.h.*.ln_1.weight"),
+        *_linear("transformer.h.*.attn", ("q_proj", "k_proj", "v_proj", "out_proj")),
+        *_linear("transformer.h.*.mlp", ("fc_in", "fc_out")),
+        Rule("transformer.ln_f.scale", "transformer.ln_f.weight"),
+        Rule("lm_head.kernel", "lm_head.weight", True),
+    ),
+    prefix="transformer.",
+    head="lm_head.",
+    buffers=frozenset(
+        f"transformer.h.*.attn.{name}" for name in ("bias", "masked_bias", "embed_positions")
+    ),
+    tied=frozenset(),
+)
+
+LLAMA = NameMap(
+    rules=(
+        Rule("model.embed_tokens.embedding", "model.embed_tokens.weight"),
+        *_linear("model.layers.*.self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *_linear("model.layers.*.mlp", ("gate_proj", "up_proj", "down_proj")),
+        Rule("lm_head.kernel", "lm_head.weight", True),
+    ),
+    prefix="model.",
+    head="lm_head.",
+    buffers=frozenset(("model.layers.*.self_attn.rotary_emb.inv_freq",)),
+    tied=frozenset(("lm_head.kernel",)),
+)
+
+NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
+    {"gpt2": GPT2, "gptj": GPTJ, "llama": LLAMA, "mistral": LLAMA}
+)

@@ -27,7 +27,7 @@ from sparseffn_jax.config import (
 from sparseffn_jax.convert import closed_form
 from sparseffn_jax.convert.closed_form import Moments
 from sparseffn_jax.convert.distill import distill_layers
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, d_ff
+from sparseffn_jax.nn.decoder import Decoder, FFNLayout, layers_of, replace_ffns
 from sparseffn_jax.ops import polynomial, spectral
 from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.block_sparse import BlockMask, decompress
@@ -41,61 +41,75 @@ _POLYNOMIAL_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseFFN:
-    """A dense FFN's weights, ``phi(x expand + expand_bias) contract + bias``, in float64.
+class Linear:
+    """A linear map's weight and bias, ``x weight + bias``, in float64.
 
     Attributes:
-      expand: (d, m).
-      expand_bias: (m,).
-      contract: (m, d).
-      bias: (d,).
+      weight: (i, o).
+      bias: (o,); zero where the model has none.
+    """
+
+    weight: Float[np.ndarray, "i o"]
+    bias: Float[np.ndarray, " o"]
+
+    def __call__(self, x: Float[np.ndarray, "n i"]) -> Float[np.ndarray, "n o"]:
+        """Returns the outputs in float32."""
+        return x @ _f32(self.weight) + _f32(self.bias)
+
+    def outputs(self, chosen: Int[np.ndarray, " k"]) -> "Linear":
+        """Returns the map to the chosen outputs alone."""
+        return Linear(self.weight[:, chosen], self.bias[chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseFFN:
+    """A dense FFN: ``contract(phi(expand(x)))`` or, gated, ``contract(phi(gate(x)) * up(x))``.
+
+    Attributes:
+      expansions: the maps into the m hidden units, ``(expand,)`` or ``(gate, up)``.
+      contract: the map out of them.
       activation: phi, by its Hugging Face name.
     """
 
-    expand: Float[np.ndarray, "d m"]
-    expand_bias: Float[np.ndarray, " m"]
-    contract: Float[np.ndarray, "m d"]
-    bias: Float[np.ndarray, " d"]
+    expansions: tuple[Linear, ...]
+    contract: Linear
     activation: str
 
     @classmethod
-    def from_gpt2(cls, mlp: Params, activation: str) -> "DenseFFN":
-        """Reads a GPT-2 layer's ``mlp`` parameters (kernels stored as (out, in))."""
-        leaves = {
-            (module, name): np.asarray(mlp[module][name], np.float64)
-            for module in ("c_fc", "c_proj")
-            for name in ("kernel", "bias")
-        }
-        return cls(
-            leaves["c_fc", "kernel"].T,
-            leaves["c_fc", "bias"],
-            leaves["c_proj", "kernel"].T,
-            leaves["c_proj", "bias"],
-            activation,
-        )
+    def from_params(cls, mlp: Params, layout: FFNLayout, activation: str) -> "DenseFFN":
+        """Reads a layer's ``mlp`` parameters, whatever its family calls them."""
+
+        def linear(name: str) -> Linear:
+            weight = np.asarray(mlp[name]["kernel"], np.float64)
+            weight = weight.T if layout.transposed else weight
+            bias = mlp[name].get("bias", np.zeros(weight.shape[1]))
+            return Linear(weight, np.asarray(bias, np.float64))
+
+        names = (layout.expand,) if layout.gate is None else (layout.gate, layout.expand)
+        return cls(tuple(map(linear, names)), linear(layout.contract), activation)
 
     @property
     def width(self) -> int:
         """Hidden units."""
-        return len(self.expand_bias)
-
-    def units(self, chosen: Int[np.ndarray, " k"]) -> "DenseFFN":
-        """Returns the FFN of the chosen hidden units alone."""
-        return dataclasses.replace(
-            self,
-            expand=self.expand[:, chosen],
-            expand_bias=self.expand_bias[chosen],
-            contract=self.contract[chosen],
-        )
+        return len(self.contract.weight)
 
     def __call__(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
         """Returns the FFN's outputs in float32."""
-        hidden = _activate(x @ _f32(self.expand) + _f32(self.expand_bias), self.activation)
-        return hidden @ _f32(self.contract) + _f32(self.bias)
+        return self.contract(self.hidden([expand(x) for expand in self.expansions])[0])
+
+    def hidden(
+        self, preactivations: Sequence[Float[np.ndarray, "n m"]]
+    ) -> tuple[Float[np.ndarray, "n m"], list[Float[np.ndarray, "n m"]]]:
+        """Returns the hidden units, and their slopes in each of the pre-activations."""
+        value, slope = map(np.asarray, _activation_and_slope(self.activation)(preactivations[0]))
+        if len(preactivations) == 1:
+            return value, [slope]
+        up = preactivations[1]
+        return value * up, [slope * up, value]
 
 
 def sparsify(
-    model: GPT2LMHeadModel,
+    model: Decoder,
     params: Params,
     config: SparseFFNConfig | Sequence[SparseFFNConfig | None],
     calibration: Int[np.ndarray, "n t"],
@@ -104,7 +118,7 @@ def sparsify(
     distill_steps: int = 300,
     batch_size: int = 8,
     seed: int = 0,
-) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
+) -> tuple[Decoder, dict[str, Any]]:
     """Replaces dense FFNs by SparseFFNs that start near them.
 
     Args:
@@ -121,7 +135,8 @@ def sparsify(
       seed: of the distillation's batches.
 
     Returns:
-      The sparse model, and its parameters with fresh leaves only under the replaced ``mlp``.
+      The sparse model, and its parameters with fresh leaves only under the replaced ``mlp``, in
+      the dtype of what they replace.
 
     Raises:
       ValueError: if the config does not fit the model or there is too little calibration text.
@@ -129,12 +144,14 @@ def sparsify(
     configs = _per_layer(model, config)
     _check_calibration(model, configs, calibration)
     inputs = collect_ffn_inputs(model, params, calibration, batch_size)
-    layers = params["transformer"]["h"]
+    layers = layers_of(model, params)
     dense, fitted, fitted_configs = {}, {}, list(configs)
     for i, layer_config in enumerate(configs):
         if layer_config is None:
             continue
-        dense[i] = DenseFFN.from_gpt2(layers[str(i)]["mlp"], layer_config.activation)
+        dense[i] = DenseFFN.from_params(
+            layers[i]["mlp"], model.ffn_layout, layer_config.activation
+        )
         fitted_configs[i], fitted[i] = fit_layer(dense[i], layer_config, inputs[i], start)
     if distill_steps:
         trainable = {i: fitted_configs[i] for i in fitted if not _is_whole(configs[i])}
@@ -146,17 +163,18 @@ def sparsify(
             steps=distill_steps,
             seed=seed,
         )
-    kept = {str(i): layers[str(i)] | {"mlp": leaves} for i, leaves in fitted.items()}
-    transformer = dict(params["transformer"]) | {"h": dict(layers) | kept}
+    for i, leaves in fitted.items():
+        dtype = jax.tree.leaves(layers[i]["mlp"])[0].dtype
+        fitted[i] = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), leaves)
     ffns = tuple(
         old if new is None else new
         for old, new in zip(model.ffns or (None,) * len(configs), fitted_configs, strict=True)
     )
-    return model.clone(ffns=ffns), dict(params) | {"transformer": transformer}
+    return model.clone(ffns=ffns), replace_ffns(model, params, fitted)
 
 
 def collect_ffn_inputs(
-    model: GPT2LMHeadModel,
+    model: Decoder,
     params: Params,
     tokens: Int[np.ndarray, "n t"],
     batch_size: int,
@@ -166,10 +184,9 @@ def collect_ffn_inputs(
     @jax.jit
     def forward(params: Params, tokens: Array) -> list[Array]:
         out: Any = model.apply({"params": params}, tokens, mutable=["intermediates"])
-        layers = out[1]["intermediates"]["transformer"]["h"]
-        return [layers[str(i)]["ffn_input"][0] for i in range(model.config.n_layer)]
+        return [layer["ffn_input"][0] for layer in layers_of(model, out[1]["intermediates"])]
 
-    parts = [[] for _ in range(model.config.n_layer)]
+    parts = [[] for _ in range(model.spec.n_layer)]
     for start in range(0, len(tokens), batch_size):
         for part, x in zip(parts, forward(params, tokens[start : start + batch_size]), strict=True):
             part.append(np.asarray(x, np.float32).reshape(-1, x.shape[-1]))
@@ -186,13 +203,12 @@ def fit_layer(
     """
     if _is_whole(config):
         # The dense FFN itself: its own weights, to the bit.
-        leaves = {
-            "bias": dense.bias,
-            "core_bias": dense.expand_bias,
-            "core_contract": {"kernel": dense.contract},
-            "core_expand": {"kernel": dense.expand},
-        }
-        return config, jax.tree.map(_f32, leaves)
+        leaves: dict[str, Any] = {"core_contract": {"kernel": dense.contract.weight}}
+        biases = {"bias": dense.contract.bias}
+        for which, linear in zip(config.expansions, dense.expansions, strict=True):
+            leaves[f"core_expand{which}"] = {"kernel": linear.weight}
+            biases[f"core_bias{which}"] = linear.bias
+        return config, jax.tree.map(_f32, leaves | (biases if config.bias else {}))
     fit = _Fit(dense, config, x, start)
     fit.choose_units()
     if config.spectral is not None:
@@ -212,16 +228,13 @@ class _Fit:
     ):
         self.dense, self.config, self.x = dense, config, x
         self.refits = start == "refit"
-        self.preactivation = x @ _f32(dense.expand) + _f32(dense.expand_bias)
-        self.hidden, slope = _activate_with_slope(self.preactivation, dense.activation)
-        norms = np.linalg.norm(dense.contract, axis=1)
-        # The output variance that each hidden unit carries, summed over channels.
-        self.importance = (self.hidden.std(0, dtype=np.float64) * norms) ** 2
-        # How strongly an error of each pre-activation moves the output, root mean square. A unit
-        # that never fires must not divide by zero where this scale is undone.
-        sensitivity = np.sqrt(np.mean(np.square(slope), 0, dtype=np.float64)) * norms
-        floor = 1e-3 * sensitivity.mean() + np.finfo(np.float64).tiny
-        self.sensitivity = np.maximum(sensitivity, floor)
+        self.hidden, slopes = dense.hidden([expand(x) for expand in dense.expansions])
+        norms = np.linalg.norm(dense.contract.weight, axis=1)
+        # The output variance that each hidden unit carries, summed over channels. Without a bias
+        # nothing can stand in for a lost unit's mean, so that it counts too.
+        spread = self.hidden.std(0, dtype=np.float64) if config.bias else _rms(self.hidden)
+        self.importance = (spread * norms) ** 2
+        self.sensitivities = [_floored(_rms(slope) * norms) for slope in slopes]
         self.params: dict[str, Any] = {}
         # What the output weights of each branch act on.
         self.spectral_features = self.core_features = np.zeros((len(x), 0), np.float32)
@@ -245,47 +258,43 @@ class _Fit:
 
     def expand_spectral(self, branch: SpectralConfig) -> None:
         """Fits the expansion and the polynomial, and computes what they output."""
-        dense = self.dense.units(self.spectral_units)
-        factors, weight = self._expansion(branch, self.spectral_units)
-        bias = dense.expand_bias + self.x_mean @ (dense.expand - weight) * self.refits
-        u = self.x @ _f32(weight) + _f32(bias)
-        self.params |= {"expand": factors, "expand_bias": bias}
+        units, us = self.spectral_units, []
+        for which, full, sensitivity in self._expansions():
+            linear = full.outputs(units)
+            factors, weight = self._expansion(branch, linear.weight, sensitivity[units])
+            us.append(self._mapped(f"expand_bias{which}", linear, weight))
+            self.params[f"expand{which}"] = factors
         if self.config.polynomial is None:
-            self.spectral_features = _activate(u, dense.activation)
+            self.spectral_features = self.dense.hidden(us)[0]
             return
         # What the channel should say: the true unit's output, of which u knows only a part.
-        if self.refits:
-            target = self.hidden[:, self.spectral_units]
-        else:
-            target = _activate(u, dense.activation)
-        weights = np.linalg.norm(dense.contract, axis=1) ** 2
-        fitted, coefficients = fit_polynomial(self.config.polynomial, u, target, weights)
+        target = self.hidden[:, units] if self.refits else self.dense.hidden(us)[0]
+        weights = np.linalg.norm(self.dense.contract.weight[units], axis=1) ** 2
+        fitted, coefficients = fit_polynomial(self.config.polynomial, us, target, weights)
         self.config = dataclasses.replace(self.config, polynomial=fitted)
         self.params["polynomial"] = coefficients
-        self.spectral_features = np.asarray(
-            polynomial.chebyshev(
-                jnp.asarray(u),
-                jnp.asarray(coefficients, jnp.float32),
-                degrees=fitted.degrees,
-                radius=fitted.radius,
-            )
+        features = polynomial.chebyshev(
+            jnp.asarray(us[0]),
+            jnp.asarray(coefficients, jnp.float32),
+            degrees=fitted.degrees,
+            radius=fitted.radius,
         )
+        self.spectral_features = np.asarray(features) * (us[1] if self.config.gated else 1.0)
 
     def expand_core(self, core: CoreConfig) -> None:
         """Takes over the core units' input weights and computes what they output."""
-        dense = self.dense.units(self.core_units)
-        weight, bias = dense.expand, dense.expand_bias
-        if (mask := core.expand_mask) is not None:
-            weight = closed_form.masked_regression(self._input_moments(dense.expand), mask)
-            bias = bias + self.x_mean @ (dense.expand - weight) * self.refits
-        self.params |= {
-            "core_expand": {"kernel": _compress(weight, core.expand_mask)},
-            "core_bias": bias,
-        }
+        us = []
+        for which, full, _ in self._expansions():
+            linear = full.outputs(self.core_units)
+            weight = linear.weight
+            if (mask := core.expand_mask) is not None:
+                weight = closed_form.masked_regression(self._input_moments(weight), mask)
+            us.append(self._mapped(f"core_bias{which}", linear, weight))
+            self.params[f"core_expand{which}"] = {"kernel": _compress(weight, mask)}
         if core.expand_mask is None:
             self.core_features = self.hidden[:, self.core_units]
         else:
-            self.core_features = _activate(self.x @ _f32(weight) + _f32(bias), dense.activation)
+            self.core_features = self.dense.hidden(us)[0]
 
     def contract_all(self) -> None:
         """Fits the output weights of both branches, jointly, and the bias."""
@@ -293,21 +302,21 @@ class _Fit:
         branch = config.spectral
         core = config.micro.core if config.micro is not None else None
         features = np.concatenate([self.spectral_features, self.core_features], axis=1)
-        target = self.hidden @ _f32(self.dense.contract) + _f32(self.dense.bias)
-        moments = Moments.of(features, target)
+        target = self.dense.contract(self.hidden)
+        moments = Moments.of(features, target, centred=config.bias)
         ours = slice(0, self.spectral_features.shape[1])
         cores = slice(ours.stop, None)
         weight = np.zeros((features.shape[1], d_model))
         mask = core.contract_mask if core is not None else None
         if not self.refits:
-            weight[cores] = self.dense.contract[self.core_units]
+            weight[cores] = self.dense.contract.weight[self.core_units]
             if mask is not None:
                 weight[cores] = _mask_out(weight[cores], mask)
             if branch is not None:
-                plain = _unit_moments(self.dense.contract[self.spectral_units])
+                plain = _unit_moments(self.dense.contract.weight[self.spectral_units])
                 factors, weight[ours] = self._contraction(branch, plain)
                 self.params["contract"] = factors
-            bias = self.dense.bias
+            bias = self.dense.contract.bias
         else:
             # Unmasked, the core's weights can be solved for exactly at any spectral part;
             # masked, the two take turns.
@@ -327,7 +336,8 @@ class _Fit:
             bias = moments.y_mean - moments.x_mean @ weight
         if core is not None:
             self.params["core_contract"] = {"kernel": _compress(weight[cores], mask)}
-        self.params["bias"] = bias
+        if config.bias:
+            self.params["bias"] = bias
         self.output, self.target = features @ _f32(weight) + _f32(bias), target
 
     def add_steps(self) -> None:
@@ -349,24 +359,30 @@ class _Fit:
             self.params[f"step_{i}"] = {"kernel": _compress(weight, mask)}
 
     @functools.cached_property
-    def x_mean(self) -> Float[np.ndarray, " d"]:
-        return self.x.mean(0, dtype=np.float64)
+    def x_moments(self) -> Moments:
+        return Moments.of(self.x, self.x[:, :0], centred=self.config.bias)
 
-    @functools.cached_property
-    def x_covariance(self) -> Float[np.ndarray, "d d"]:
-        return Moments.of(self.x, self.x[:, :0]).xx
+    def _expansions(self):
+        return zip(self.config.expansions, self.dense.expansions, self.sensitivities, strict=True)
+
+    def _mapped(self, name, linear, weight):
+        """Returns what ``weight`` in place of the map's own makes of x, the means kept."""
+        if not self.config.bias:
+            return self.x @ _f32(weight)
+        lost = self.x_moments.x_mean @ (linear.weight - weight)
+        self.params[name] = linear.bias + lost * self.refits
+        return Linear(weight, self.params[name])(self.x)
 
     def _input_moments(self, weight):
         if not self.refits:
             return _unit_moments(weight)
-        xx = self.x_covariance
-        return Moments(xx, xx @ weight, self.x_mean, self.x_mean @ weight)
+        xx, mean = self.x_moments.xx, self.x_moments.x_mean
+        return Moments(xx, xx @ weight, mean, mean @ weight)
 
-    def _expansion(self, branch, units):
-        weight = self.dense.expand[:, units]
+    def _expansion(self, branch, weight, sensitivity):
         moments = self._input_moments(weight)
         if branch.transform == "klt":
-            scale = self.sensitivity[units] if self.refits else np.ones(len(units))
+            scale = sensitivity if self.refits else np.ones(weight.shape[1])
             axes, filter = closed_form.whitened_svd(weight, moments.xx, branch.rank, scale)
             return {"axes": axes, "filter": filter}, axes @ filter
         return _fit_dft(branch, moments)
@@ -380,32 +396,45 @@ class _Fit:
 
     def _spectral_error(self, branch):
         """Returns each unit's share of the output error if the spectral branch had it."""
-        _, weight = self._expansion(branch, np.arange(self.dense.width))
-        lost = self.dense.expand - weight
-        variance = np.einsum("dm,de,em->m", lost, self.x_covariance, lost, optimize=True)
-        return variance * self.sensitivity**2
+        error = np.zeros(self.dense.width)
+        for _, linear, sensitivity in self._expansions():
+            _, weight = self._expansion(branch, linear.weight, sensitivity)
+            lost = linear.weight - weight
+            variance = np.einsum("dm,de,em->m", lost, self.x_moments.xx, lost, optimize=True)
+            error += variance * sensitivity**2
+        return error
 
 
 def fit_polynomial(
     config: PolynomialConfig,
-    u: Float[np.ndarray, "n m"],
+    us: Sequence[Float[np.ndarray, "n m"]],
     target: Float[np.ndarray, "n m"],
     weights: Float[np.ndarray, " m"],
 ) -> tuple[PolynomialConfig, Float[np.ndarray, "groups k"]]:
-    """Fits the polynomial to what it should output, by least squares weighted by channel.
+    """Fits the polynomial to what the branch should output, by least squares weighted by channel.
+
+    Args:
+      config: of the polynomial.
+      us: the branch's pre-activations, ``(u,)``, or ``(gate, up)`` where units are ``poly(gate) *
+        up``.
+      target: what its hidden units should be.
+      weights: of each channel's squared error.
 
     Returns:
       The config with the radius that holds nearly all pre-activations, and the coefficients.
     """
     # A sample of tokens is plenty for a handful of coefficients.
-    sample = slice(None, None, max(1, len(u) // _POLYNOMIAL_TOKENS))
-    u, target = u[sample], target[sample]
+    sample = slice(None, None, max(1, len(target) // _POLYNOMIAL_TOKENS))
+    u, *up = (part[sample] for part in us)
+    target = target[sample]
     radius = max(round(float(np.quantile(np.abs(u), _INSIDE)), 3), 1e-3)
     groups, terms = config.groups, len(config.degrees)
     xx, xy = np.zeros((groups, terms, terms)), np.zeros((groups, terms))
     for start in range(0, len(u), 1024):
         rows = slice(start, start + 1024)
         basis = polynomial.basis(u[rows], config.degrees, radius)
+        if up:
+            basis *= up[0][rows][..., None]
         basis = basis.reshape(len(basis), groups, -1, terms)
         weighted = basis * weights.reshape(groups, -1, 1)
         xx += np.einsum("ngmk,ngml->gkl", weighted, basis, optimize=True)
@@ -418,7 +447,8 @@ def fit_polynomial(
 
 
 def _per_layer(model, config) -> tuple[SparseFFNConfig | None, ...]:
-    n_layer = model.config.n_layer
+    spec = model.spec
+    n_layer = spec.n_layer
     if isinstance(config, SparseFFNConfig):
         config = (config,) * n_layer
     if len(config) != n_layer:
@@ -428,16 +458,17 @@ def _per_layer(model, config) -> tuple[SparseFFNConfig | None, ...]:
             continue
         if ffn is not None:
             raise ValueError(f"layer {i} is already sparse: sparsify the dense checkpoint instead")
-        for name, ours in (
-            ("d_model", model.config.n_embd),
-            ("d_ff", d_ff(model.config)),
-            ("activation", model.config.activation_function),
-        ):
-            if getattr(layer, name) != ours:
+        for name in ("d_model", "d_ff", "activation", "gated"):
+            if getattr(layer, name) != getattr(spec, name):
                 raise ValueError(
                     f"the FFN config of layer {i} has {name}={getattr(layer, name)!r}, but the "
-                    f"model has {ours!r}"
+                    f"model has {getattr(spec, name)!r}"
                 )
+        if spec.ffn_bias and not layer.bias:
+            raise ValueError(
+                f"the FFN config of layer {i} has bias=False, but the model's FFN has biases that "
+                "it must start from"
+            )
         for name, width in (
             ("core", layer.micro.core.width if layer.micro and layer.micro.core else 0),
             ("spectral", layer.spectral.width if layer.spectral else 0),
@@ -451,10 +482,10 @@ def _per_layer(model, config) -> tuple[SparseFFNConfig | None, ...]:
 
 
 def _check_calibration(model, configs, calibration) -> None:
-    if calibration.ndim != 2 or calibration.shape[1] > model.config.n_positions:
+    if calibration.ndim != 2 or calibration.shape[1] > model.spec.n_positions:
         raise ValueError(
             f"calibration has shape {calibration.shape}: expected (windows, tokens) with at most "
-            f"n_positions={model.config.n_positions} tokens"
+            f"n_positions={model.spec.n_positions} tokens"
         )
     if calibration.max() >= model.config.vocab_size:
         raise ValueError(
@@ -512,12 +543,17 @@ def _mask_out(weight, mask: BlockMask):
     return np.asarray(decompress(jnp.asarray(mask.compress(weight)), mask))
 
 
-def _activate(u, name):
-    return np.asarray(_activation_and_slope(name)(u)[0])
+def _rms(x):
+    return np.sqrt(np.mean(np.square(x), 0, dtype=np.float64))
 
 
-def _activate_with_slope(u, name):
-    return tuple(map(np.asarray, _activation_and_slope(name)(u)))
+def _floored(sensitivity):
+    """How strongly an error of each pre-activation moves the output, root mean square.
+
+    A unit that never fires must not divide by zero where this scale is undone.
+    """
+    floor = 1e-3 * sensitivity.mean() + np.finfo(np.float64).tiny
+    return np.maximum(sensitivity, floor)
 
 
 @functools.cache

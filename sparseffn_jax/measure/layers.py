@@ -4,8 +4,8 @@ import dataclasses
 
 import jax
 
-from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, d_ff, ffn_module
+from sparseffn_jax.config import SparseFFNConfig, dense_flops
+from sparseffn_jax.nn.decoder import Decoder, ffn_module
 from sparseffn_jax.ops import planning
 
 
@@ -28,30 +28,29 @@ class LayerSummary:
     plans: tuple[tuple[str, str], ...]
 
 
-def describe_layer(model: GPT2LMHeadModel, layer: int, tokens: int) -> LayerSummary:
+def describe_layer(model: Decoder, layer: int, tokens: int) -> LayerSummary:
     """Describes one layer's FFN as it runs on ``tokens`` rows; allocates nothing."""
-    config = model.config
-    module = ffn_module(model, layer)
-    x = jax.ShapeDtypeStruct((tokens, config.n_embd), model.dtype)
+    spec, module = model.spec, ffn_module(model, layer)
+    x = jax.ShapeDtypeStruct((tokens, spec.d_model), model.dtype)
     with planning.recorded() as plans:
         shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     ffn = model.ffns[layer] if model.ffns else None
     if not isinstance(ffn, SparseFFNConfig):
-        dense = 4 * config.n_embd * d_ff(config)
-        return LayerSummary((f"dense: {d_ff(config)} units",), parameters, dense, 1.0, ())
+        dense = dense_flops(spec.d_model, spec.d_ff, spec.gated)
+        return LayerSummary((f"dense: {spec.d_ff} units",), parameters, dense, 1.0, ())
     flops = sum(ffn.flops_per_token().values())
     return LayerSummary(_parts(ffn), parameters, flops, ffn.flops_ratio, tuple(plans))
 
 
 def _parts(ffn: SparseFFNConfig) -> tuple[str, ...]:
-    lines = []
+    lines, gated = [], ", gated" if ffn.gated else ""
     if (branch := ffn.spectral) is not None:
         if branch.transform == "klt":
             kept = f"ranks {branch.rank} and {branch.contract_rank or branch.rank}"
         else:
             kept = f"b={branch.block_size}, frequencies {','.join(map(str, branch.frequencies))}"
-        lines.append(f"spectral {branch.transform}: {branch.width} units, {kept}")
+        lines.append(f"spectral {branch.transform}: {branch.width} units{gated}, {kept}")
     if (polynomial := ffn.polynomial) is not None:
         lines.append(
             f"polynomial: degrees {','.join(map(str, polynomial.degrees))} within "
@@ -64,7 +63,7 @@ def _parts(ffn: SparseFFNConfig) -> tuple[str, ...]:
                 for mask in (core.expand_mask, core.contract_mask)
             ]
             lines.append(
-                f"core: {core.width} units, density {densities[0]:.2f} and {densities[1]:.2f}"
+                f"core: {core.width} units{gated}, density {densities[0]:.2f} and {densities[1]:.2f}"
             )
         for mask in ffn.micro.steps:
             lines.append(f"linear step: density {mask.density:.2f}")

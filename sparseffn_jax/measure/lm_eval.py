@@ -57,7 +57,7 @@ class SparseFFNLM(TemplateLM):
         loaded = load_pretrained(pretrained)
         self.tokenizer = load_tokenizer(pretrained)
         check_tokenizer(self.tokenizer, loaded.config)
-        self.max_length = check_window(max_length, loaded.config.max_position_embeddings)
+        self.max_length = check_window(max_length, loaded.spec.n_positions)
         self._model, self._params = loaded.model(jnp.dtype(dtype)), loaded.params
         self._batch_size, self._name = int(batch_size), pretrained
         self._score = make_scorer(self._model, self.max_length, self._batch_size)

@@ -10,13 +10,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from sparseffn_jax.nn.gpt2 import init_cache
+from sparseffn_jax.nn.decoder import Decoder, init_cache
 
 # No token has this id: where nothing ends a row, the program is the same as where something does.
 _NO_TOKEN = -1
@@ -80,7 +79,7 @@ class DecodeState(NamedTuple):
 
 
 def generate(
-    model: nn.Module,
+    model: Decoder,
     params: Any,
     prompt: Int[Array, "b t"] | Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -128,7 +127,7 @@ def generate(
 
 
 def start(
-    model: nn.Module,
+    model: Decoder,
     params: Any,
     prompt: Int[Array, "b t"] | Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -158,7 +157,7 @@ def start(
 
 
 def advance(
-    model: nn.Module,
+    model: Decoder,
     params: Any,
     state: DecodeState,
     length: int,
@@ -262,7 +261,7 @@ class _ByValue:
     hash.
     """
 
-    model: nn.Module
+    model: Decoder
 
     def __hash__(self):
         return hash((type(self.model), self.model.ffns, str(self.model.dtype)))

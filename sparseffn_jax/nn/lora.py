@@ -73,4 +73,4 @@ def merge_lora(params: Params, adapters: Params, alpha: float) -> Params:
 
 def is_attention_kernel(path: Path) -> bool:
     """Whether ``path`` is an attention projection's kernel, the targets of Hu et al."""
-    return "attn" in path and path[-1] == "kernel"
+    return path[-1] == "kernel" and ("attn" in path or "self_attn" in path)

@@ -1,5 +1,6 @@
 """The sparse feed-forward layer: spectral map, learned polynomial, micro-refinement."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 
 from sparseffn_jax.config import CoreConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.ops import spectral
-from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.activations import Activation, get_activation
 from sparseffn_jax.ops.block_sparse import BlockMask, block_sparse_matmul, matmul
 from sparseffn_jax.ops.polynomial import chebyshev
 
@@ -113,8 +114,9 @@ class SparseFFN(nn.Module):
     """Drops into the place of a transformer's dense FFN (``mlp``): ``(..., d) -> (..., d)``.
 
     ``y = contract(poly(expand(x) + bias)) + core(x) + bias``, then ``y = y + y B_k`` for every
-    linear step. Each part is optional; see :class:`SparseFFNConfig`. With only a core of all
-    hidden units it is the dense FFN itself.
+    linear step. Gated, hidden units are products of two maps of x: ``poly(gate) * up``. Each part
+    is optional; see :class:`SparseFFNConfig`. With only a core of all hidden units it is the
+    dense FFN itself.
 
     Attributes:
       config: the parts and their static masks.
@@ -131,13 +133,14 @@ class SparseFFN(nn.Module):
         config = self.config
         if x.shape[-1] != config.d_model:
             raise ValueError(f"x has {x.shape[-1]} channels, but d_model={config.d_model}")
-        y = self._bias("bias", config.d_model)
+        parts = []
         if config.spectral is not None:
-            y = y + self._spectral(x, config.spectral)
+            parts.append(self._spectral(x, config.spectral))
+        if config.micro is not None and config.micro.core is not None:
+            with jax.named_scope("core"):
+                parts.append(self._core(x, config.micro.core))
+        y = self._biased(functools.reduce(jnp.add, parts), "bias")
         if config.micro is not None:
-            if config.micro.core is not None:
-                with jax.named_scope("core"):
-                    y = y + self._core(x, config.micro.core)
             for i, mask in enumerate(config.micro.steps):
                 with jax.named_scope("steps"):
                     y = y + self._linear(
@@ -153,10 +156,17 @@ class SparseFFN(nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width, rank = spectral_config.width, spectral_config.rank
         with jax.named_scope("spectral_expand"):
-            u = SpectralLinear(width, spectral_config, rank, name="expand", **dtypes)(x)
-            u = u + self._bias("expand_bias", width)
+            us = [
+                self._biased(
+                    SpectralLinear(width, spectral_config, rank, name=f"expand{which}", **dtypes)(
+                        x
+                    ),
+                    f"expand_bias{which}",
+                )
+                for which in self.config.expansions
+            ]
         with jax.named_scope("polynomial"):
-            u = self._activation(u)
+            u = self._hidden(self._activation, us)
         with jax.named_scope("spectral_contract"):
             return SpectralLinear(
                 self.config.d_model,
@@ -182,12 +192,22 @@ class SparseFFN(nn.Module):
         return chebyshev(u, coefficients, degrees=polynomial.degrees, radius=polynomial.radius)
 
     def _core(self, x: Array, core: CoreConfig):
-        expand = self._linear("core_expand", core.width, core.expand_mask, core.implementation)
+        us = [
+            self._biased(
+                self._linear(
+                    f"core_expand{which}", core.width, core.expand_mask, core.implementation
+                )(x),
+                f"core_bias{which}",
+            )
+            for which in self.config.expansions
+        ]
         contract = self._linear(
             "core_contract", self.config.d_model, core.contract_mask, core.implementation
         )
-        hidden = expand(x) + self._bias("core_bias", core.width)
-        return contract(get_activation(self.config.activation)(hidden))
+        return contract(self._hidden(get_activation(self.config.activation), us))
+
+    def _hidden(self, phi: Activation, us: list[Array]):
+        return phi(us[0]) * us[1] if self.config.gated else phi(us[0])
 
     def _linear(self, name, features, mask, implementation, kernel_init=None):
         return BlockSparseLinear(
@@ -200,6 +220,8 @@ class SparseFFN(nn.Module):
             name=name,
         )
 
-    def _bias(self, name, features):
-        bias = self.param(name, nn.initializers.zeros, (features,), self.param_dtype)
-        return bias.astype(self.dtype)
+    def _biased(self, x: Array, name: str):
+        if not self.config.bias:
+            return x
+        bias = self.param(name, nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        return x + bias.astype(self.dtype)

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from sparseffn_jax.nn.decoder import Decoder
 from sparseffn_jax.nn.generation import Sampling, advance, left_pad, start
 
 # What decoders give for bytes that are no UTF-8, such as a character whose end is still to come.
@@ -17,7 +17,7 @@ _TOKENS_BETWEEN_LOOKS = 16
 
 
 def generate_text(
-    model: nn.Module,
+    model: Decoder,
     params: Any,
     tokenizer: Any,
     prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -38,7 +38,7 @@ def generate_text(
 
 
 def stream_text(
-    model: nn.Module,
+    model: Decoder,
     params: Any,
     tokenizer: Any,
     prompts: Sequence[str] | Sequence[Sequence[int]],

@@ -191,7 +191,7 @@ def _decayed(params: Params) -> Any:
 
 
 def _is_attention_or_norm(path: Path) -> bool:
-    return any(name == "attn" or name.startswith("ln_") for name in path)
+    return any(name.endswith(("attn", "norm")) or name.startswith("ln_") for name in path)
 
 
 def _ffn_of(path: Path) -> Path:

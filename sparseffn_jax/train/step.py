@@ -140,10 +140,10 @@ def make_update(
     number, from which dropout's keys come; ``updates`` counts the stage's updates so far; and
     ``rate_factor`` multiplies the learning rates. The metrics are the float32 scalars ``loss``,
     ``grad_norm`` (before clipping), ``update_norm``, ``learning_rate`` and ``ffn_learning_rate``,
-    with a teacher ``cross_entropy``, in float16 ``loss_scale`` and ``overflow`` (1 if the gradient
-    overflowed, so that nothing was updated and the scale will be smaller), and where more than the feed-forward layers trains, the
+    with a teacher ``cross_entropy``, and where more than the feed-forward layers trains, the
     norms of both parts: ``ffn_grad_norm``, ``rest_grad_norm``, ``ffn_update_norm`` and
-    ``rest_update_norm``.
+    ``rest_update_norm``. In float16 also ``loss_scale`` and ``overflow``: 1 if the gradient
+    overflowed, so that nothing was updated and the scale is going to be smaller.
 
     Args:
       model: a decoder.

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from transformers import GPT2Config
+from transformers import GPT2Config, GPTJConfig, LlamaConfig, MistralConfig
 
 from sparseffn_jax.convert.checkpoint import load_pretrained
 from sparseffn_jax.nn import generation
@@ -15,25 +16,37 @@ from sparseffn_jax.nn.generation import Sampling, generate, left_pad
 VOCAB, NEW = 97, 64
 PROMPTS = [[5, 17, 3, 80, 42, 9, 11], [1], [60, 2, 33], [7, 7, 7, 90]]
 
-FAMILIES = {
-    "gpt2": GPT2Config(
-        vocab_size=VOCAB, n_positions=80, n_embd=32, n_layer=2, n_head=4,
-        bos_token_id=0, eos_token_id=0,
-    ),
+COMMON = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 80,
 }  # fmt: skip
+FAMILIES = {
+    "gpt2": GPT2Config(n_positions=80, n_embd=32, n_layer=2, n_head=4, **COMMON),
+    "gptj": GPTJConfig(n_positions=80, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, **COMMON),
+    "llama": LlamaConfig(**LLAMA, **COMMON),
+    "mistral": MistralConfig(sliding_window=6, head_dim=12, **LLAMA, **COMMON),
+}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def pair(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def make_pair(tmp_path_factory):
+    @functools.cache
+    def make(family):
+        return random_pair(family, tmp_path_factory.mktemp(family))
+
+    return make
+
+
+def random_pair(family, folder):
     """A random model of one family, in PyTorch and loaded from what PyTorch saved."""
     torch = pytest.importorskip("torch")
-    config = FAMILIES[request.param]
+    config = FAMILIES[family]
     torch.manual_seed(0)
     reference = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 and "weight" in name else 0.0, 0.2)
-    folder = tmp_path_factory.mktemp(request.param)
     reference.save_pretrained(folder)
     loaded = load_pretrained(folder)
     return reference, loaded.model(), loaded.params
@@ -57,8 +70,9 @@ def new_tokens(model, params, prompts=PROMPTS, max_new_tokens=NEW, **settings):
     return out[:, width:]
 
 
-def test_greedy_tokens_equal_pytorch(pair):
-    reference, model, params = pair
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_pytorch(make_pair, family):
+    reference, model, params = make_pair(family)
     expected = torch_generate(reference, PROMPTS, eos_token_id=None)
     np.testing.assert_array_equal(new_tokens(model, params), expected)
     # Rows that stay apart and do not settle on one token: else little would have been compared.
@@ -67,8 +81,8 @@ def test_greedy_tokens_equal_pytorch(pair):
 
 
 @pytest.fixture(scope="module")
-def greedy(pair):
-    _, model, params = pair
+def greedy(make_pair):
+    _, model, params = make_pair("gpt2")
     return model, params, new_tokens(model, params)
 
 

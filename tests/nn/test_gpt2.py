@@ -16,7 +16,8 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, init_cache
+from sparseffn_jax.nn.decoder import init_cache
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.ops.block_sparse import BlockMask
 
 BATCH, TOKENS, VOCAB = 3, 12, 97

@@ -8,7 +8,8 @@ import pytest
 import transformers
 from transformers import GPT2Config
 
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel, init_cache
+from sparseffn_jax.nn.decoder import init_cache
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
 
 if int(transformers.__version__.split(".")[0]) >= 5:
     pytest.skip("transformers 5 has no FlaxGPT2LMHeadModel", allow_module_level=True)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import signal
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from train_models import make_model
 
 from sparseffn_jax.ops.block_sparse import matmul
@@ -111,7 +112,7 @@ def test_overflow_costs_steps_and_nothing_else(half, windows, overflown):
     assert 1 in skipped
     assert len(skipped) < 8
     scales = [metrics["loss_scale"] for metrics in steps.values()]
-    for i, (before, after) in enumerate(zip(scales, scales[1:], strict=False), 1):
+    for i, (before, after) in enumerate(itertools.pairwise(scales), 1):
         assert after == before / 2 if i in skipped else after in (before, 2 * before)
     assert scales[-1] < config.loss_scale
     assert {steps[step]["update_norm"] for step in skipped} == {0.0}
@@ -147,10 +148,8 @@ def test_what_overflows_at_the_smallest_scale_has_diverged(half, windows, tmp_pa
     model, params = half
     flat = flatten_dict(params)
     flat[("transformer", "ln_f", "scale")] = jnp.full(32, 1e30)
-    from flax.traverse_util import unflatten_dict
-
     config = dataclasses.replace(CONFIG, loss_scale=4.0, guard=GuardConfig(max_restores=0))
-    with pytest.raises(DivergenceError, match="step 3: .*loss is nan"):
+    with pytest.raises(DivergenceError, match=r"step 3: .*loss is nan"):
         run((model, unflatten_dict(flat)), windows, config, tmp_path)
 
 

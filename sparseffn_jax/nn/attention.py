@@ -1,0 +1,127 @@
+"""What attention has in common in all model families: masks, the key/value cache and dropout.
+
+Shape letters: B batch, T tokens, S keys (cached ones included), H heads, G key/value heads, K head
+width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class CausalAttention(nn.Module):
+    """Base of the families' attention modules; has no parameters of its own.
+
+    The cache lies in the module's ``cache`` collection under the names that transformers' Flax
+    models use: ``cached_key``, ``cached_value`` (B, S, G, K) and ``cache_index``.
+    """
+
+    def attend(
+        self,
+        query: Float[Array, "B T H K"],
+        key: Float[Array, "B T G K"],
+        value: Float[Array, "B T G K"],
+        attention_mask: Int[Array, "B S"] | None,
+        deterministic: bool,
+        init_cache: bool,
+        *,
+        scale: float | None = None,
+        dropout_rate: float = 0.0,
+        window: int | None = None,
+    ) -> Float[Array, "B T HK"]:
+        """Attends to what came before, cached keys and values included.
+
+        Args:
+          query: of T new tokens.
+          key: of the same tokens; H is a multiple of G.
+          value: likewise.
+          attention_mask: 1 for real tokens, 0 for padding; over the whole cache if there is one.
+          deterministic: whether dropout is off.
+          init_cache: whether to make an empty cache as long as ``key``.
+          scale: of the logits; by default ``K ** -0.5``.
+          dropout_rate: of the attention weights.
+          window: tokens that a token sees, itself included; ``None`` is all.
+
+        Raises:
+          ValueError: if ``attention_mask`` does not cover the keys, or they exceed the cache.
+        """
+        tokens = query.shape[1]
+        is_decoding = self.has_variable("cache", "cached_key")
+        start = 0
+        if is_decoding or init_cache:
+            key, value, start = self._update_cache(key, value, is_decoding)
+        # None stands for the plain causal mask, which attention has a faster way to apply.
+        mask = None
+        if is_decoding or (window is not None and window < tokens):
+            mask = _causal_mask(start + jnp.arange(tokens), key.shape[1], window)
+        if attention_mask is not None:
+            if attention_mask.shape != key.shape[:2]:
+                raise ValueError(
+                    f"attention_mask has shape {attention_mask.shape}, expected {key.shape[:2]}: "
+                    "one entry for each key, cached ones included"
+                )
+            causal = _causal_mask(jnp.arange(tokens), tokens) if mask is None else mask
+            mask = causal & attention_mask[:, None, None, :].astype(bool)
+        if dropout_rate > 0.0 and not deterministic:
+            if mask is None:
+                mask = _causal_mask(jnp.arange(tokens), tokens)
+            out = self._attend_with_dropout(query, key, value, mask, scale, dropout_rate)
+        else:
+            out = _dot_product_attention(query, key, value, mask, scale)
+        return out.reshape(*out.shape[:2], -1)
+
+    def _attend_with_dropout(self, query, key, value, mask, scale, dropout_rate):
+        # jax.nn.dot_product_attention has no dropout on the attention weights; Flax's has no
+        # scale, and a key/value head for each head.
+        if scale is not None:
+            query = query * (scale * query.shape[-1] ** 0.5)
+        groups = query.shape[2] // key.shape[2]
+        return nn.dot_product_attention(
+            query,
+            jnp.repeat(key, groups, axis=2),
+            jnp.repeat(value, groups, axis=2),
+            mask=mask,
+            dropout_rng=self.make_rng("dropout"),
+            dropout_rate=dropout_rate,
+            broadcast_dropout=False,
+            deterministic=False,
+            force_fp32_for_softmax=True,
+        )
+
+    def _update_cache(self, key, value, is_decoding):
+        """Writes T new positions into the cache; returns its keys and values, and their start."""
+        cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
+        cached_value = self.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
+        index = self.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))
+        if not is_decoding:
+            return key, value, 0
+        start, tokens, length = index.value, key.shape[1], cached_key.value.shape[1]
+        if tokens > length:
+            raise ValueError(f"{tokens} tokens do not fit a cache of {length}")
+        place = (0, start, 0, 0)
+        cached_key.value = jax.lax.dynamic_update_slice(cached_key.value, key, place)
+        cached_value.value = jax.lax.dynamic_update_slice(cached_value.value, value, place)
+        index.value = start + tokens
+        return cached_key.value, cached_value.value, start
+
+
+def _dot_product_attention(query, key, value, mask, scale):
+    dtype = query.dtype
+    if dtype == jnp.float16 and jax.default_backend() == "cpu":
+        # Its float16 products cannot be asked to accumulate in float32, as JAX's attention does.
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    out = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, scale=scale, is_causal=mask is None
+    )
+    return out.astype(dtype)
+
+
+def _causal_mask(
+    positions: Int[Array, " T"], keys: int, window: int | None = None
+) -> Bool[Array, "1 1 T S"]:
+    behind = positions[:, None] - jnp.arange(keys)[None, :]
+    mask = behind >= 0
+    if window is not None:
+        mask &= behind < window
+    return mask[None, None]
