@@ -35,7 +35,7 @@ clean:
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	.venv/bin/pip install --quiet --editable '.[test,torch,lint]'
+	.venv/bin/pip install --quiet --editable '.[test,torch,eval,lint]'
 	touch $@
 
 .venv-flax/.installed: pyproject.toml

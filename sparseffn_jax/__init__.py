@@ -21,12 +21,13 @@ from sparseffn_jax.convert.export import export_dense
 from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.demo import EMBEDDED_MODEL
 from sparseffn_jax.nn.decoder import init_cache
-from sparseffn_jax.nn.generation import generate
+from sparseffn_jax.nn.generation import Sampling, generate
 from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.nn.gptj import GPTJForCausalLM
 from sparseffn_jax.nn.llama import LlamaForCausalLM
 from sparseffn_jax.nn.mistral import MistralForCausalLM
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
+from sparseffn_jax.nn.text_generation import generate_text, stream_text
 from sparseffn_jax.ops.block_sparse import BlockMask
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows, load_windows
@@ -49,6 +50,7 @@ __all__ = [
     "MistralForCausalLM",
     "PolynomialConfig",
     "Pretrained",
+    "Sampling",
     "SparseFFN",
     "SparseFFNConfig",
     "SpectralConfig",
@@ -59,6 +61,7 @@ __all__ = [
     "evaluate_loss",
     "export_dense",
     "generate",
+    "generate_text",
     "init_cache",
     "load_pretrained",
     "load_tokenizer",
@@ -66,5 +69,6 @@ __all__ = [
     "make_strategy",
     "save_pretrained",
     "sparsify",
+    "stream_text",
     "train",
 ]

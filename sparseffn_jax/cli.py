@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -29,12 +30,14 @@ from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.demo import EMBEDDED_MODEL, DemoSettings, run_demo
 from sparseffn_jax.measure.autotune import autotune
 from sparseffn_jax.measure.layers import describe_layer
+from sparseffn_jax.measure.perplexity import strided_loss
 from sparseffn_jax.measure.report import make_folder, write_json
-from sparseffn_jax.nn.generation import generate
+from sparseffn_jax.nn.generation import Sampling
+from sparseffn_jax.nn.text_generation import stream_text
 from sparseffn_jax.ops import planning
 from sparseffn_jax.ops.planning import PlanTable
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.data import STDLIB, check_window, load_windows, read_text
+from sparseffn_jax.train.data import STDLIB, check_window, load_windows, read_text, read_whole
 from sparseffn_jax.train.guard import DivergenceError
 from sparseffn_jax.train.loop import Resume, Terminated, train
 from sparseffn_jax.train.losses import evaluate_tokens
@@ -42,8 +45,8 @@ from sparseffn_jax.train.processes import DistributedConfig, is_first
 from sparseffn_jax.train.strategies import StrategyName, make_strategy
 
 _EMBEDDED = str(EMBEDDED_MODEL)
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-Precision = Literal["float32", "bfloat16"]
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Finetune:
       text: What to train on; see "demo".
       window: Tokens in a window; default n_positions.
       teacher: Folder or hub name of a dense model to distil from; needs --distill-weight.
-      dtype: Of the computation; weights stay float32.
+      dtype: Of the computation; weights stay float32. In float16 the loss is scaled.
       resume: "auto" goes on from the newest whole checkpoint if there is one, "must" demands one,
         "never" refuses one.
       strategy: "single" device; "pmap", every device with all parameters and a part of the batch;
@@ -197,20 +200,25 @@ class Finetune:
 class Evaluate:
     """Measure a model's loss on a text: nats a token over the whole file.
 
-    The file is cut into non-overlapping windows; every token but the file's first is predicted
-    once, from what stands before it in its window.
+    The text is cut into non-overlapping windows; every token but the text's first is predicted
+    once, from what stands before it in its window. With --stride the windows overlap, so that
+    every token is predicted from at least window - stride others: slower and lower, the
+    perplexity that Hugging Face documents for models of fixed length.
 
     Attributes:
       model: Folder or hub name, dense or sparse.
-      text: UTF-8 text file.
+      text: UTF-8 text file; or a folder of text files or a Hugging Face dataset, whose documents
+        are joined by blank lines.
       window: Tokens in a window; default n_positions.
+      stride: Tokens between the beginnings of two windows.
       batch_size: Windows computed at once; changes the time, not the result.
       json: File to write loss, tokens and perplexity to.
     """
 
     model: str
-    text: Path
+    text: str
     window: int | None = None
+    stride: int | None = None
     batch_size: int = 8
     json: Path | None = None
 
@@ -219,7 +227,7 @@ class Evaluate:
         _check_at_least("batch_size", self.batch_size, 1)
         if self.json is not None:
             make_folder(self.json.parent)
-        text = read_text(self.text)
+        text = read_whole(self.text)
         pretrained = load_pretrained(self.model)
         tokenizer = _tokenizer(self.model, pretrained)
         tokens = np.array(tokenizer.backend_tokenizer.encode(text).ids, np.int32)
@@ -227,14 +235,19 @@ class Evaluate:
             raise ValueError(f"{self.text} has {len(tokens)} tokens: at least 2 are needed")
         window = check_window(self.window, pretrained.spec.n_positions)
         model = pretrained.model()
-        loss = evaluate_tokens(model, pretrained.params, tokens, window, self.batch_size)
+        arguments = (model, pretrained.params, tokens, window)
+        if self.stride is None:
+            loss = evaluate_tokens(*arguments, self.batch_size)
+        else:
+            loss = strided_loss(*arguments, self.stride, self.batch_size)
         result = {
             "loss": loss,
             "tokens": len(tokens) - 1,
             "perplexity": math.exp(loss),
             "window": window,
+            "stride": self.stride,
             "model": self.model,
-            "text": str(self.text),
+            "text": self.text,
         }
         if self.json is not None:
             write_json(self.json, result)
@@ -246,14 +259,17 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continue a prompt.
+    """Continue a prompt; the text appears as it is written.
 
     Attributes:
       model: Folder or hub name, dense or sparse.
       prompt: The beginning.
-      max_new_tokens: Tokens to add.
+      max_new_tokens: Tokens to add at most; an end-of-text token ends the text before.
       temperature: 0 takes the likeliest token; higher is bolder.
       top_k: Sample from the k likeliest tokens only.
+      top_p: Sample from the likeliest tokens only, as few as have this probability together.
+      repetition_penalty: Above 1 makes tokens that are there already less likely.
+      stop: Strings that end the text; they are not printed.
       seed: Of sampling.
     """
 
@@ -262,26 +278,30 @@ class Generate:
     max_new_tokens: int = 120
     temperature: float = 0.6
     top_k: int | None = 40
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
     seed: int = 0
 
     def run(self, console: Console) -> None:
         """Runs the command."""
+        sampling = Sampling(self.repetition_penalty, self.temperature, self.top_k, self.top_p)
         pretrained = load_pretrained(self.model)
-        tokenizer = _tokenizer(self.model, pretrained)
-        ids = tokenizer.encode(self.prompt)
-        out = generate(
+        pieces = stream_text(
             pretrained.model(),
             pretrained.params,
-            jnp.asarray([ids], jnp.int32).reshape(1, -1),
+            _tokenizer(self.model, pretrained),
+            [self.prompt],
             self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
+            sampling,
+            stop=self.stop,
             key=jax.random.key(self.seed),
         )
-        new = np.asarray(out[0, len(ids) :]).tolist()
-        if tokenizer.eos_token_id in new:
-            new = new[: new.index(tokenizer.eos_token_id)]
-        console.print(tokenizer.decode(ids + new), markup=False, highlight=False, soft_wrap=True)
+        first = next(pieces)
+        for (piece,) in itertools.chain([(self.prompt,), first], pieces):
+            console.out(piece, end="", highlight=False)
+            console.file.flush()
+        console.out()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,9 +68,7 @@ class CausalAttention(nn.Module):
                 mask = _causal_mask(jnp.arange(tokens), tokens)
             out = self._attend_with_dropout(query, key, value, mask, scale, dropout_rate)
         else:
-            out = jax.nn.dot_product_attention(
-                query, key, value, mask=mask, scale=scale, is_causal=mask is None
-            )
+            out = _dot_product_attention(query, key, value, mask, scale)
         return out.reshape(*out.shape[:2], -1)
 
     def _attend_with_dropout(self, query, key, value, mask, scale, dropout_rate):
@@ -106,6 +104,17 @@ class CausalAttention(nn.Module):
         cached_value.value = jax.lax.dynamic_update_slice(cached_value.value, value, place)
         index.value = start + tokens
         return cached_key.value, cached_value.value, start
+
+
+def _dot_product_attention(query, key, value, mask, scale):
+    dtype = query.dtype
+    if dtype == jnp.float16 and jax.default_backend() == "cpu":
+        # Its float16 products cannot be asked to accumulate in float32, as JAX's attention does.
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    out = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, scale=scale, is_causal=mask is None
+    )
+    return out.astype(dtype)
 
 
 def _causal_mask(

@@ -22,6 +22,8 @@ class TrainConfig:
       warmup_steps: of each stage of the recipe; ``None``: a tenth of it.
       weight_decay: decoupled, of matrices.
       clip_norm: largest global norm of the gradient.
+      loss_scale: in float16, what multiplies the loss at first; falls and rises by itself.
+      loss_scale_interval: updates without overflow after which the scale is doubled.
       accumulate_steps: microbatches a batch is split into to save memory; divides
         ``batch_size``, changes nothing but rounding and dropout.
       lora_rank: of the adapters.
@@ -48,6 +50,8 @@ class TrainConfig:
     warmup_steps: int | None = None
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    loss_scale: float = 2.0**15
+    loss_scale_interval: int = 2000
     accumulate_steps: int = 1
     lora_rank: int = 8
     dropout: bool = False
@@ -71,13 +75,20 @@ class TrainConfig:
             "batch_size",
             "accumulate_steps",
             "lora_rank",
+            "loss_scale_interval",
             "log_every",
             "save_every",
             "keep_checkpoints",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("learning_rate", "ffn_learning_rate", "clip_norm", "temperature"):
+        for name in (
+            "learning_rate",
+            "ffn_learning_rate",
+            "clip_norm",
+            "loss_scale",
+            "temperature",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0.0:
                 raise ValueError(f"{name}={value} must be positive")

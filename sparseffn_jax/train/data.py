@@ -104,6 +104,21 @@ def read_documents(source: str) -> list[Document]:
     return documents
 
 
+def read_whole(source: str) -> str:
+    """Returns ``source`` as one text: a file as it is, several documents joined by blank lines.
+
+    Args:
+      source: as for :func:`load_windows`.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`read_documents`.
+    """
+    path = Path(source)
+    if path.is_file():
+        return read_text(path)
+    return "\n\n".join(document.text for document in read_documents(source))
+
+
 def read_text(path: Path) -> str:
     """Returns a UTF-8 file's text.
 

@@ -138,6 +138,9 @@ def observe(
       metrics: of the step: ``loss``, nats a token, and all norms; see
         :func:`sparseffn_jax.train.step.make_update`.
     """
+    if metrics.get("overflow"):
+        # Nothing was updated, and the loss will be scaled by less: no fault of the run's.
+        return state, Verdict.SUSPECT
     broken = _broken(metrics)
     if broken:
         verdict = Verdict.FFN_DIVERGED if _are_of_ffn(broken, metrics) else Verdict.DIVERGED

@@ -92,7 +92,8 @@ def train(
 
     Args:
       model: a decoder, ``apply({"params": p}, input_ids, deterministic=..., rngs=...)`` giving
-        logits; its ``dtype`` is the precision of the computation, the weights are float32.
+        logits; its ``dtype`` is the precision of the computation, the weights are float32. In
+        float16 the loss is scaled (see :mod:`sparseffn_jax.train.loss_scale`).
       params: where to start; not changed. A resumed run takes its own from the checkpoint.
       windows: training and validation text.
       config: the settings; a resumed run must have those it started with.
@@ -229,7 +230,7 @@ class _Run:
         self.position = Position(
             step=position.step + 1,
             stage=position.stage,
-            updates=position.updates + 1,
+            updates=position.updates + (not metrics.get("overflow")),
             data=self._batches.get_state(),
             data_hash=processes.chain_batch(position.data_hash, self._windows.train, rows),
             guard=guard_state,
@@ -243,6 +244,13 @@ class _Run:
             if candidate.position.step % config.save_every == 0:
                 self._save(candidate)
         self._log_warnings(log)
+        if metrics.get("overflow"):
+            log.event(
+                {"step": self.position.step, "event": "overflow", "scale": metrics["loss_scale"]},
+                f"step {self.position.step}: the gradient overflowed float16 with the loss times "
+                f"{metrics['loss_scale']:g}; going on with half of that",
+            )
+            return metrics
         self._log(log, metrics)
         return metrics
 
@@ -255,7 +263,7 @@ class _Run:
         self._log_warnings(log)
 
     def _start_stage(self, params: Params) -> None:
-        self._stage = make_stage(self._config, params, self.position.stage)
+        self._stage = make_stage(self._config, params, self.position.stage, self._model.dtype)
         self._state, self._frozen = self._strategy.init_state(self._stage, params)
         self._good = Snapshot(self.position, self._strategy.to_host(self._state))
         self._compile()
@@ -271,7 +279,7 @@ class _Run:
             )
         strategy = self._strategy
         params = self._store.restore_params(step, params, strategy.abstract)
-        self._stage = make_stage(self._config, params, self.position.stage)
+        self._stage = make_stage(self._config, params, self.position.stage, self._model.dtype)
         like, _ = jax.eval_shape(lambda p: init_state(self._stage, p), params)
         like = strategy.abstract(like)
         trainable, frozen = partition(params, self._stage.labels)

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from sparseffn_jax.nn.lora import init_lora, is_attention_kernel, merge_lora
 from sparseffn_jax.train import losses
 from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.loss_scale import dynamic_loss_scale, has_overflowed, scale_of
 from sparseffn_jax.train.recipes import (
     RECIPES,
     Labels,
@@ -58,8 +59,11 @@ class StepMemory:
     trainable: int
 
 
-def make_stage(config: TrainConfig, params: Params, index: int) -> Stage:
-    """Builds stage ``index`` of the config's recipe for ``params`` (or their shapes)."""
+def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp.float32) -> Stage:
+    """Builds stage ``index`` of the config's recipe for ``params`` (or their shapes).
+
+    ``dtype`` is that of the computation: in float16 the loss is scaled.
+    """
     ends = (0, *config.stage_ends)
     steps = ends[index + 1] - ends[index]
     warmup = steps // 10 if config.warmup_steps is None else config.warmup_steps
@@ -68,6 +72,8 @@ def make_stage(config: TrainConfig, params: Params, index: int) -> Stage:
     optimizer, labels = RECIPES[config.recipe][index](
         params, *rates, weight_decay=config.weight_decay, clip_norm=config.clip_norm
     )
+    if jnp.dtype(dtype) == jnp.float16:
+        optimizer = dynamic_loss_scale(optimizer, config.loss_scale, config.loss_scale_interval)
     return Stage(optimizer, labels, *rates, end=ends[index + 1])
 
 
@@ -136,7 +142,8 @@ def make_update(
     ``grad_norm`` (before clipping), ``update_norm``, ``learning_rate`` and ``ffn_learning_rate``,
     with a teacher ``cross_entropy``, and where more than the feed-forward layers trains, the
     norms of both parts: ``ffn_grad_norm``, ``rest_grad_norm``, ``ffn_update_norm`` and
-    ``rest_update_norm``.
+    ``rest_update_norm``. In float16 also ``loss_scale`` and ``overflow``: 1 if the gradient
+    overflowed, so that nothing was updated and the scale is going to be smaller.
 
     Args:
       model: a decoder.
@@ -181,7 +188,13 @@ def make_update(
         key = jax.random.fold_in(jax.random.key(config.seed), index)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        gradient = jax.grad(loss_and_metrics, has_aux=True)
+        scale = scale_of(state.optimizer)
+
+        def scaled_loss(*args):
+            loss, metrics = loss_and_metrics(*args)
+            return loss if scale is None else scale * loss, metrics
+
+        gradient = jax.grad(scaled_loss, has_aux=True)
 
         def microbatch_gradient(windows, number):
             key_here = jax.random.fold_in(key, number)
@@ -204,11 +217,17 @@ def make_update(
             )
             total, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(count)))
             grads, metrics = jax.tree.map(lambda x: x / count, total)
+        if scale is not None:
+            grads = jax.tree.map(lambda x: x / scale, grads)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         metrics["grad_norm"] = optax.tree.norm(grads)
         if splits:
             metrics |= _norms_by_part("grad_norm", grads)
+        if scale is not None:
+            overflow = has_overflowed(scale, metrics["grad_norm"])
+            metrics |= {"loss_scale": scale, "overflow": overflow.astype(jnp.float32)}
+        elif splits:
             grads = _contain_ffn(grads, metrics)
 
         deltas, optimizer = stage.optimizer.update(grads, state.optimizer, state.trainable)
@@ -248,7 +267,7 @@ def step_memory(model: nn.Module, config: TrainConfig, window: int, stage: int =
     ids = jax.ShapeDtypeStruct((1, window), jnp.int32)
     params = jax.eval_shape(lambda i: model.init(jax.random.key(0), i)["params"], ids)
     params = jax.eval_shape(lambda p: add_adapters(config, p), params)
-    this = make_stage(config, params, stage)
+    this = make_stage(config, params, stage, model.dtype)
     state, frozen = jax.eval_shape(lambda p: init_state(this, p), params)
     batch = jax.ShapeDtypeStruct((config.batch_size, window + 1), jnp.int32)
     step = make_step(model, this, config)
