@@ -24,8 +24,9 @@ from sparseffn_jax.convert.checkpoint import (
 )
 from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.measure import report
+from sparseffn_jax.measure.ffn_stack import ffn_stack, time_stacks
 from sparseffn_jax.measure.timing import PairedTimes, time_pair
-from sparseffn_jax.nn.decoder import Decoder, ffn_module, layers_of
+from sparseffn_jax.nn.decoder import Decoder
 from sparseffn_jax.nn.generation import generate
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import STDLIB, TokenWindows, check_window, load_windows
@@ -72,7 +73,7 @@ class DemoSettings:
     text: str = STDLIB
     out: Path = Path("runs/demo")
     flops: float = 0.4
-    steps: int = 200
+    steps: int = 300
     batch_size: int = 8
     window: int | None = None
     learning_rate: float = 1e-3
@@ -274,10 +275,8 @@ class _Job:
     def time_ffns(self, model: Decoder, params: Any, train: bool = False) -> PairedTimes:
         """Times the FFNs of all layers, one after the other, on activations of one batch."""
         x = jax.random.normal(jax.random.key(0), (_TIMED_TOKENS, self.config.d_model))
-        sides = [
-            _ffn_stack(m, p, train) for m, p in ((self.model, self.dense.params), (model, params))
-        ]
-        return time_pair(lambda: sides[0](x), lambda: sides[1](x))
+        sides = ((self.model, self.dense.params), (model, params))
+        return time_stacks(*(ffn_stack(*side, train=train) for side in sides), x)
 
     def time_models(self) -> None:
         self.say("Timing both, in turn, on identical inputs")
@@ -386,22 +385,6 @@ def _summary(rep: dict[str, Any]) -> Table:
             f"{times['speedup']:.2f}x",
         )
     return table
-
-
-def _ffn_stack(model: Decoder, params: Any, train: bool) -> Callable[[Any], Any]:
-    modules = [ffn_module(model, i) for i in range(model.spec.n_layer)]
-    layers = [layer["mlp"] for layer in layers_of(model, params)]
-
-    def forward(layers: Any, x: Any) -> Any:
-        for module, leaves in zip(modules, layers, strict=True):
-            x = module.apply({"params": leaves}, x)
-        return x
-
-    run = jax.jit(forward)
-    if train:
-        run = jax.jit(jax.grad(lambda layers, x: jnp.sum(forward(layers, x) ** 2), argnums=(0, 1)))
-    layers = jax.device_put(layers)
-    return lambda x: run(layers, x)
 
 
 def _forward(model: Decoder, params: Any) -> Callable[[Any], Any]:

@@ -107,8 +107,10 @@ def grid(d_model: int, d_ff: int) -> dict[str, SparseFFNConfig]:
         branch = SpectralConfig("dft", d_ff, block_size=b, frequency_mask=mask)
         return layer(spectral=branch, polynomial=PolynomialConfig(4) if polynomial else None)
 
-    def core(width: int, *masks: BlockMask) -> SparseFFNConfig:
-        return layer(micro=MicroRefinementConfig(CoreConfig(width, *masks)))
+    def core(
+        width: int, expand: BlockMask | None = None, contract: BlockMask | None = None
+    ) -> SparseFFNConfig:
+        return layer(micro=MicroRefinementConfig(CoreConfig(width, expand, contract)))
 
     units = np.arange(d_ff // _BLOCK) % 4 == 0
     rows = d_model // _BLOCK
@@ -257,9 +259,9 @@ def _pairs(configs, chosen, tokens, dtype, repeats) -> dict[str, Any]:
         "narrow-1/4 over unit-mask-1/4": ("narrow-1/4", "unit-mask-1/4"),
     }
     return {
-        name: _time(*(configs[side] for side in sides), "forward", tokens, dtype, repeats).summary()
-        for name, sides in wanted.items()
-        if set(sides) <= set(chosen)
+        name: _time(configs[one], configs[other], "forward", tokens, dtype, repeats).summary()
+        for name, (one, other) in wanted.items()
+        if {one, other} <= set(chosen)
     }
 
 

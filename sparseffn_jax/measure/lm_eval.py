@@ -126,7 +126,7 @@ class SparseFFNLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         answers = [""] * len(requests)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
-        settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
+        settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]  # pyright: ignore[reportGeneralTypeIssues]
         # Prompts of like settings and lengths run together.
         order = sorted(range(len(requests)), key=lambda i: (settings[i], len(prompts[i])))
         for setting, group in itertools.groupby(order, key=settings.__getitem__):

@@ -77,7 +77,13 @@ def plot_training(
         axes.plot(steps, losses, color=colour, label=name, linewidth=1.5)
         axes.plot([0], [start_losses[name]], "o", color=colour, markersize=5)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title="Fine-tuning on the same batches")
-    axes.legend(title="training loss; dot: validation at the start", frameon=False)
+    axes.legend(
+        title="training loss; dot: validation at the start",
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.15),
+        ncols=len(curves),
+        frameon=False,
+    )
     _save(figure, path)
 
 

@@ -81,7 +81,7 @@ class DecodeState(NamedTuple):
 def generate(
     model: Decoder,
     params: Any,
-    prompt: Int[Array, "b t"] | Sequence[Sequence[int]],
+    prompt: Int[Array | np.ndarray, "b t"] | Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
@@ -89,7 +89,7 @@ def generate(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
-    prompt_mask: Int[Array, "b t"] | None = None,
+    prompt_mask: Int[Array | np.ndarray, "b t"] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Int[Array, "b t_plus_n"]:
     """Continues prompts.
@@ -129,29 +129,30 @@ def generate(
 def start(
     model: Decoder,
     params: Any,
-    prompt: Int[Array, "b t"] | Sequence[Sequence[int]],
+    prompt: Int[Array | np.ndarray, "b t"] | Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
     *,
     eos_token_id: int | Sequence[int] | None = None,
-    prompt_mask: Int[Array, "b t"] | None = None,
+    prompt_mask: Int[Array | np.ndarray, "b t"] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> DecodeState:
     """Reads the prompts and chooses the first new token; see :func:`generate`."""
     vocab_size: int = model.config.vocab_size
-    if prompt_mask is None and not hasattr(prompt, "shape"):
-        prompt, prompt_mask = left_pad(prompt)
-    prompt = np.asarray(prompt, np.int32)
-    prompt_mask = np.ones_like(prompt) if prompt_mask is None else np.asarray(prompt_mask)
-    _check_prompt(prompt, prompt_mask, vocab_size)
+    if isinstance(prompt, np.ndarray | jax.Array):
+        ids = np.asarray(prompt, np.int32)
+        mask = np.ones_like(ids) if prompt_mask is None else np.asarray(prompt_mask)
+    else:
+        ids, mask = left_pad(prompt)
+    _check_prompt(ids, mask, vocab_size)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if sampling.temperature > 0.0 and key is None:
         raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
     key = jax.random.key(0) if key is None else key
-    padding = np.sum(prompt_mask == 0, axis=1, dtype=np.int32)
+    padding = np.sum(mask == 0, axis=1, dtype=np.int32)
     return _prefill(
-        _ByValue(model), max_new_tokens, params, prompt, padding, key,
+        _ByValue(model), max_new_tokens, params, ids, padding, key,
         _as_data(sampling, vocab_size), _as_ids(eos_token_id),
     )  # fmt: skip
 
@@ -328,7 +329,7 @@ def _append(model, params, state, tokens, settings, ends):
     )
 
 
-def _as_data(sampling: Sampling, vocab_size: int) -> dict[str, np.ndarray]:
+def _as_data(sampling: Sampling, vocab_size: int) -> dict[str, np.number]:
     if sampling.top_k is not None and sampling.top_k > vocab_size:
         raise ValueError(f"top_k={sampling.top_k} must lie between 1 and vocab_size={vocab_size}")
     return {

@@ -170,7 +170,7 @@ class SparseFFN(nn.Module):
             channel["coefficients"] = self._coefficients(self.config.polynomial, width)
         (x,) = promote_dtype(x, dtype=self.dtype)
         settings: dict[str, Any] = {"implementation": branch.implementation}
-        operator = spectral.klt_ffn
+        operator: Any = spectral.klt_ffn
         if branch.transform == "dft":
             operator = spectral.block_circulant_ffn
             settings |= {"block_size": branch.block_size, "frequencies": branch.frequencies}

@@ -114,10 +114,9 @@ def pick(
     """
     refused = refused or {}
     if implementation is None:
-        table = _table.get()
-        plan = None if table is None else table.plans.get((operator, problem))
-        if plan not in costs:
-            plan = min(costs, key=costs.__getitem__)
+        cheapest, table = min(costs, key=costs.__getitem__), _table.get()
+        plan = cheapest if table is None else table.plans.get((operator, problem), cheapest)
+        plan = plan if plan in costs else cheapest
     elif implementation in refused:
         raise ValueError(
             f"{operator} cannot run as {implementation!r} here: {refused[implementation]}; "

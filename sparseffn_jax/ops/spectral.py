@@ -316,7 +316,7 @@ class _Spectrum(NamedTuple):
             k, n, tokens = units.shape
             split = units.reshape(2 * k, n // 2, tokens)
             parts.append(jnp.einsum("bk,knt->bnt", self.units.astype(units.dtype), split))
-        if alone is not None:
+        if alone is not None and self.alone is not None:
             parts.append(jnp.einsum("b,nt->bnt", self.alone.astype(alone.dtype), alone))
         return sum(parts[1:], parts[0])
 
@@ -333,11 +333,14 @@ def _spectral_weights(weights: CirculantMap, block_size, frequencies, dtype):
     return units, at_real[0].T if len(at_real) else None
 
 
-def _multiply(weights, components):
-    return tuple(
-        None if x is None else jnp.matmul(w, x).astype(x.dtype)
+def _multiply(
+    weights: tuple[Array | None, Array | None], components: tuple[Array | None, Array | None]
+) -> tuple[Array | None, Array | None]:
+    units, alone = (
+        None if w is None or x is None else jnp.matmul(w, x).astype(x.dtype)
         for w, x in zip(weights, components, strict=True)
     )
+    return units, alone
 
 
 def _dft_ffn(expand, activate, channel, contract, block_size, frequencies, dtype):
@@ -416,9 +419,9 @@ def _fft(x, weights: CirculantMap, block_size, frequencies):
 
 def _klt_weights(tokens: int, factors: KLTMap, implementation: str | None) -> tuple[Array, ...]:
     axes, filter = factors
-    shapes = (*axes.shape, filter.shape[1])
-    costs = planning.klt_costs(tokens, *shapes)
-    problem = (tokens, *shapes, axes.dtype.name)
+    (d_in, rank), d_out = axes.shape, filter.shape[1]
+    costs = planning.klt_costs(tokens, d_in, rank, d_out)
+    problem = (tokens, d_in, rank, d_out, axes.dtype.name)
     if planning.pick("klt", implementation, costs, problem=problem) == "merged":
         return (matmul(axes, filter),)
     return axes, filter
@@ -440,7 +443,7 @@ def _check_circulant(channels, weights: CirculantMap, block_size, frequencies) -
         )
     _, p, q = weights.real.shape
     count = len(complex_frequencies(frequencies, block_size))
-    expected = CirculantMap((len(frequencies), p, q), (count, p, q))
+    expected = ((len(frequencies), p, q), (count, p, q))
     for name, array, shape in zip(CirculantMap._fields, weights, expected, strict=True):
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
@@ -451,14 +454,13 @@ def _check_circulant(channels, weights: CirculantMap, block_size, frequencies) -
 def _pick_circulant(tokens, maps: Sequence[CirculantMap], block_size, frequencies, implementation):
     products = circulant_products(frequencies, block_size)
     components = len(frequencies) + len(complex_frequencies(frequencies, block_size))
+    sides = [weights.real.shape[1:] for weights in maps]
     each = [
-        planning.block_circulant_costs(
-            tokens, *weights.real.shape[1:], block_size, components, products
-        )
-        for weights in maps
+        planning.block_circulant_costs(tokens, p, q, block_size, components, products)
+        for p, q in sides
     ]
     costs = {plan: sum(cost[plan] for cost in each) for plan in each[0]}
-    blocks = [side for weights in maps for side in weights.real.shape[1:]]
+    blocks = itertools.chain.from_iterable(sides)
     dtype = maps[0].real.dtype.name
     problem = (tokens, block_size, ",".join(map(str, frequencies)), *blocks, dtype)
     return planning.pick("block_circulant", implementation, costs, problem=problem)
