@@ -26,7 +26,7 @@ def family(model_type: Any) -> type[Decoder]:
     Raises:
       ValueError: if it is not known; the message lists the known ones.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model_type={model_type!r}: known model families are {', '.join(FAMILIES)}"
         )
