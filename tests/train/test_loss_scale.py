@@ -85,7 +85,8 @@ def test_scaling_saves_small_gradients_and_changes_nothing_else(half, windows, a
         moments, metrics = first_moments(model, params, batch, scaled)
         errors[scale] = np.linalg.norm(moments - expected) / np.linalg.norm(expected)
         assert (metrics["loss_scale"], metrics["overflow"]) == (scale, 0.0)
-    assert errors[2.0**15] < 0.01 < 3 * errors[2.0**15] < errors[2.0**-10]
+    assert errors[2.0**15] < 0.005
+    assert errors[2.0**-10] > 10 * errors[2.0**15]
 
 
 def run(half, windows, config, out_dir, stop=None, **options):
@@ -101,7 +102,7 @@ def run(half, windows, config, out_dir, stop=None, **options):
 
 @pytest.fixture(scope="module")
 def overflown(half, windows, tmp_path_factory):
-    config = dataclasses.replace(CONFIG, loss_scale=2.0**26, loss_scale_interval=3)
+    config = dataclasses.replace(CONFIG, loss_scale=2.0**20, loss_scale_interval=3)
     out_dir = tmp_path_factory.mktemp("float16")
     return config, *run(half, windows, config, out_dir), out_dir
 
@@ -110,7 +111,7 @@ def test_overflow_costs_steps_and_nothing_else(half, windows, overflown):
     config, result, steps, out_dir = overflown
     skipped = [step for step, metrics in steps.items() if metrics["overflow"]]
     assert 1 in skipped
-    assert len(skipped) < 8
+    assert len(skipped) < 7
     scales = [metrics["loss_scale"] for metrics in steps.values()]
     for i, (before, after) in enumerate(itertools.pairwise(scales), 1):
         assert after == before / 2 if i in skipped else after in (before, 2 * before)
