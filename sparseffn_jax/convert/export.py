@@ -113,6 +113,7 @@ def _why_not_dense(ffn: FFN, spec: DecoderSpec) -> str | None:
 def _dense_leaves(model: Decoder, ffn: SparseFFNConfig, leaves: Mapping[str, Any]) -> Any:
     layout, core = model.ffn_layout, ffn.micro and ffn.micro.core
     assert core is not None
+    core = core.without_dead_units()
     kept = np.ones(core.width, bool)
     if (mask := core.contract_mask) is not None:
         kept = np.repeat(np.isin(np.arange(mask.grid[0]), mask.live_rows), mask.block_shape[0])

@@ -8,6 +8,7 @@ from transformers import GPT2Config
 from sparseffn_jax.convert.checkpoint import load_tokenizer
 from sparseffn_jax.demo import EMBEDDED_MODEL
 from sparseffn_jax.nn import generation
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.nn.text_generation import generate_text, stream_text
 
 TEXT = "naïve 日本語 🎉 class Foo: pass\nreturn 1"
@@ -20,6 +21,10 @@ class Reciter(nn.Module):
     config: GPT2Config
     ffns: tuple = ()
     dtype: type = jnp.float32
+
+    @property
+    def spec(self):
+        return GPT2LMHeadModel.spec_of(self.config)
 
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, position_ids=None, init_cache=False):
