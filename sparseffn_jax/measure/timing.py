@@ -53,21 +53,21 @@ def time_pair(
 def time_in_turn(
     functions: Sequence[Callable[[], Any]], *, repeats: int = 15
 ) -> list[tuple[float, ...]]:
-    """Times functions in turn, after warming each up; returns each one's seconds, run by run.
+    """Times functions in turn; returns each one's seconds, run by run.
 
-    Taking turns lets a slow spell of a shared machine fall on all; which of them goes first
-    changes, since what comes later finds warmer caches.
+    Taking turns lets a slow spell of a shared machine fall on all. Each turn begins with a run that
+    is not timed: otherwise a program would pay for the state in which the one before it left caches
+    and allocator, and a light program for a heavy one's.
 
     Args:
       functions: each runs a program and returns its outputs, which are waited for.
       repeats: runs of each.
     """
-    for function in (*functions, *functions):
-        jax.block_until_ready(function())
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats):
         for turn in range(len(functions)):
             number = (turn + repeat) % len(functions)
+            jax.block_until_ready(functions[number]())
             started = time.perf_counter()
             jax.block_until_ready(functions[number]())
             times[number].append(time.perf_counter() - started)
