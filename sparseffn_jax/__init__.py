@@ -20,6 +20,7 @@ from sparseffn_jax.convert.checkpoint import (
 from sparseffn_jax.convert.export import export_dense
 from sparseffn_jax.convert.warm_start import sparsify
 from sparseffn_jax.demo import EMBEDDED_MODEL
+from sparseffn_jax.measure.autotune import autotune
 from sparseffn_jax.nn.decoder import init_cache
 from sparseffn_jax.nn.generation import Sampling, generate
 from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
@@ -29,6 +30,8 @@ from sparseffn_jax.nn.mistral import MistralForCausalLM
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
 from sparseffn_jax.nn.text_generation import generate_text, stream_text
 from sparseffn_jax.ops.block_sparse import BlockMask
+from sparseffn_jax.ops.planning import PlanTable
+from sparseffn_jax.ops.planning import use as use_plans
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows, load_windows
 from sparseffn_jax.train.guard import DivergenceError, GuardConfig
@@ -48,6 +51,7 @@ __all__ = [
     "LlamaForCausalLM",
     "MicroRefinementConfig",
     "MistralForCausalLM",
+    "PlanTable",
     "PolynomialConfig",
     "Pretrained",
     "Sampling",
@@ -58,6 +62,7 @@ __all__ = [
     "TokenWindows",
     "TrainConfig",
     "TrainResult",
+    "autotune",
     "evaluate_loss",
     "export_dense",
     "generate",
@@ -71,4 +76,5 @@ __all__ = [
     "sparsify",
     "stream_text",
     "train",
+    "use_plans",
 ]
