@@ -38,6 +38,8 @@ class SparseFFNLM(TemplateLM):
       max_length: of the inputs, in tokens; by default all that the model has positions for.
       dtype: of the computation.
       seed: of sampling, where a task asks for it.
+      device: given by the harness for PyTorch's sake; JAX runs where ``JAX_PLATFORMS`` says.
+      max_batch_size: of the harness's search for a batch size, which there is none of here.
 
     Raises:
       ValueError: if the model cannot be loaded or a setting does not fit it.
@@ -50,6 +52,8 @@ class SparseFFNLM(TemplateLM):
         max_length: int | None = None,
         dtype: str = "float32",
         seed: int = 0,
+        device: str | None = None,
+        max_batch_size: int | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:

@@ -82,6 +82,8 @@ def run_harness(folder, monkeypatch, model, batch_size):
         model="sparseffn",
         model_args={"pretrained": str(folder / model)},
         batch_size=batch_size,
+        # As its command line gives it, wherever JAX runs.
+        device="cuda",
         tasks=list(TASKS),
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
