@@ -1,0 +1,295 @@
+"""SparseFFN in PyTorch: short and plain, to port from and to check against.
+
+    python examples/sparse_ffn_pytorch.py --model runs/demo/model --prompt "def main():"
+
+Needs PyTorch, transformers and safetensors, and nothing of sparseffn_jax: it reads the folder that
+``sparseffn_jax.save_pretrained`` writes, which is Hugging Face's own format except for the
+parameters under ``mlp`` and the key ``sparse_ffn`` of config.json, and puts a :class:`SparseFFN`
+in the place of every ``mlp`` that is sparse. Every family works: GPT-2, GPT-J, LLaMA, Mistral.
+
+It says what is computed, not how fast: masked weights are multiplied as zeros.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import ACT2FN
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Loads a sparse model and prints what it writes after a prompt."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder with a tokenizer")
+    parser.add_argument("--prompt", default="def main():\n")
+    parser.add_argument("--tokens", type=int, default=60)
+    options = parser.parse_args(arguments)
+    model, tokenizer = load(options.model), AutoTokenizer.from_pretrained(options.model)
+    prompt = tokenizer(options.prompt, return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=options.tokens, do_sample=False)
+    print(tokenizer.decode(ids[0]))
+
+
+def load(folder: Path) -> Any:
+    """Returns the folder's model as a transformers model in eval mode, in the stored dtype.
+
+    Raises:
+      ValueError: if the stored tensors are not those that the config describes.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    tensors: dict[str, Tensor] = {}
+    for shard in folder.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    model = AutoModelForCausalLM.from_config(config)
+    base = model.base_model
+    blocks = base.layers if hasattr(base, "layers") else base.h
+    ffns = json.loads((folder / "config.json").read_text()).get("sparse_ffn", [])
+    for block, ffn in zip(blocks, ffns, strict=bool(ffns)):
+        if ffn is not None:
+            block.mlp = SparseFFN(ffn)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    if unexpected or set(missing) - set(tied):
+        raise ValueError(f"{folder} lacks {missing} and has {unexpected} besides")
+    model.tie_weights()
+    return model.to(next(iter(tensors.values())).dtype).eval()
+
+
+class SparseFFN(nn.Module):
+    """``y = contract(poly(expand(x) + bias)) + core(x) + bias``, then ``y = y + y B_k``.
+
+    Gated, hidden units are ``poly(gate) * up``, two maps of x each. Parameters are called as they
+    are stored.
+
+    Args:
+      config: ``SparseFFNConfig.to_dict()`` of one layer, an entry of ``sparse_ffn``.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        self.expansions = ("_gate", "_up") if config["gated"] else ("",)
+        self.phi = ACT2FN[config["activation"]]
+        self.polynomial_config = config["polynomial"]
+        biases = {"bias": config["d_model"]}
+        self.has_spectral = config["spectral"] is not None
+        if self.has_spectral:
+            biases |= self._add_spectral(config["d_model"], config["spectral"])
+        micro = config["micro"] or {"core": None, "steps": []}
+        self.has_core = micro["core"] is not None
+        if self.has_core:
+            biases |= self._add_core(config["d_model"], micro["core"])
+        self.steps = [f"step_{i}" for i in range(len(micro["steps"]))]
+        for name, mask in zip(self.steps, micro["steps"], strict=True):
+            step = BlockSparseLinear(config["d_model"], config["d_model"], Mask.read(mask))
+            self.add_module(name, step)
+        if config["bias"]:
+            for name, size in biases.items():
+                self.register_parameter(name, _empty(size))
+
+    def _add_spectral(self, d_model: int, branch: Mapping[str, Any]) -> dict[str, int]:
+        width, rank = branch["width"], branch["rank"]
+        for which in self.expansions:
+            self.add_module(f"expand{which}", _spectral_map(d_model, width, rank, branch))
+        rank = branch["contract_rank"] or rank
+        self.contract = _spectral_map(width, d_model, rank, branch)
+        if (polynomial := self.polynomial_config) is not None:
+            terms = len(_kept(polynomial["degree_mask"], polynomial["degree"] + 1))
+            self.polynomial = _empty(polynomial["groups"], terms)
+        return {f"expand_bias{which}": width for which in self.expansions}
+
+    def _add_core(self, d_model: int, core: Mapping[str, Any]) -> dict[str, int]:
+        width, expand_mask, contract_mask = _without_dead_units(
+            core["width"], Mask.read(core["expand_mask"]), Mask.read(core["contract_mask"])
+        )
+        for which in self.expansions:
+            linear = BlockSparseLinear(d_model, width, expand_mask)
+            self.add_module(f"core_expand{which}", linear)
+        self.core_contract = BlockSparseLinear(width, d_model, contract_mask)
+        return {f"core_bias{which}": width for which in self.expansions}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x) + getattr(self, "bias", 0.0)
+        if self.has_spectral:
+            phi = self.phi if self.polynomial_config is None else self._polynomial
+            y = y + self.contract(self._hidden(x, "expand", "expand_bias", phi))
+        if self.has_core:
+            y = y + self.core_contract(self._hidden(x, "core_expand", "core_bias", self.phi))
+        for name in self.steps:
+            y = y + getattr(self, name)(y)
+        return y
+
+    def _hidden(self, x: Tensor, maps: str, biases: str, phi: Callable[[Tensor], Tensor]) -> Tensor:
+        first, *up = (
+            getattr(self, maps + which)(x) + getattr(self, biases + which, 0.0)
+            for which in self.expansions
+        )
+        return phi(first) * up[0] if up else phi(first)
+
+    def _polynomial(self, u: Tensor) -> Tensor:
+        config = self.polynomial_config
+        degrees = _kept(config["degree_mask"], config["degree"] + 1)
+        return chebyshev(u, self.polynomial, degrees, config["radius"])
+
+
+def chebyshev(u: Tensor, coefficients: Tensor, degrees: Sequence[int], radius: float) -> Tensor:
+    """Returns ``sum_k c_k T_k(u / radius)``, outside ``[-radius, radius]`` its tangent lines.
+
+    Args:
+      u: ``(..., m)``; evaluated in float32, returned in its own dtype.
+      coefficients: ``(groups, len(degrees))``, a row for each group of ``m / groups`` channels.
+      degrees: the kept degrees, ascending.
+      radius: above 0.
+    """
+    coefficients = coefficients.float().repeat_interleave(u.shape[-1] // len(coefficients), dim=0)
+    dtype, u = u.dtype, u.float()
+    inside = u.clamp(-radius, radius)
+    t = inside / radius
+    terms = [torch.ones_like(t), t]
+    while len(terms) <= degrees[-1]:
+        terms.append(2 * t * terms[-1] - terms[-2])
+    y = torch.zeros_like(u)
+    for k, c in zip(degrees, coefficients.T, strict=True):
+        # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
+        slope = torch.where(u > 0, 1.0, (-1.0) ** (k + 1)) * k**2 / radius
+        y = y + c * (terms[k] + slope * (u - inside))
+    return y.to(dtype)
+
+
+class KLTMap(nn.Module):
+    """Projects on ``rank`` axes, and maps those to the outputs."""
+
+    def __init__(self, channels: int, features: int, rank: int):
+        super().__init__()
+        self.axes, self.filter = _empty(channels, rank), _empty(rank, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.axes @ self.filter
+
+
+class BlockCirculantMap(nn.Module):
+    """Multiplies the rFFT of every block of b channels by a filter at the kept frequencies.
+
+    In float32: PyTorch has no FFT of bfloat16.
+    """
+
+    def __init__(self, channels: int, features: int, block_size: int, frequencies: list[int]):
+        super().__init__()
+        self.block_size, self.frequencies = block_size, frequencies
+        # Where the filter has an imaginary part: DC and, for even b, Nyquist have none.
+        self.complex = [i for i, f in enumerate(frequencies) if 2 * f % block_size]
+        blocks = channels // block_size, features // block_size
+        self.real = _empty(len(frequencies), *blocks)
+        if self.complex:
+            self.imag = _empty(len(self.complex), *blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.block_size
+        real = self.real.float()
+        imag = torch.zeros_like(real)
+        if self.complex:
+            imag[self.complex] = self.imag.float()
+        spectrum = torch.fft.rfft(x.float().unflatten(-1, (-1, b)))[..., self.frequencies]
+        filtered = torch.einsum("...pf,fpq->...qf", spectrum, torch.complex(real, imag))
+        full = filtered.new_zeros(*filtered.shape[:-1], b // 2 + 1)
+        full[..., self.frequencies] = filtered
+        return torch.fft.irfft(full, n=b).flatten(-2).to(x.dtype)
+
+
+class Mask(NamedTuple):
+    """Which blocks of a weight matrix live: the sides of a block, and a grid of booleans."""
+
+    block_shape: tuple[int, int]
+    blocks: Tensor
+
+    @classmethod
+    def read(cls, mask: Mapping[str, Any] | None) -> "Mask | None":
+        """Reads config.json's form, in which a row of the grid is a string of 0 and 1."""
+        if mask is None:
+            return None
+        rows = [[digit == "1" for digit in row] for row in mask["blocks"]]
+        return cls(tuple(mask["block_shape"]), torch.tensor(rows))
+
+    def of_units(self, axis: int, kept: Tensor) -> "Mask":
+        """Returns the mask over those rows or columns that are kept, whole blocks of them."""
+        blocks = kept[:: self.block_shape[axis]].nonzero().flatten()
+        return self._replace(blocks=self.blocks.index_select(axis, blocks))
+
+    def stored(self) -> Tensor:
+        """Returns where in the flattened matrix every stored weight belongs, in stored shape.
+
+        If what lives is whole block rows and columns, one matrix without the others is stored;
+        otherwise the living blocks, ``(n, bi, bo)``, by output block and then by input block.
+        """
+        (bi, bo), (rows, columns) = self.block_shape, self.blocks.shape
+        places = torch.arange(rows * bi * columns * bo).view(rows, bi, columns, bo)
+        live_rows, live_columns = self.blocks.any(1), self.blocks.any(0)
+        if self.blocks.sum() == live_rows.sum() * live_columns.sum():
+            return places[live_rows][:, :, live_columns].flatten(2).flatten(0, 1)
+        return places.permute(2, 0, 1, 3)[self.blocks.T]
+
+
+class BlockSparseLinear(nn.Module):
+    """A linear map without bias whose kernel, ``(in, out)``, holds only the living blocks."""
+
+    places: Tensor
+
+    def __init__(self, channels: int, features: int, mask: Mask | None):
+        super().__init__()
+        self.shape = channels, features
+        mask = mask or Mask(self.shape, torch.ones(1, 1, dtype=torch.bool))
+        stored = mask.stored()
+        self.register_buffer("places", stored.flatten(), persistent=False)
+        self.kernel = _empty(*stored.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dense = self.kernel.new_zeros(math.prod(self.shape))
+        return x @ dense.scatter(0, self.places, self.kernel.flatten()).view(self.shape)
+
+
+def _without_dead_units(
+    width: int, expand: Mask | None, contract: Mask | None
+) -> tuple[int, Mask | None, Mask | None]:
+    """Drops the hidden units that no output reads: they are not stored.
+
+    In groups that both masks' blocks divide, until nothing changes: a mask that has become all
+    ones is none, and without it the other may allow a finer cut.
+    """
+    changed = True
+    while changed and contract is not None:
+        side = contract.block_shape[0]
+        group = math.lcm(side, 1 if expand is None else expand.block_shape[1])
+        kept = contract.blocks.any(1).repeat_interleave(side).view(-1, group).any(1)
+        kept = kept.repeat_interleave(group)
+        smaller = expand and expand.of_units(1, kept), contract.of_units(0, kept)
+        if any(mask is not None and not mask.blocks.any() for mask in smaller):
+            break
+        masks = [None if mask is None or mask.blocks.all() else mask for mask in smaller]
+        changed = not kept.all() or masks.count(None) > (expand, contract).count(None)
+        width, (expand, contract) = int(kept.sum()), masks
+    return width, expand, contract
+
+
+def _spectral_map(channels: int, features: int, rank: int, branch: Mapping[str, Any]) -> nn.Module:
+    if branch["transform"] == "klt":
+        return KLTMap(channels, features, rank)
+    b = branch["block_size"]
+    return BlockCirculantMap(channels, features, b, _kept(branch["frequency_mask"], b // 2 + 1))
+
+
+def _kept(mask: Sequence[bool] | None, count: int) -> list[int]:
+    return [i for i in range(count) if mask is None or mask[i]]
+
+
+def _empty(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+
+if __name__ == "__main__":
+    main()
