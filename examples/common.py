@@ -18,7 +18,7 @@ from sparseffn_jax.nn.decoder import Decoder, DecoderSpec
 END_OF_TEXT = "<|endoftext|>"
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 # Sizes of a stand-in, in the names that every family's config knows or maps to its own.
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": len(BYTES) + 1,
     "hidden_size": 64,
     "num_hidden_layers": 2,

@@ -5,6 +5,7 @@ python examples/llama.py --model TinyLlama/TinyLlama_v1.1 --text my_corpus/ --wi
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import common
 from transformers import LlamaConfig
@@ -23,10 +24,9 @@ def design(spec: DecoderSpec) -> list[sf.SparseFFNConfig | None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Loads, sparsifies, fine-tunes the sparse FFNs and generates."""
+    sizes: dict[str, Any] = common.TINY | {"num_hidden_layers": 4}
     # Four heads share two heads of keys and values.
-    config = LlamaConfig(
-        **common.TINY | {"num_hidden_layers": 4}, intermediate_size=176, num_key_value_heads=2
-    )
+    config = LlamaConfig(**sizes, intermediate_size=176, num_key_value_heads=2)
     common.run(common.parse(__doc__, arguments), sf.LlamaForCausalLM(config), design)
 
 

@@ -8,7 +8,7 @@ everything else sees only what lives.
 """
 
 import argparse
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -73,9 +73,11 @@ def train_linen(batch: Batch, steps: int, learning_rate: float = 1e-3) -> list[f
 
     @jax.jit
     def step(params, state):
-        value, gradient = jax.value_and_grad(
-            lambda params: loss(model.apply({"params": params}, batch.x), batch.labels)
-        )(params)
+        def objective(params):
+            logits: Any = model.apply({"params": params}, batch.x)
+            return loss(logits, batch.labels)
+
+        value, gradient = jax.value_and_grad(objective)(params)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
