@@ -275,8 +275,8 @@ class _Job:
     def time_ffns(self, model: Decoder, params: Any, train: bool = False) -> PairedTimes:
         """Times the FFNs of all layers, one after the other, on activations of one batch."""
         x = jax.random.normal(jax.random.key(0), (_TIMED_TOKENS, self.config.d_model))
-        sides = ((self.model, self.dense.params), (model, params))
-        return time_stacks(*(ffn_stack(*side, train=train) for side in sides), x)
+        dense = ffn_stack(self.model, self.dense.params, train=train)
+        return time_stacks(dense, ffn_stack(model, params, train=train), x)
 
     def time_models(self) -> None:
         self.say("Timing both, in turn, on identical inputs")
