@@ -382,19 +382,19 @@ class SparseFFNConfig:
         A linear map costs three times its forward pass: the activations' gradient and the
         weights' are one more product of the same size each. The transforms of a dft have no
         weights and cost twice. The spectral branch does not keep its hidden activations: the
-        backward pass computes them again, and of the contraction what comes before its filter.
-        The polynomial is then recomputed too, and differentiated by its input and by its
-        coefficients: four times.
+        backward pass computes them again; a klt from the components it kept, a dft from its
+        inputs, and of its contraction what comes before the filter. The polynomial is then
+        recomputed too and differentiated by its input, and every coefficient's gradient takes
+        its own term once more.
         """
         flops = self.flops_per_token()
         training = {part: 3 * count for part, count in flops.items()}
-        training["polynomial"] = 4 * flops["polynomial"]
         if (branch := self.spectral) is None:
             return training
+        if self.polynomial is not None:
+            training["polynomial"] += 3 * sum(self.polynomial.degrees) * branch.width
         if branch.transform == "klt":
-            again = len(self.expansions) * branch.rank * (self.d_model + branch.width)
-            again += (branch.contract_rank or branch.rank) * branch.width
-            training["spectral"] += 2 * again
+            training["spectral"] += 2 * len(self.expansions) * branch.rank * branch.width
             return training
         filters, transforms = self._block_circulant_multiply_adds(branch)
         maps = len(self.expansions)

@@ -14,6 +14,7 @@ from sparseffn_jax.config import CoreConfig, PolynomialConfig, SparseFFNConfig, 
 from sparseffn_jax.ops import spectral
 from sparseffn_jax.ops.activations import Activation, get_activation
 from sparseffn_jax.ops.block_sparse import BlockMask, block_sparse_matmul, matmul
+from sparseffn_jax.ops.elementwise import add_bias
 from sparseffn_jax.ops.polynomial import evaluate
 
 Dtype = Any
@@ -178,7 +179,7 @@ class SparseFFN(nn.Module):
 
     def _activate(self, us: Sequence[Array], channel: Mapping[str, Any]) -> Array:
         if "bias" in channel:
-            us = [u + bias for u, bias in zip(us, channel["bias"], strict=True)]
+            us = [add_bias(u, bias) for u, bias in zip(us, channel["bias"], strict=True)]
         polynomial = self.config.polynomial
         if polynomial is None:
             return self._hidden(get_activation(self.config.activation), us)

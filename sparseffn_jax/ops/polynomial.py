@@ -2,12 +2,15 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from sparseffn_jax.ops.elementwise import sum_to
 
 
 def chebyshev(
@@ -22,7 +25,7 @@ def chebyshev(
     The tangents keep the asymptotes of GELU and SiLU and bound the gradient; a bare polynomial
     explodes on the first outlier. Evaluated in float32 by Clenshaw's recurrence (Clenshaw 1955);
     terms that ``degrees`` leaves out are not in the program. The backward pass recomputes from
-    ``u`` and stores nothing else.
+    ``u`` as it came and stores nothing else.
 
     Args:
       u: pre-activations, the channels last.
@@ -46,9 +49,7 @@ def chebyshev(
     if not degrees or min(degrees) < 0 or any(a >= b for a, b in itertools.pairwise(degrees)):
         raise ValueError(f"degrees={degrees}: expected non-negative integers, ascending")
     grouped = u.reshape(*u.shape[:-1], groups, u.shape[-1] // groups)
-    # Recomputing from u as it came, not from its float32 copy.
-    stored = jax.checkpoint(functools.partial(evaluate, degrees=degrees, radius=radius))
-    return stored(grouped, coefficients.T[..., None]).reshape(u.shape)
+    return _evaluate(degrees, float(radius), grouped, coefficients.T[..., None]).reshape(u.shape)
 
 
 def evaluate(
@@ -58,7 +59,7 @@ def evaluate(
     degrees: Sequence[int],
     radius: float,
 ) -> Float[Array, "..."]:
-    """:func:`chebyshev` for channels in any order, and without a say in what is kept for backward.
+    """:func:`chebyshev` for channels in any order.
 
     Args:
       u: pre-activations.
@@ -66,29 +67,76 @@ def evaluate(
       degrees: as in :func:`chebyshev`.
       radius: likewise.
     """
-    dtype, u, c = u.dtype, u.astype(jnp.float32), coefficients.astype(jnp.float32)
-    coefficient = dict(zip(degrees, c, strict=True))
-    inside = jnp.clip(u, -radius, radius)
-    t = inside / radius
-    b1, b2 = None, None
-    for k in range(degrees[-1], 0, -1):
+    return _evaluate(tuple(degrees), float(radius), u, coefficients)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _evaluate(degrees, radius, u, coefficients):
+    value = u.astype(jnp.float32)
+    coefficient = dict(zip(degrees, coefficients.astype(jnp.float32), strict=True))
+    y = _clenshaw(jnp.clip(value / radius, -1.0, 1.0), coefficient)
+    # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
+    right = sum(k**2 * c for k, c in coefficient.items()) / radius
+    left = sum((-1) ** (k + 1) * k**2 * c for k, c in coefficient.items()) / radius
+    y = y + right * jnp.maximum(value - radius, 0.0) + left * jnp.minimum(value + radius, 0.0)
+    return y.astype(u.dtype)
+
+
+def _evaluate_forward(degrees, radius, u, coefficients):
+    return _evaluate(degrees, radius, u, coefficients), (u, coefficients)
+
+
+def _evaluate_backward(degrees, radius, stored, dy):
+    u, coefficients = stored
+    slopes: dict[int, Any] = {}
+    for k, c in zip(degrees, coefficients.astype(jnp.float32), strict=True):
+        # T_k' = 2 k (T_(k-1) + T_(k-3) + ...), T_0 at half weight.
+        for j in range(k - 1, -1, -2):
+            slopes[j] = slopes.get(j, 0.0) + c * (k if j == 0 else 2 * k) / radius
+    du = jnp.zeros_like(u)
+    if slopes:
+        # Tangents go on with the slope at the ends: that of the clipped argument.
+        t = jnp.clip(u.astype(jnp.float32) / radius, -1.0, 1.0)
+        du = (dy.astype(jnp.float32) * _clenshaw(t, slopes)).astype(u.dtype)
+    shape = coefficients.shape[1:]
+    dc = [
+        sum_to(shape, functools.partial(_weighted_term, k, radius), dy, u).astype(
+            coefficients.dtype
+        )
+        for k in degrees
+    ]
+    return du, jnp.stack(dc)
+
+
+_evaluate.defvjp(_evaluate_forward, _evaluate_backward)
+
+
+def _weighted_term(k: int, radius: float, dy: Array, u: Array) -> Array:
+    """Returns ``dy`` times the continued ``T_k(u / radius)``, in float32."""
+    dy, u = dy.astype(jnp.float32), u.astype(jnp.float32)
+    if k == 0:
+        return dy
+    term = _clenshaw(jnp.clip(u / radius, -1.0, 1.0), {k: 1.0})
+    outside = jnp.maximum(u - radius, 0.0) + (-1) ** (k + 1) * jnp.minimum(u + radius, 0.0)
+    return dy * (term + k**2 / radius * outside)
+
+
+def _clenshaw(t: Array, coefficient: Mapping[int, Any]) -> Array:
+    """Returns ``sum_k c_k T_k(t)`` (Clenshaw 1955); degrees that are left out cost no addition."""
+    b1, b2, twice = None, None, 2.0 * t
+    for k in range(max(coefficient), 0, -1):
         b = coefficient.get(k)
         if b1 is not None:
-            b = 2.0 * t * b1 if b is None else b + 2.0 * t * b1
+            b = twice * b1 if b is None else b + twice * b1
         if b2 is not None:
             b = b - b2
         b1, b2 = b, b1
-    y = 0.0 if b1 is None else t * b1
+    y = jnp.zeros_like(t) if b1 is None else t * b1
     if 0 in coefficient:
         y = y + coefficient[0]
     if b2 is not None:
         y = y - b2
-    # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
-    right = sum(k**2 * ck for k, ck in coefficient.items()) / radius
-    left = sum((-1) ** (k + 1) * k**2 * ck for k, ck in coefficient.items()) / radius
-    # u - inside, not relu: at the ends clip passes on half the gradient, and this the other half.
-    y = y + jnp.where(u > 0, right, left) * (u - inside)
-    return y.astype(dtype)
+    return y
 
 
 def basis(u: np.ndarray, degrees: Sequence[int], radius: float) -> np.ndarray:

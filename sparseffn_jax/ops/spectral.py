@@ -15,6 +15,7 @@ Shape letters: T tokens, b block size, p and q input and output blocks, f kept f
 those of them that are complex.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float
 
 from sparseffn_jax.ops import planning
 from sparseffn_jax.ops.block_sparse import matmul
-from sparseffn_jax.ops.tiling import over_tokens
+from sparseffn_jax.ops.tiling import kept, over_tokens
 
 # Of what the expansions give, one array each, and of the tree of channel arrays: the elementwise
 # function between two maps. Channel arrays broadcast against the hidden activations.
@@ -157,8 +158,7 @@ def block_circulant(
     else:
         spectrum = _Spectrum.of(block_size, frequencies)
         to_units = _spectral_weights(weights, block_size, frequencies, x.dtype)
-        components = spectrum.analyse(_channel_major(rows, block_size))
-        y = _token_major(spectrum.synthesise(_multiply(to_units, components)))
+        y = spectrum.leave(_multiply(to_units, spectrum.enter(rows)))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -283,7 +283,7 @@ class _Spectrum(NamedTuple):
 
     Attributes:
       units: orthonormal basis, ``(b, 2 k)``: in every unit's first component, then its second.
-      alone: ``(b,)``, or ``None``.
+      alone: ``(b, 1)``, or ``None``.
     """
 
     units: np.ndarray
@@ -295,49 +295,138 @@ class _Spectrum(NamedTuple):
         units = pair.reshape(block_size, -1)
         if single.shape[1] == 2:
             return cls(np.concatenate([single, units], axis=1), None)
-        return cls(units, single[:, 0] if single.shape[1] else None)
+        return cls(units, single if single.shape[1] else None)
 
     def analyse(self, x: Float[Array, "b n T"]) -> tuple[Array | None, Array | None]:
-        """Returns the units' components ``(k, 2 n, T)``, and the one that is alone ``(n, T)``."""
-        _, n, tokens = x.shape
-        units = alone = None
-        if self.units.size:
-            units = jnp.einsum("bk,bnt->knt", self.units.astype(x.dtype), x)
-            units = units.reshape(self.units.shape[1] // 2, 2 * n, tokens)
-        if self.alone is not None:
-            alone = jnp.einsum("b,bnt->nt", self.alone.astype(x.dtype), x)
-        return units, alone
+        """Returns the units' components ``(k, 2 n, T)``, and what is alone ``(1, n, T)``."""
+        return self._each(_transform, x)
+
+    def enter(self, x: Float[Array, "T nb"]) -> tuple[Array | None, Array | None]:
+        """:meth:`analyse` of token-major channels."""
+        return self._each(_enter, x)
 
     def synthesise(self, components: tuple[Array | None, Array | None]) -> Float[Array, "b n T"]:
         """The transpose of :meth:`analyse`."""
+        return self._back(_transform, components)
+
+    def leave(self, components: tuple[Array | None, Array | None]) -> Float[Array, "T nb"]:
+        """The transpose of :meth:`enter`."""
+        return self._back(_leave, components)
+
+    def _each(self, transform: Callable[..., Any], x: Array) -> tuple[Array | None, Array | None]:
+        units = alone = None
+        if self.units.size:
+            split = transform(self.units, x)
+            units = split.reshape(len(split) // 2, 2 * split.shape[1], split.shape[2])
+        if self.alone is not None:
+            alone = transform(self.alone, x)
+        return units, alone
+
+    def _back(self, transform: Callable[..., Any], components: Sequence[Array | None]) -> Array:
         units, alone = components
         parts = []
         if units is not None:
-            k, n, tokens = units.shape
-            split = units.reshape(2 * k, n // 2, tokens)
-            parts.append(jnp.einsum("bk,knt->bnt", self.units.astype(units.dtype), split))
+            split = units.reshape(2 * len(units), units.shape[1] // 2, units.shape[2])
+            parts.append(transform(self.units.T, split))
         if alone is not None and self.alone is not None:
-            parts.append(jnp.einsum("b,nt->bnt", self.alone.astype(alone.dtype), alone))
+            parts.append(transform(self.alone.T, alone))
         return sum(parts[1:], parts[0])
 
 
+# What follows has its backward pass written out, because autodiff's transposes the wide arrays
+# on their way into a GEMM. The basis is contracted along its first axis: XLA's CPU kernels read
+# the wide operand of such a product in place.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _transform(basis: np.ndarray, x: Float[Array, "b n T"]) -> Float[Array, "k n T"]:
+    """Applies ``basis`` (b, k) along the first axis."""
+    basis = np.ascontiguousarray(basis).astype(x.dtype)
+    b, n, tokens = x.shape
+    y = _contract_first(basis, x.reshape(b, n * tokens)).astype(x.dtype)
+    return y.reshape(len(y), n, tokens)
+
+
+_transform.defvjp(
+    lambda basis, x: (_transform(basis, x), None),
+    lambda basis, _, dy: (_transform(basis.T, dy),),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _enter(basis: np.ndarray, x: Float[Array, "T nb"]) -> Float[Array, "k n T"]:
+    """Applies ``basis`` (b, k) to every block of channels; the tokens come last."""
+    tokens, channels = x.shape
+    b = len(basis)
+    return _transform(basis, x.reshape(tokens, channels // b, b).transpose(2, 1, 0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _leave(basis: np.ndarray, x: Float[Array, "k n T"]) -> Float[Array, "T nb"]:
+    """Applies ``basis`` (k, b) along the first axis; the tokens come first."""
+    k, n, tokens = x.shape
+    # The product comes last: what a loop writes into its result can then be written as it is.
+    rows = x.transpose(2, 1, 0).reshape(tokens * n, k)
+    return matmul(rows, jnp.asarray(basis, x.dtype)).reshape(tokens, n * basis.shape[1])
+
+
+_enter.defvjp(
+    lambda basis, x: (_enter(basis, x), None), lambda basis, _, dy: (_leave(basis.T, dy),)
+)
+_leave.defvjp(
+    lambda basis, x: (_leave(basis, x), None), lambda basis, _, dy: (_enter(basis.T, dy),)
+)
+
+
+class _Matrices(NamedTuple):
+    """One matrix a frequency, in both orders: each direction then reads its rows as they lie."""
+
+    weights: Float[Array, "k i o"]
+    transposed: Float[Array, "k o i"]
+
+    @classmethod
+    def of(cls, weights: Float[Array, "k i o"]) -> "_Matrices":
+        return cls(weights, weights.mT)
+
+
+@jax.custom_vjp
+def _mix(
+    weights: Float[Array, "k i o"], transposed: Float[Array, "k o i"], x: Float[Array, "k i T"]
+) -> Float[Array, "k o T"]:
+    """Multiplies every frequency's components by its matrix."""
+    return jnp.matmul(transposed, x).astype(x.dtype)
+
+
+def _mix_backward(stored, dy):
+    weights, x = stored
+    dw = jnp.einsum("kit,kot->kio", x, dy).astype(weights.dtype)
+    return dw, None, jnp.matmul(weights, dy).astype(x.dtype)
+
+
+_mix.defvjp(
+    lambda weights, transposed, x: (_mix(weights, transposed, x), (weights, x)), _mix_backward
+)
+
+
 def _spectral_weights(weights: CirculantMap, block_size, frequencies, dtype):
-    """Returns the real matrices of the units, ``(k, 2q, 2p)``, and of what is alone, ``(q, p)``."""
-    at_complex, at_real = _by_kind(weights.real.astype(dtype), block_size, frequencies)
-    real, imag = at_complex.mT, weights.imag.astype(dtype).mT
-    units = jnp.block([[real, -imag], [imag, real]])
+    """Returns the real matrices of the units, 2q x 2p, and of what is alone, q x p."""
+    real, at_real = _by_kind(weights.real.astype(dtype), block_size, frequencies)
+    imag = weights.imag.astype(dtype)
+    # As filters are stored: this copies rows, and transposes nothing.
+    units = jnp.block([[real, imag], [-imag, real]])
     if len(at_real) == 2:
-        zero = jnp.zeros_like(at_real[0].T)
-        ends = jnp.block([[at_real[0].T, zero], [zero, at_real[1].T]])
-        return jnp.concatenate([ends[None], units]), None
-    return units, at_real[0].T if len(at_real) else None
+        zero = jnp.zeros_like(at_real[:1])
+        ends = jnp.block([[at_real[:1], zero], [zero, at_real[1:]]])
+        return _Matrices.of(jnp.concatenate([ends, units])), None
+    return _Matrices.of(units), _Matrices.of(at_real) if len(at_real) else None
 
 
 def _multiply(
-    weights: tuple[Array | None, Array | None], components: tuple[Array | None, Array | None]
+    weights: tuple[_Matrices | None, _Matrices | None],
+    components: tuple[Array | None, Array | None],
 ) -> tuple[Array | None, Array | None]:
     units, alone = (
-        None if w is None or x is None else jnp.matmul(w, x).astype(x.dtype)
+        None if w is None or x is None else _mix(*w, x)
         for w, x in zip(weights, components, strict=True)
     )
     return units, alone
@@ -352,24 +441,19 @@ def _dft_ffn(expand, activate, channel, contract, block_size, frequencies, dtype
 
     def rows(x):
         with jax.named_scope("spectral_expand"):
-            components = spectrum.analyse(_channel_major(x, block_size))
+            components = spectrum.enter(x)
             us = [spectrum.synthesise(_multiply(weights, components)) for weights in first]
         with jax.named_scope("polynomial"):
             hidden = activate(us, channel)
         with jax.named_scope("spectral_contract"):
-            components = _multiply(last, spectrum.analyse(hidden))
-            return _token_major(spectrum.synthesise(components))
+            return spectrum.leave(_multiply(last, spectrum.analyse(hidden)))
 
     return rows
 
 
-def _channel_major(x: Float[Array, "T nb"], block_size: int) -> Float[Array, "b n T"]:
-    return x.reshape(len(x), x.shape[1] // block_size, block_size).transpose(2, 1, 0)
-
-
-def _token_major(x: Float[Array, "b n T"]) -> Float[Array, "T nb"]:
-    b, n, tokens = x.shape
-    return x.transpose(2, 1, 0).reshape(tokens, n * b)
+def _contract_first(a: Array | np.ndarray, b: Array) -> Array:
+    """Returns ``a.T @ b``."""
+    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
 
 def _channels_first(leaf: Array, block_size: int) -> Array:
@@ -428,9 +512,33 @@ def _klt_weights(tokens: int, factors: KLTMap, implementation: str | None) -> tu
 
 
 def _multiply_in_turn(x, weights):
-    for weight in weights:
-        x = matmul(x, weight)
-    return x
+    if len(weights) == 1:
+        return matmul(x, *weights)
+    axes, filter = weights
+    # A few components a token: kept for the backward pass, they save it the GEMM behind them.
+    return _project(kept(_project(x, axes)), filter)
+
+
+@jax.custom_vjp
+def _project(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
+    """:func:`matmul` whose kernel's gradient is computed with its longer side last.
+
+    On CPU a product of few columns and many rows takes several times as long as its transpose.
+    """
+    return matmul(x, kernel)
+
+
+def _project_backward(stored, dy):
+    x, kernel = stored
+    rows, grads = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
+    if kernel.shape[0] <= kernel.shape[1]:
+        dk = _contract_first(rows, grads)
+    else:
+        dk = _contract_first(grads, rows).T
+    return matmul(dy, kernel.T), dk.astype(kernel.dtype)
+
+
+_project.defvjp(lambda x, kernel: (_project(x, kernel), (x, kernel)), _project_backward)
 
 
 def _check_circulant(channels, weights: CirculantMap, block_size, frequencies) -> None:

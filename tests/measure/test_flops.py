@@ -151,7 +151,8 @@ def test_the_config_counts_the_programs_products(name):
         (forward, config.flops_per_token()),
         (training, config.training_flops_per_token()),
     ):
-        assert count.dot == TOKENS * (parts["spectral"] + parts["micro"])
+        # Gradients of biases end in small products, which the config leaves out.
+        assert count.dot == pytest.approx(TOKENS * (parts["spectral"] + parts["micro"]), rel=0.02)
 
 
 @pytest.mark.parametrize("mask", [None, (True, True, False, False, True)])
@@ -166,10 +167,13 @@ def test_the_config_counts_the_products_of_a_dft(mask):
         assert count.dot == pytest.approx(TOKENS * parts["spectral"], rel=0.02)
 
 
-def test_training_costs_four_times_the_polynomial():
+def test_training_recomputes_and_differentiates_the_polynomial():
     config = klt(4, polynomial=PolynomialConfig(4))
-    assert config.flops_per_token()["polynomial"] == 3 * 4 * M
-    assert config.training_flops_per_token()["polynomial"] == 4 * 3 * 4 * M
+    forward_units = 3 * 4
+    # Forward, again, by the input, and every coefficient's term.
+    training_units = 3 * forward_units + 3 * (1 + 2 + 3 + 4)
+    assert config.flops_per_token()["polynomial"] == forward_units * M
+    assert config.training_flops_per_token()["polynomial"] == training_units * M
 
     def polynomial(u, coefficients):
         return chebyshev(u, coefficients, degrees=range(5), radius=2.0)
@@ -180,4 +184,6 @@ def test_training_costs_four_times_the_polynomial():
 
     u, coefficients = jnp.ones((TOKENS, M)), jnp.ones((1, 5))
     forward = count_flops(polynomial, u, coefficients).elementwise
-    assert 3 < count_flops(training, u, coefficients, u).elementwise / forward <= 4
+    ratio = count_flops(training, u, coefficients, u).elementwise / forward
+    # The forward pass also has tails, which add less to the others.
+    assert 0.75 < ratio / (training_units / forward_units) <= 1
