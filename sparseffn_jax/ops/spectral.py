@@ -466,24 +466,31 @@ def _channels_first(leaf: Array, block_size: int) -> Array:
 
 def _split(x, weights: CirculantMap, block_size, frequencies):
     real, imag = (part.astype(x.dtype) for part in weights)
-    at_complex, at_real = _by_kind(real, block_size, frequencies)
-    pair, single = (part.astype(x.dtype) for part in dft_basis(block_size, frequencies))
-    _, p, q = real.shape
-    tokens, count = len(x), len(imag)
-    blocks = x.reshape(tokens, p, block_size)
-    y = jnp.zeros((), x.dtype)
-    if count:
-        spectrum = jnp.einsum("tpb,bcj->cjtp", blocks, pair).reshape(count, 2 * tokens, p)
-        # Every weight is read once, and none is copied.
-        by_real, by_imag = (
-            matmul(spectrum, part).reshape(count, 2, tokens, q) for part in (at_complex, imag)
-        )
-        out = jnp.stack([by_real[:, 0] - by_imag[:, 1], by_real[:, 1] + by_imag[:, 0]], axis=1)
-        y += jnp.einsum("cjtq,bcj->tqb", out, pair)
-    if len(at_real):
-        spectrum = jnp.einsum("tpb,bf->ftp", blocks, single)
-        y += jnp.einsum("ftq,bf->tqb", matmul(spectrum, at_real), single)
+    basis = _split_basis(block_size, frequencies).astype(x.dtype)
+    count, p, q = real.shape
+    tokens = len(x)
+    # Filters are multiplied as they are stored, none of it copied: the few tokens are padded.
+    spectrum = jnp.einsum("tpb,bfj->fjtp", x.reshape(tokens, p, block_size), basis)
+    spectrum = spectrum.reshape(count, 2 * tokens, p)
+    out = matmul(spectrum, real).reshape(count, 2, tokens, q)
+    if len(imag):
+        first = int(frequencies[0] == 0)
+        last = first + len(imag)
+        turned = matmul(spectrum[first:last], imag).reshape(len(imag), 2, tokens, q)
+        turned = jnp.stack([-turned[:, 1], turned[:, 0]], axis=1)
+        out += jnp.pad(turned, ((first, count - last), (0, 0), (0, 0), (0, 0)))
+    y = jnp.einsum("fjtq,bfj->tqb", out, basis)
     return y.reshape(tokens, q * block_size)
+
+
+def _split_basis(block_size: int, frequencies: Sequence[int]) -> np.ndarray:
+    """Returns :func:`dft_basis` in the order of frequencies, ``(b, f, 2)``; zero where not complex."""
+    pair, single = dft_basis(block_size, frequencies)
+    basis = np.zeros((block_size, len(frequencies), 2))
+    is_complex = np.isin(frequencies, complex_frequencies(frequencies, block_size))
+    basis[:, is_complex] = pair
+    basis[:, ~is_complex, 0] = single
+    return basis
 
 
 def _fft(x, weights: CirculantMap, block_size, frequencies):
