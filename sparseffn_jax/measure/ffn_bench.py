@@ -42,6 +42,9 @@ _BLOCK = 64
 # read it.
 _DECODED = 32
 _ACTIVATION = "gelu_new"
+# Times of the whole grid that are put together: a shared machine has slow minutes, and none of them
+# is then one configuration's alone.
+_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,8 @@ class FFNBenchSettings:
       tokens: Rows of activations, for the forward pass and for training.
       only: Names of configurations; all without it.
       dtype: Of weights and computation.
-      repeats: Runs of each program, taken in turn with the dense one's; medians count.
+      repeats: Runs of each program, taken in turn with the dense one's and in three rounds over
+        the grid; medians count.
       plans: Also measure every plan, to see what the cost model's choice loses.
       external: Also time other libraries' products.
       out: Folder for ffn.json and the pictures.
@@ -96,8 +100,9 @@ def grid(d_model: int, d_ff: int) -> dict[str, SparseFFNConfig]:
     def layer(**parts: Any) -> SparseFFNConfig:
         return SparseFFNConfig(d_model, d_ff, _ACTIVATION, **parts)
 
-    def klt(rank: int) -> SparseFFNConfig:
-        return layer(spectral=SpectralConfig("klt", d_ff, rank))
+    def klt(rank: int, polynomial: bool = False) -> SparseFFNConfig:
+        branch = SpectralConfig("klt", d_ff, rank)
+        return layer(spectral=branch, polynomial=PolynomialConfig(4) if polynomial else None)
 
     def circulant(b: int, kept: float = 1.0, polynomial: bool = False) -> SparseFFNConfig:
         mask = None
@@ -122,9 +127,10 @@ def grid(d_model: int, d_ff: int) -> dict[str, SparseFFNConfig]:
     ranks = (d_model // 12, d_model // 6, d_model // 3)
     return {
         **{f"klt-{rank}": klt(rank) for rank in ranks},
+        **{f"klt-{rank}-polynomial": klt(rank, polynomial=True) for rank in ranks},
         **{f"dft-{b}": circulant(b) for b in (8, 16, 32)},
         "dft-16-half": circulant(16, kept=0.5),
-        "dft-16-polynomial": circulant(16, polynomial=True),
+        **{f"dft-{b}-polynomial": circulant(b, polynomial=True) for b in (8, 16)},
         "narrow-1/4": core(d_ff // 4),
         "unit-mask-1/4": core(d_ff, *whole),
         "free-mask-1/4": core(d_ff, *free),
@@ -165,10 +171,17 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
     dtype = _DTYPES[settings.dtype]
     peak = measure_peak(dtype)
     tokens = settings.tokens
+    programs = {
+        (name, mode): _program(configs[name], mode, 1 if mode == "decoding" else tokens, dtype)
+        for name in track(("dense", *chosen), "compiling", console=console, transient=True)
+        for mode in _MODES
+    }
+    times = _time_grid(programs, chosen, settings.repeats, console)
     rows, parts = [], {}
-    for name in track(chosen, "measuring", console=console, transient=True):
-        rows += _measure(name, configs[name], dense, settings)
-        compiled, arguments = _program(configs[name], "forward", tokens, dtype)
+    for name in track(chosen, "analysing", console=console, transient=True):
+        for mode in _MODES:
+            rows.append(_row(name, mode, configs[name], dense, times[name, mode], settings))
+        compiled, arguments = programs[name, "forward"]
         parts[name] = time_by_part(compiled, *arguments, repeats=3).seconds
     result: dict[str, Any] = {
         "settings": dataclasses.asdict(settings) | {"out": str(settings.out)},
@@ -179,7 +192,7 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
         "roofline": {
             name: _roofline(configs[name], tokens, peak, dtype) for name in ("dense", *chosen)
         },
-        "pairs": _pairs(configs, chosen, tokens, dtype, settings.repeats),
+        "pairs": _pairs(programs, chosen, settings.repeats),
         "products": _products(settings) if settings.external else {},
         "counted_flops": {name: _counted(configs[name], tokens, dtype) for name in chosen},
     }
@@ -224,43 +237,55 @@ def ffn_tables(result: Mapping[str, Any]) -> list[Table]:
     return [grid_table, others]
 
 
-def _measure(name, config, dense, settings: FFNBenchSettings) -> list[dict[str, Any]]:
-    dtype, rows = _DTYPES[settings.dtype], []
-    modes: tuple[Mode, ...] = ("forward", "training", "decoding")
-    for mode in modes:
-        tokens = 1 if mode == "decoding" else settings.tokens
-        times = _time(dense, config, mode, tokens, dtype, settings.repeats)
-        promised = 1.0 / config.flops_ratio
-        row = {
-            "configuration": name,
-            "mode": mode,
-            "tokens": tokens,
-            "promised": promised,
-            "realised": times.speedup / promised,
-            **times.summary(),
-            "plan_loss": {},
-        }
-        if mode == "training":
-            row["memory_ratio"] = _training_bytes(config, tokens, dtype) / _training_bytes(
-                dense, tokens, dtype
-            )
-        if settings.plans:
-            measured = time_plans(
-                config, tokens, dtype, train=mode == "training", repeats=settings.repeats
-            )
-            row["plan_loss"] = {each.choice.operator: each.loss for each in measured}
-            row["plans"] = {each.choice.operator: each.seconds for each in measured}
-        rows.append(row)
-    return rows
+def _time_grid(programs, chosen, repeats, console) -> dict[tuple[str, Mode], PairedTimes]:
+    """Times every configuration in turn with the dense FFN, the whole grid in every round."""
+    each = -(-repeats // _ROUNDS)
+    rounds: list[tuple[str, Mode]] = [
+        (name, mode) for _ in range(_ROUNDS) for name in chosen for mode in _MODES
+    ]
+    times: dict[tuple[str, Mode], PairedTimes] = {}
+    for name, mode in track(rounds, "measuring", console=console, transient=True):
+        measured = _time(programs["dense", mode], programs[name, mode], mode, each)
+        before = times.get((name, mode))
+        times[name, mode] = measured if before is None else before + measured
+    return times
 
 
-def _pairs(configs, chosen, tokens, dtype, repeats) -> dict[str, Any]:
+def _row(name, mode: Mode, config, dense, times: PairedTimes, settings) -> dict[str, Any]:
+    dtype = _DTYPES[settings.dtype]
+    tokens = 1 if mode == "decoding" else settings.tokens
+    promised = 1.0 / config.flops_ratio
+    row = {
+        "configuration": name,
+        "mode": mode,
+        "tokens": tokens,
+        "promised": promised,
+        "realised": times.speedup / promised,
+        **times.summary(),
+        "plan_loss": {},
+    }
+    if mode == "training":
+        row["memory_ratio"] = _training_bytes(config, tokens, dtype) / _training_bytes(
+            dense, tokens, dtype
+        )
+    if settings.plans:
+        measured = time_plans(
+            config, tokens, dtype, train=mode == "training", repeats=settings.repeats
+        )
+        row["plan_loss"] = {each.choice.operator: each.loss for each in measured}
+        row["plans"] = {each.choice.operator: each.seconds for each in measured}
+    return row
+
+
+def _pairs(programs, chosen, repeats) -> dict[str, Any]:
     wanted = {
         "dft-16 over dft-16-half": ("dft-16", "dft-16-half"),
         "narrow-1/4 over unit-mask-1/4": ("narrow-1/4", "unit-mask-1/4"),
     }
     return {
-        name: _time(configs[one], configs[other], "forward", tokens, dtype, repeats).summary()
+        name: _time(
+            programs[one, "forward"], programs[other, "forward"], "forward", repeats
+        ).summary()
         for name, (one, other) in wanted.items()
         if {one, other} <= set(chosen)
     }
@@ -288,13 +313,14 @@ def _products(settings: FFNBenchSettings) -> dict[str, Any]:
     return results
 
 
-def _time(baseline, candidate, mode: Mode, tokens, dtype, repeats) -> PairedTimes:
-    runs = []
-    for config in (baseline, candidate):
-        compiled, arguments = _program(config, mode, tokens, dtype)
-        runs.append(lambda compiled=compiled, arguments=arguments: compiled(*arguments))
+def _time(baseline, candidate, mode: Mode, repeats) -> PairedTimes:
+    (dense, dense_arguments), (ours, our_arguments) = baseline, candidate
     # Short programs need more runs before their median says something.
-    return time_pair(*runs, repeats=repeats * (5 if mode == "decoding" else 1))
+    return time_pair(
+        lambda: dense(*dense_arguments),
+        lambda: ours(*our_arguments),
+        repeats=repeats * (5 if mode == "decoding" else 1),
+    )
 
 
 def _program(config: SparseFFNConfig, mode: Mode, tokens: int, dtype) -> tuple[Any, Any]:

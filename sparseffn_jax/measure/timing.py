@@ -26,6 +26,10 @@ class PairedTimes:
         """Median over the pairs of baseline time over candidate time."""
         return float(np.median(np.divide(self.baseline, self.candidate)))
 
+    def __add__(self, other: "PairedTimes") -> "PairedTimes":
+        """Returns the pairs of both measurements."""
+        return PairedTimes(self.baseline + other.baseline, self.candidate + other.candidate)
+
     def summary(self) -> dict[str, float | list[float]]:
         """Returns medians, the speed-up and its quartiles over the pairs, ready for JSON."""
         ratios = np.divide(self.baseline, self.candidate)

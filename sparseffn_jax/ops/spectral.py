@@ -484,7 +484,7 @@ def _split(x, weights: CirculantMap, block_size, frequencies):
 
 
 def _split_basis(block_size: int, frequencies: Sequence[int]) -> np.ndarray:
-    """Returns :func:`dft_basis` in the order of frequencies, ``(b, f, 2)``; zero where not complex."""
+    """Returns :func:`dft_basis` by frequency, ``(b, f, 2)``; DC and Nyquist have zeros."""
     pair, single = dft_basis(block_size, frequencies)
     basis = np.zeros((block_size, len(frequencies), 2))
     is_complex = np.isin(frequencies, complex_frequencies(frequencies, block_size))

