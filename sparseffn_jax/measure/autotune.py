@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.measure.timing import time_in_turn
+from sparseffn_jax.measure.timing import chained, time_in_turn
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
 from sparseffn_jax.ops import planning
 from sparseffn_jax.ops.planning import Choice, PlanTable
 
 # A plan that is estimated to cost this many times the cheapest is not worth a compilation.
 _HOPELESS = 12.0
+# A forward pass on at most so many tokens is timed as a chain of so many.
+_FEW, _CHAIN = 64, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,14 @@ def time_plans(
         if len(candidates) < 2 or _is_forced(config, picked):
             continue
         runs = [_compiled(layer, params, x, picked, plan, train) for plan in candidates]
-        medians = [float(np.median(times)) for times in time_in_turn(runs, repeats=repeats)]
+        calls = _CHAIN if _is_chained(tokens, train) else 1
+        medians = [float(np.median(times)) / calls for times in time_in_turn(runs, repeats=repeats)]
         results.append(PlanTimes(picked, dict(zip(candidates, medians, strict=True))))
     return results
+
+
+def _is_chained(tokens: int, train: bool) -> bool:
+    return not train and tokens <= _FEW
 
 
 def _is_forced(config: SparseFFNConfig, choice: Choice) -> bool:
@@ -111,7 +118,10 @@ def _compiled(layer, params, x, choice: Choice, plan: str, train: bool) -> Calla
         y, vjp = jax.vjp(forward, params, x)
         return vjp(y)
 
+    run = training if train else forward
+    if _is_chained(len(x), train):
+        run = chained(forward, _CHAIN)
     table = PlanTable(jax.devices()[0].device_kind, {(choice.operator, choice.problem): plan})
     with planning.use(table):
-        program = jax.jit(training if train else forward).lower(params, x).compile()
+        program = jax.jit(run).lower(params, x).compile()
     return lambda: program(params, x)

@@ -30,7 +30,7 @@ from sparseffn_jax.measure.external import EXTERNAL
 from sparseffn_jax.measure.flops import count_flops
 from sparseffn_jax.measure.memory import program_memory
 from sparseffn_jax.measure.roofline import measure_peak, roofline
-from sparseffn_jax.measure.timing import PairedTimes, time_pair
+from sparseffn_jax.measure.timing import PairedTimes, chained, time_pair
 from sparseffn_jax.measure.trace import time_by_part
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
 from sparseffn_jax.ops.block_sparse import BlockMask, block_sparse_matmul
@@ -38,8 +38,7 @@ from sparseffn_jax.ops.block_sparse import BlockMask, block_sparse_matmul
 Mode = Literal["forward", "training", "decoding"]
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _BLOCK = 64
-# Tokens decoded one after the other in one program: a single one is over before the clock has
-# read it.
+# Tokens decoded one after the other in one program.
 _DECODED = 32
 _ACTIVATION = "gelu_new"
 # Times of the whole grid that are put together: a shared machine has slow minutes, and none of them
@@ -343,11 +342,7 @@ def _training(layer: SparseFFN) -> Callable[..., Any]:
 
 
 def _decoding(layer: SparseFFN) -> Callable[..., Any]:
-    def decode(params: Any, x: Any) -> Any:
-        # Each token waits for the one before, as in generation.
-        return jax.lax.fori_loop(0, _DECODED, lambda _, x: x + layer.apply(params, x), x)
-
-    return decode
+    return chained(layer.apply, _DECODED)
 
 
 _MODES: Mapping[Mode, Callable[[SparseFFN], Callable[..., Any]]] = {

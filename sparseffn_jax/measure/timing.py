@@ -41,6 +41,19 @@ class PairedTimes:
         }
 
 
+def chained(function: Callable[[Any, Any], Any], times: int) -> Callable[[Any, Any], Any]:
+    """Returns ``x -> x + function(params, x)``, applied ``times`` times in one program.
+
+    One call on few tokens is over before the clock has read it; here each waits for the one before,
+    as in generation.
+    """
+
+    def run(params: Any, x: Any) -> Any:
+        return jax.lax.fori_loop(0, times, lambda _, x: x + function(params, x), x)
+
+    return run
+
+
 def time_pair(
     baseline: Callable[[], Any], candidate: Callable[[], Any], *, repeats: int = 15
 ) -> PairedTimes:
