@@ -30,7 +30,9 @@ def _add_bias_forward(u, bias):
 
 
 def _add_bias_backward(bias, dy):
-    return dy, sum_to(bias.shape, lambda dy: dy, dy).astype(bias.dtype)
+    # In float32, as XLA adds up half precision.
+    db = sum_to(bias.shape, lambda dy: dy.astype(jnp.float32), dy)
+    return dy, db.astype(bias.dtype)
 
 
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)

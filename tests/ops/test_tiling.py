@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from numerics import assert_close, dot_generals, draw, value_and_vjp
+
+from sparseffn_jax.ops import planning, spectral
+from sparseffn_jax.ops.tiling import kept, over_tokens
+
+
+# Tiles that divide the tokens, smaller ones that do, none that does, and one tile for all.
+@pytest.mark.parametrize("tokens", [96, 128, 80, 50, 113, 32, 7])
+def test_tiles_change_nothing(tokens):
+    (x, w, cotangent), (x64, w64, cotangent64) = draw(0, (tokens, 6), (6, 4), (tokens, 4))
+    y, (dx, dw) = value_and_vjp(
+        lambda x, w: over_tokens(lambda rows: jnp.sin(rows @ w), x, 48), (x, w), cotangent
+    )
+    inner = jnp.cos(x64 @ w64) * cotangent64
+    assert_close(y, jnp.sin(x64 @ w64))
+    assert_close(dx, inner @ w64.T)
+    assert_close(dw, x64.T @ inner)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape"), [(96, (2, 48, 6)), (160, (5, 32, 6)), (50, (2, 32, 6))]
+)
+def test_tiles_divide_the_tokens_where_some_do(tokens, shape):
+    jaxpr = jax.make_jaxpr(lambda x: over_tokens(jnp.sin, x, 48))(jnp.ones((tokens, 6)))
+    (scan,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
+    assert scan.invars[0].aval.shape == shape
+
+
+def test_what_is_kept_is_not_computed_again():
+    x, w = jnp.ones((8, 4)), jnp.ones((4, 4))
+
+    def products(keep):
+        function = lambda rows: jnp.sin(keep(rows @ w))  # noqa: E731
+        return len(dot_generals(jax.grad(lambda x: over_tokens(function, x, None).sum()), x))
+
+    assert (products(lambda z: z), products(kept)) == (3, 2)
+
+
+@pytest.mark.parametrize("operator", ["klt", "dft"])
+def test_spectral_branches_are_the_same_in_tiles(operator, monkeypatch):
+    shapes = {
+        "klt": [(8, 3), (3, 16), (16, 3), (3, 8)],
+        "dft": [(3, 2, 4), (1, 2, 4), (3, 4, 2), (1, 4, 2)],
+    }[operator]
+    (x, cotangent, bias, *factors), _ = draw(0, (100, 8), (100, 8), (16,), *shapes)
+
+    def layer(x, bias, *factors):
+        maps, settings = (spectral.KLTMap, {"implementation": "two_gemms"})
+        function = spectral.klt_ffn
+        if operator == "dft":
+            maps, function = spectral.CirculantMap, spectral.block_circulant_ffn
+            settings = {"block_size": 4, "frequencies": (0, 1, 2), "implementation": "dft"}
+        first, last = maps(*factors[:2]), maps(*factors[2:])
+        return function(x, [first], lambda us, b: jnp.tanh(us[0] + b), bias, last, **settings)
+
+    whole = value_and_vjp(layer, (x, bias, *factors), cotangent)
+    # A hidden activation of 64 bytes a token.
+    monkeypatch.setitem(planning._TILE_BYTES, operator, 32 * 64)
+    tiled = value_and_vjp(layer, (x, bias, *factors), cotangent)
+    for one, other in zip(jax.tree.leaves(tiled), jax.tree.leaves(whole), strict=True):
+        assert_close(one, other)
