@@ -108,6 +108,27 @@ def test_evaluate_is_the_mean_over_the_whole_file(folder, tmp_path):
     assert result["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
 
 
+def test_strides_give_every_token_more_context(folder, tmp_path):
+    out = tmp_path / "loss.json"
+    stride = WINDOW // 2
+    run("evaluate", "--model", folder / "dense", "--text", folder / "short.txt",
+        "--stride", stride, "--json", out)  # fmt: skip
+    loaded = sf.load_pretrained(folder / "dense")
+    ids = np.array(sf.load_tokenizer(folder / "dense").encode((folder / "short.txt").read_text()))
+    losses, scored = [], 1
+    for start in range(0, len(ids), stride):
+        window = ids[start : start + WINDOW]
+        logits = loaded.model().apply({"params": loaded.params}, window[None])[0]
+        log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        # What the windows before have scored counts once.
+        for i in range(max(scored, start + 1), start + len(window)):
+            losses.append(-log_p[i - start - 1, ids[i]])
+        scored = max(scored, start + len(window))
+    result = json.loads(out.read_text())
+    assert result["tokens"] == len(losses) == len(ids) - 1
+    assert result["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
 def test_finetune_trains_resumes_and_leaves_a_model(folder, sparse, tmp_path, capfd):
     out = tmp_path / "run"
     argv = f"finetune --model {sparse} --text {folder / 'corpus.txt'} --out {out} --steps 4".split()
@@ -132,6 +153,31 @@ def test_finetune_trains_resumes_and_leaves_a_model(folder, sparse, tmp_path, ca
 def test_generate_continues_the_prompt(sparse, capfd):
     run("generate", "--model", sparse, "--prompt", "def f1(x):", "--max-new-tokens", 5)
     assert capfd.readouterr().out.startswith("def f1(x):")
+
+
+def test_sampling_options_reach_the_sampler(sparse, capfd):
+    def text(*options):
+        run("generate", "--model", sparse, "--prompt", "def f1(x):", "--max-new-tokens", 8,
+            *options)  # fmt: skip
+        return capfd.readouterr().out
+
+    # So small a nucleus holds the likeliest token alone.
+    likeliest = text("--temperature", 0)
+    assert text("--temperature", 1, "--top-p", 1e-6) == likeliest
+    written = likeliest.removeprefix("def f1(x):").rstrip("\n")
+    stopped = text("--temperature", 0, "--stop", written[2:4])
+    assert stopped.rstrip("\n") == "def f1(x):" + written[: written.index(written[2:4])]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_finetune_computes_in_half_precision(folder, sparse, tmp_path, dtype):
+    run("finetune", "--model", sparse, "--text", folder / "corpus.txt", "--out", tmp_path,
+        "--steps", 2, "--batch-size", 2, "--dtype", dtype)  # fmt: skip
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(step["loss"]) for step in steps)
+    assert ("loss_scale" in steps[-1]) == (dtype == "float16")
+    weights = jax.tree.leaves(sf.load_pretrained(tmp_path / "model").params)
+    assert {leaf.dtype.name for leaf in weights} == {"float32"}
 
 
 def test_inspect_shows_parts_and_plans_and_gives_configs(folder, sparse, tmp_path, capfd):
