@@ -210,10 +210,11 @@ def ffn_tables(result: Mapping[str, Any]) -> list[Table]:
     """Returns the tables that show a person what :func:`run_ffn_bench` measured."""
     rows = result["rows"]
     grid_table = Table(
-        title="FFN speed-up over dense, and the share of the promise that it realises"
+        title="FFN speed-up over dense, and the share of the promise that it realises",
+        **report.NARROW_TABLE,
     )
     grid_table.add_column("configuration", no_wrap=True)
-    for name in ("promised", "forward", "training", "decoding", "memory", "plan lost"):
+    for name in ("promised", "forward", "training", "decoding", "memory", "lost"):
         grid_table.add_column(name, justify="right")
     for name in dict.fromkeys(row["configuration"] for row in rows):
         by_mode = {row["mode"]: row for row in rows if row["configuration"] == name}
@@ -227,6 +228,8 @@ def ffn_tables(result: Mapping[str, Any]) -> list[Table]:
     grid_table.caption = "memory: of training, dense = 1. Geometric mean realised: " + ", ".join(
         f"{mode} {mean:.2f}" for mode, mean in means.items()
     )
+    if any(row["plan_loss"] for row in rows):
+        grid_table.caption += ". Lost: by the chosen plan to the best one measured"
     others = Table(title="Side by side, in the same run")
     others.add_column("programs")
     others.add_column("ratio of times", justify="right")

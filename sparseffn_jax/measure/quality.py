@@ -353,16 +353,18 @@ def quality_table(results: Mapping[str, Any]) -> Table:
     """Returns the report of :func:`run_quality` as a table, by target and then by loss."""
     dense = results["dense"]
     table = Table(
-        title=f"Loss at equal FFN time, nats a token; dense: {dense['loss']:.4f} fine-tuned"
+        title=f"Loss at equal FFN time, nats a token; dense: {dense['loss']:.4f} fine-tuned",
+        **report.NARROW_TABLE,
     )
-    columns = ("target", "method", "measured", "FLOPs", "realised", "converted", "tuned", "gap")
+    columns = ("target", "method", "measured", "FLOPs", "realised", "start", "tuned", "gap")
     for name in columns:
-        table.add_column(name, justify="left" if name == "method" else "right")
+        is_name = name == "method"
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     points: Sequence[Mapping[str, Any]] = results["points"]
     for target in sorted({point["target"] for point in points}):
         here = [point for point in points if point["target"] == target]
         for point in sorted(here, key=lambda point: point.get("loss", np.inf)):
-            cells = ["never so fast"]
+            cells = ["never"]
             if "loss" in point:
                 cells = [
                     f"{point['speedup']:.2f}x",

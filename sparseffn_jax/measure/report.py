@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
 
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.ops.block_sparse import BlockMask
@@ -19,6 +21,10 @@ from sparseffn_jax.ops.block_sparse import BlockMask
 _DENSE, _SPARSE, _ACCENT = "#0072B2", "#D55E00", "#009E73"
 _COLOURS = (_SPARSE, "#E69F00", "#CC79A7", _ACCENT, "#56B4E9", _DENSE, "#000000", "#999999")
 _MARKERS = "osD^v*PXh"
+# Settings of a rich table with many columns: it fits the 80 that a pipe or a small terminal has.
+NARROW_TABLE: Mapping[str, Any] = MappingProxyType(
+    {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+)
 # Nats above dense that the enlarged panel shows.
 _NEAR = 0.8
 
