@@ -322,11 +322,15 @@ class SparseFFNConfig:
         if flops_ratio == 1.0:
             whole = MicroRefinementConfig(CoreConfig(d_ff))
             return cls(d_model, d_ff, activation, micro=whole, gated=gated, bias=bias)
-        core = _multiple(_CORE_SHARE * flops_ratio * d_ff)
-        width = min(d_ff - core, _multiple(_SPECTRAL_SHARE * flops_ratio**0.5 * d_ff))
+        width = _multiple(_SPECTRAL_SHARE * flops_ratio**0.5 * d_ff)
         polynomial = PolynomialConfig(degree=4)
         # Operations of one unit in the core for each channel, and of one component in the branch.
         each = dense_flops(1, 1, gated)
+        # As many units of the core as the branch costs with one component.
+        least = (each * (d_model + width) + 3 * polynomial.degree * width) / (each * d_model)
+        units = flops_ratio * d_ff
+        core = _multiple(min(_CORE_SHARE * units, units - least))
+        width = min(d_ff - core, width)
         left = each * d_model * (flops_ratio * d_ff - core) - 3 * polynomial.degree * width
         rank = int(left / (each * (d_model + width)))
         if rank < 1:
@@ -482,8 +486,8 @@ def _load_json(text: str) -> Any:
 
 
 def _multiple(value: float, of: int = 16) -> int:
-    """Rounds down to a size that GEMMs like, but not to nothing."""
-    return max(1, int(value) // of * of)
+    """Rounds down to a size that GEMMs like, where there is one."""
+    return int(value) // of * of or max(1, int(value))
 
 
 def _check_types(config: Any) -> None:

@@ -57,13 +57,25 @@ def sum_to(
     at_an_end = summed[0] == 0 or summed[-1] == len(full) - 1
     if jax.default_backend() != "cpu" or not (together and at_an_end):
         return jnp.sum(term(*arrays), axis=summed).reshape(target)
-    # The first axis, because slices of it are the longest contiguous stretches.
+    # The first axis, because what is left of it are the longest contiguous stretches.
     axis = summed[0]
-    count = math.gcd(full[axis], _FOLDS)
-    slices = zip(*(jnp.split(array, count, axis) for array in arrays), strict=True)
+    slices = zip(*(_slices(array, axis) for array in arrays), strict=True)
     folded = functools.reduce(jnp.add, itertools.starmap(term, slices))
     if summed[-1] == len(full) - 1:
         rest = folded @ jnp.ones((folded.shape[-1], 1), folded.dtype)
         return rest.sum(axis=summed).reshape(target)
     rows = folded.reshape(math.prod(folded.shape[: len(summed)]), math.prod(target))
     return (jnp.ones((1, len(rows)), rows.dtype) @ rows).reshape(target)
+
+
+def _slices(array: Array, axis: int) -> list[Array]:
+    """Cuts an axis into at most sixteen slices of equal length."""
+    side, count = array.shape[axis], math.gcd(array.shape[axis], _FOLDS)
+    if axis == array.ndim - 1:
+        return jnp.split(array, count, axis)
+    # Every sixteenth row, not a stretch of them: devices that share the rows keep their own.
+    shape = (*array.shape[:axis], side // count, count, *array.shape[axis + 1 :])
+    return [
+        jax.lax.index_in_dim(array.reshape(shape), i, axis + 1, keepdims=False)
+        for i in range(count)
+    ]

@@ -151,14 +151,7 @@ def block_circulant(
     tokens = math.prod(x.shape[:-1])
     rows = x.reshape(tokens, x.shape[-1])
     plan = _pick_circulant(tokens, [weights], block_size, frequencies, implementation)
-    if plan == "dense":
-        y = matmul(rows, circulant_matrix(real, imag, block_size, frequencies).astype(x.dtype))
-    elif plan in ("fft", "split"):
-        y = {"fft": _fft, "split": _split}[plan](rows, weights, block_size, frequencies)
-    else:
-        spectrum = _Spectrum.of(block_size, frequencies)
-        to_units = _spectral_weights(weights, block_size, frequencies, x.dtype)
-        y = spectrum.leave(_multiply(to_units, spectrum.enter(rows)))
+    y = _CIRCULANT[plan](rows, weights, block_size, frequencies)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -203,19 +196,20 @@ def block_circulant_ffn(
     for weights, channels in (*((e, x.shape[-1]) for e in expand), (contract, width)):
         _check_circulant(channels, weights, block_size, frequencies)
     tokens = math.prod(x.shape[:-1])
+    rows = x.reshape(tokens, x.shape[-1])
     plan = _pick_circulant(tokens, [*expand, contract], block_size, frequencies, implementation)
     if plan == "dft":
-        rows = _dft_ffn(expand, activate, channel, contract, block_size, frequencies, x.dtype)
-        tile = planning.token_tile("dft", width * x.dtype.itemsize)
-        y = over_tokens(rows, x.reshape(tokens, x.shape[-1]), tile)
+        ffn = _dft_ffn(expand, activate, channel, contract, block_size, frequencies, x.dtype)
+        y = over_tokens(ffn, rows, planning.token_tile("dft", width * x.dtype.itemsize))
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    settings = {"block_size": block_size, "frequencies": frequencies, "implementation": plan}
+    apply = functools.partial(_CIRCULANT[plan], block_size=block_size, frequencies=frequencies)
     with jax.named_scope("spectral_expand"):
-        us = [block_circulant(x, *weights, **settings) for weights in expand]
+        us = [apply(rows, weights) for weights in expand]
     with jax.named_scope("polynomial"):
         hidden = activate(us, channel)
     with jax.named_scope("spectral_contract"):
-        return block_circulant(hidden, *contract, **settings)
+        y = apply(hidden, contract)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def complex_frequencies(frequencies: Sequence[int], block_size: int) -> tuple[int, ...]:
@@ -506,6 +500,19 @@ def _fft(x, weights: CirculantMap, block_size, frequencies):
     full = jnp.zeros((*out.shape[:-1], block_size // 2 + 1), out.dtype).at[..., kept].set(out)
     y = jnp.fft.irfft(full, n=block_size, axis=-1)
     return y.reshape(len(x), q * block_size).astype(x.dtype)
+
+
+def _dft(x, weights: CirculantMap, block_size, frequencies):
+    spectrum = _Spectrum.of(block_size, frequencies)
+    to_units = _spectral_weights(weights, block_size, frequencies, x.dtype)
+    return spectrum.leave(_multiply(to_units, spectrum.enter(x)))
+
+
+def _dense(x, weights: CirculantMap, block_size, frequencies):
+    return matmul(x, circulant_matrix(*weights, block_size, frequencies).astype(x.dtype))
+
+
+_CIRCULANT = {"fft": _fft, "dft": _dft, "split": _split, "dense": _dense}
 
 
 def _klt_weights(tokens: int, factors: KLTMap, implementation: str | None) -> tuple[Array, ...]:
