@@ -329,7 +329,7 @@ class SparseFFNConfig:
         # As many units of the core as the branch costs with one component.
         least = (each * (d_model + width) + 3 * polynomial.degree * width) / (each * d_model)
         units = flops_ratio * d_ff
-        core = _multiple(min(_CORE_SHARE * units, units - least))
+        core = _multiple(max(0.0, min(_CORE_SHARE * units, units - least)))
         width = min(d_ff - core, width)
         left = each * d_model * (flops_ratio * d_ff - core) - 3 * polynomial.degree * width
         rank = int(left / (each * (d_model + width)))
