@@ -63,17 +63,21 @@ class CausalAttention(nn.Module):
                 )
             causal = _causal_mask(jnp.arange(tokens), tokens) if mask is None else mask
             mask = causal & attention_mask[:, None, None, :].astype(bool)
-        if dropout_rate > 0.0 and not deterministic:
+        drops = dropout_rate > 0.0 and not deterministic
+        if drops or (query.dtype == jnp.float32 and not is_decoding):
             if mask is None:
                 mask = _causal_mask(jnp.arange(tokens), tokens)
-            out = self._attend_with_dropout(query, key, value, mask, scale, dropout_rate)
+            out = self._attend_by_heads(
+                query, key, value, mask, scale, dropout_rate if drops else 0.0
+            )
         else:
             out = _dot_product_attention(query, key, value, mask, scale)
         return out.reshape(*out.shape[:2], -1)
 
-    def _attend_with_dropout(self, query, key, value, mask, scale, dropout_rate):
-        # jax.nn.dot_product_attention has no dropout on the attention weights; Flax's has no
-        # scale, and a key/value head for each head.
+    def _attend_by_heads(self, query, key, value, mask, scale, dropout_rate):
+        # Flax's attention can drop attention weights, and in float32 XLA makes more of it than of
+        # JAX's: half the time on CPU, forward and backward. But it has no scale, wants a key/value
+        # head for each head, and would round half-precision logits.
         if scale is not None:
             query = query * (scale * query.shape[-1] ** 0.5)
         groups = query.shape[2] // key.shape[2]
@@ -82,10 +86,10 @@ class CausalAttention(nn.Module):
             jnp.repeat(key, groups, axis=2),
             jnp.repeat(value, groups, axis=2),
             mask=mask,
-            dropout_rng=self.make_rng("dropout"),
+            dropout_rng=self.make_rng("dropout") if dropout_rate else None,
             dropout_rate=dropout_rate,
             broadcast_dropout=False,
-            deterministic=False,
+            deterministic=not dropout_rate,
             force_fp32_for_softmax=True,
         )
 

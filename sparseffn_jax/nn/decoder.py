@@ -226,6 +226,9 @@ class BlockCollection(nn.Module):
         # Static arguments are counted with `self` as number 0.
         block = nn.remat(self.block, static_argnums=(4, 5)) if self.remat else self.block
         for i, ffn in enumerate(self.ffns):
+            # Without it XLA's CPU compiler fuses the gradients of all later blocks' residual sums
+            # into every block anew: work that grows with the square of the depth.
+            x = jax.lax.optimization_barrier(x)
             x = block(self.config, i, ffn, self.dtype, self.param_dtype, name=str(i))(
                 x, attention_mask, rotary_table, deterministic, init_cache
             )

@@ -121,7 +121,16 @@ def make_step(
     model: nn.Module, stage: Stage, config: TrainConfig, teacher_model: nn.Module | None = None
 ):
     """Returns :func:`make_update`'s update jitted; its first argument, the state, is donated."""
-    return jax.jit(make_update(model, stage, config, teacher_model), donate_argnums=0)
+    update = make_update(model, stage, config, teacher_model)
+    return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
+
+
+def compiler_options() -> dict[str, str]:
+    """Returns what XLA must be told to compile an update well on this backend."""
+    if jax.default_backend() != "cpu":
+        return {}
+    # It would remove optimization barriers before fusion, which they are there to bound.
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def make_update(

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from sparseffn_jax.train import sharding
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.step import Stage, TrainState, init_state
+from sparseffn_jax.train.step import Stage, TrainState, compiler_options, init_state
 
 StrategyName = Literal["single", "pmap", "mesh"]
 PMAP_AXIS = "replicas"
@@ -86,7 +86,7 @@ class SingleDevice:
     ) -> Callable:
         """Compiles an update for placed arguments; see :func:`make_update`."""
         batch = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
-        step = jax.jit(update, donate_argnums=0)
+        step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
         return step.lower(state, frozen, teacher, batch, *_SCALARS).compile()
 
     def scalars(self, metrics: dict[str, Any]) -> dict[str, float]:
@@ -212,6 +212,7 @@ class MeshSharding(SingleDevice):
         step = jax.jit(
             update,
             donate_argnums=0,
+            compiler_options=compiler_options(),
             out_shardings=(sharding.shardings(self.mesh, state), everywhere),
         )
         return step.lower(state, frozen, teacher, batch, *_SCALARS).compile()

@@ -127,3 +127,21 @@ def test_freezing_saves_memory_on_gpt2_124m():
             f"{memory.optimizer / 2**20:.1f} MiB = {needed[recipe] / 2**20:.1f} MiB"
         )
     assert needed["ffn_only"] < 0.6 * needed["full"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the CPU compiler's fault is mended")
+def test_a_steps_work_grows_with_depth_and_not_with_its_square():
+    config = dataclasses.replace(CONFIG, recipe="full")
+
+    def operations(n_layer):
+        model, params = make_model((None,) * n_layer)
+        stage = make_stage(config, params, 0)
+        state, frozen = init_state(stage, params)
+        batch = jax.ShapeDtypeStruct((4, 17), jnp.int32)
+        step = make_step(model, stage, config)
+        compiled = step.lower(state, frozen, None, batch, 0, 0, 1.0).compile()
+        return compiled.cost_analysis()["flops"]
+
+    two, four, eight = map(operations, (2, 4, 8))
+    # Recomputing all later blocks' residual gradients in every block adds 2 % already here.
+    assert eight - four == pytest.approx(2 * (four - two), rel=1e-3)
