@@ -150,7 +150,8 @@ class CoreConfig:
       expand_mask: of W1, or of both Wg and Wu, over ``(d_model, width)``; ``None`` keeps every
         block.
       contract_mask: of W2, over ``(width, d_model)``; ``None`` keeps every block.
-      implementation: plan to force: ``"slice"``, ``"gather"`` or ``"masked"``.
+      implementation: plan to force: ``"slice"``, ``"rows"``, ``"columns"``, ``"gather"`` or
+        ``"masked"``; see :func:`block_sparse_matmul`.
     """
 
     width: int
@@ -161,7 +162,16 @@ class CoreConfig:
     def __post_init__(self):
         _check_types(self)
         _check_positive("core width", self.width)
-        _check_implementation(self.implementation, ("slice", "gather", "masked"))
+        _check_implementation(self.implementation, _BLOCK_SPARSE_PLANS)
+
+    @property
+    def runs_in_tiles(self) -> bool:
+        """Whether a free mask has it run as many small products, unless the cost model objects."""
+        if self.implementation in ("masked", "gather"):
+            return False
+        core = self.without_dead_units()
+        masks = (core.expand_mask, core.contract_mask)
+        return any(mask is not None and not mask.is_outer for mask in masks)
 
     def without_dead_units(self) -> "CoreConfig":
         """Returns the core without the hidden units that no output reads.
@@ -211,7 +221,7 @@ class MicroRefinementConfig:
         _check_types(self)
         if self.core is None and not self.steps:
             raise ValueError("micro-refinement needs a core or at least one step: or leave it out")
-        _check_implementation(self.implementation, ("slice", "gather", "masked"))
+        _check_implementation(self.implementation, _BLOCK_SPARSE_PLANS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,10 +400,15 @@ class SparseFFNConfig:
         backward pass computes them again; a klt from the components it kept, a dft from its
         inputs, and of its contraction what comes before the filter. The polynomial is then
         recomputed too and differentiated by its input, and every coefficient's gradient takes
-        its own term once more.
+        its own term once more. Nor does a core with free masks keep its hidden activations, unless
+        a plan of one product is forced.
         """
         flops = self.flops_per_token()
         training = {part: 3 * count for part, count in flops.items()}
+        if self.micro is not None and (core := self.micro.core) is not None and core.runs_in_tiles:
+            mask = core.without_dead_units().expand_mask
+            weights = self.d_model * core.width if mask is None else mask.size
+            training["micro"] += 2 * len(self.expansions) * weights
         if (branch := self.spectral) is None:
             return training
         if self.polynomial is not None:
@@ -572,6 +587,7 @@ def _parse_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ..
 
 
 _UNIONS = (typing.Union, type(int | None))
+_BLOCK_SPARSE_PLANS = ("slice", "rows", "columns", "gather", "masked")
 _ACCEPTED = {bool: bool, int: int, float: (int, float), str: str}
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 

@@ -81,7 +81,7 @@ def polynomial_configs(draw, width):
 @st.composite
 def configs(draw):
     d_model = draw(st.integers(1, 12))
-    plan = some(st.sampled_from(["slice", "gather", "masked"]))
+    plan = some(st.sampled_from(["slice", "rows", "columns", "gather", "masked"]))
     spectral = draw(some(spectral_configs(d_model)))
     core = None
     if spectral is None or draw(st.booleans()):
@@ -236,7 +236,7 @@ BAD = {
     ),
     "unknown plan": (
         {"micro__implementation": "csr"},
-        "'csr': expected one of slice, gather, masked",
+        "'csr': expected one of slice, rows, columns, gather, masked",
     ),
     "plan is no name": ({"micro__implementation": 1}, "implementation=1: expected a string"),
     "degree zero": ({"polynomial__degree": 0}, "polynomial degree=0: expected a positive integer"),

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from sparseffn_jax.config import CoreConfig, PolynomialConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.ops import spectral
 from sparseffn_jax.ops.activations import Activation, get_activation
-from sparseffn_jax.ops.block_sparse import BlockMask, block_sparse_matmul, matmul
+from sparseffn_jax.ops.block_sparse import BlockMask, block_sparse_ffn, block_sparse_matmul
 from sparseffn_jax.ops.elementwise import add_bias
 from sparseffn_jax.ops.polynomial import evaluate
 
@@ -73,38 +73,35 @@ class SpectralMap(nn.Module):
         return spectral.CirculantMap(*promote_dtype(real, imag, dtype=self.dtype))
 
 
-class BlockSparseLinear(nn.Module):
-    """A linear map without bias whose kernel holds only the blocks that a static mask keeps.
+class BlockSparseKernel(nn.Module):
+    """Weights of a linear map without bias, of which a static mask keeps some blocks.
 
     Attributes:
+      channels: input channels.
       features: output channels.
-      mask: over ``(input channels, features)``; ``None`` is a dense kernel.
-      implementation: plan to force, or ``None``.
+      mask: over ``(channels, features)``; ``None`` is a dense kernel.
       dtype: of the computation.
       param_dtype: of the parameter ``kernel``, whose shape is ``mask.kernel_shape``.
       kernel_init: ``None`` keeps the variance of the inputs.
     """
 
+    channels: int
     features: int
     mask: BlockMask | None = None
-    implementation: str | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        shape = (x.shape[-1], self.features) if self.mask is None else self.mask.kernel_shape
-        fan_in = x.shape[-1]
+    def __call__(self) -> Float[Array, "..."]:
+        """Returns the kernel in ``dtype``."""
+        shape, fan_in = (self.channels, self.features), self.channels
         if self.mask is not None:
+            shape = self.mask.kernel_shape
             # What a living output adds up, on average.
             fan_in = self.mask.size / (len(self.mask.live_columns) * self.mask.block_shape[1])
         init = self.kernel_init or nn.initializers.normal(fan_in**-0.5)
-        kernel = self.param("kernel", init, shape, self.param_dtype)
-        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-        if self.mask is None:
-            return matmul(x, kernel)
-        return block_sparse_matmul(x, kernel, self.mask, implementation=self.implementation)
+        return self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)
 
 
 class SparseFFN(nn.Module):
@@ -140,13 +137,12 @@ class SparseFFN(nn.Module):
         if config.micro is not None:
             for i, mask in enumerate(config.micro.steps):
                 with jax.named_scope("steps"):
-                    y = y + self._linear(
-                        f"step_{i}",
-                        config.d_model,
-                        mask,
-                        config.micro.implementation,
-                        nn.initializers.zeros,
-                    )(y)
+                    kernel = self._kernel(
+                        f"step_{i}", config.d_model, config.d_model, mask, nn.initializers.zeros
+                    )
+                    y = y + block_sparse_matmul(
+                        y, kernel, mask, implementation=config.micro.implementation
+                    )
         return y
 
     def _spectral(self, x: Array, branch: SpectralConfig):
@@ -206,35 +202,49 @@ class SparseFFN(nn.Module):
         return by_group.T
 
     def _core(self, x: Array, core: CoreConfig):
-        core = core.without_dead_units()
-        expand = partial(
-            self._linear,
-            features=core.width,
-            mask=core.expand_mask,
-            implementation=core.implementation,
-        )
-        us = [
-            self._biased(expand(f"core_expand{which}")(x), f"core_bias{which}")
+        core, d_model = core.without_dead_units(), self.config.d_model
+        expand = [
+            self._kernel(f"core_expand{which}", d_model, core.width, core.expand_mask)
             for which in self.config.expansions
         ]
-        contract = self._linear(
-            "core_contract", self.config.d_model, core.contract_mask, core.implementation
+        biases = []
+        if self.config.bias:
+            biases = [
+                self._bias(f"core_bias{which}", core.width) for which in self.config.expansions
+            ]
+        contract = self._kernel("core_contract", core.width, d_model, core.contract_mask)
+        phi = get_activation(self.config.activation)
+
+        def activate(us: Sequence[Array], biases: Sequence[Array]) -> Array:
+            if biases:
+                us = [add_bias(u, bias) for u, bias in zip(us, biases, strict=True)]
+            return self._hidden(phi, us)
+
+        (x,) = promote_dtype(x, dtype=self.dtype)
+        return block_sparse_ffn(
+            x,
+            expand,
+            activate,
+            biases,
+            contract,
+            expand_mask=core.expand_mask,
+            contract_mask=core.contract_mask,
+            implementation=core.implementation,
         )
-        return contract(self._hidden(get_activation(self.config.activation), us))
 
     def _hidden(self, phi: Activation, us: Sequence[Array]):
         return phi(us[0]) * us[1] if self.config.gated else phi(us[0])
 
-    def _linear(self, name, features, mask, implementation, kernel_init=None):
-        return BlockSparseLinear(
+    def _kernel(self, name, channels, features, mask, kernel_init=None) -> Array:
+        return BlockSparseKernel(
+            channels,
             features,
             mask,
-            implementation,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=kernel_init,
             name=name,
-        )
+        )()
 
     def _biased(self, x: Array, name: str):
         if not self.config.bias:

@@ -10,12 +10,19 @@ Storage follows the mask's structure, which is known when the program is traced:
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from sparseffn_jax.ops import planning
+from sparseffn_jax.ops.tiling import over_tokens
+
+# Activations, as one array or as one for each block of channels.
+Pieces = Sequence[Float[Array, "*t c"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +104,12 @@ class BlockMask:
         rows, columns = self.coordinates()
         return blocks.transpose(0, 2, 1, 3)[rows, columns]
 
+    @functools.cached_property
+    def stored_in_row(self) -> Mapping[int, tuple[int, ...]]:
+        """For every live block row the places of its blocks in the stored order."""
+        rows, _ = self.coordinates()
+        return {int(i): tuple(np.flatnonzero(rows == i).tolist()) for i in self.live_rows}
+
     def coordinates(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns block row and block column of every living block, in the stored order."""
         columns, rows = np.nonzero(np.array(self.blocks).T)
@@ -116,10 +129,12 @@ def block_sparse_matmul(
       x: ``(..., mask.shape[0])``.
       kernel: the living weights, of shape ``mask.kernel_shape``.
       mask: static.
-      implementation: ``"slice"`` (outer masks: one smaller GEMM), ``"gather"`` (free masks: for
-        every output block its input blocks, gathered, and one batched GEMM for all output blocks
-        with equally many), ``"masked"`` (a dense GEMM; the reference, and right near density 1),
-        or ``None`` to choose.
+      implementation: ``"slice"`` (outer masks: one smaller GEMM), and for free masks ``"rows"``
+        (one GEMM for every input block, whose products are summed where they meet in an output
+        block), ``"columns"`` (one GEMM for every output block, on its input blocks side by side)
+        or ``"gather"`` (the same, all output blocks with equally many in one batched GEMM), or
+        ``"masked"`` (a dense GEMM; the reference, and right near density 1), or ``None`` to
+        choose. Plans of many GEMMs run in tiles of tokens.
 
     Returns:
       ``(..., mask.shape[1])`` in the dtype of ``x``, accumulated in float32.
@@ -127,24 +142,128 @@ def block_sparse_matmul(
     Raises:
       ValueError: if shapes do not fit or the forced plan cannot run with this mask.
     """
-    if x.shape[-1] != mask.shape[0]:
-        raise ValueError(f"x has {x.shape[-1]} channels, but the mask covers {mask.shape[0]}")
+    tokens = math.prod(x.shape[:-1])
+    product = _plan(tokens, x.shape[-1], kernel, mask, implementation, x.dtype)
+    return _apply([product], lambda x: product.run([x]), x, mask.shape[1])
+
+
+def block_sparse_ffn(
+    x: Float[Array, "*batch i"],
+    expand: Sequence[Float[Array, "..."]],
+    activate: Callable[[Sequence[Array], Any], Array],
+    channel: Any,
+    contract: Float[Array, "..."],
+    *,
+    expand_mask: BlockMask | None = None,
+    contract_mask: BlockMask | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*batch o"]:
+    """Applies block-sparse maps, an elementwise function and another block-sparse map.
+
+    Where both maps run as many GEMMs, hidden units stay in the blocks that the one makes and the
+    other takes, in tiles of tokens which the backward pass recomputes: nothing as wide as the
+    hidden layer is kept.
+
+    Args:
+      x: ``(..., d_in)``.
+      expand: weights of the maps to the m hidden channels; two for a gated layer.
+      activate: called with one array of hidden channels, all or a block of them, for each map of
+        ``expand``, and the same channels of ``channel``.
+      channel: a tree of arrays whose last axis is m.
+      contract: weights of the map from the hidden channels.
+      expand_mask: of ``expand``; ``None`` is a dense map.
+      contract_mask: of ``contract``; ``None`` is a dense map.
+      implementation: as in :func:`block_sparse_matmul`.
+
+    Returns:
+      ``(..., d_out)`` in the dtype of ``x``.
+    """
+    tokens = math.prod(x.shape[:-1])
+    width = contract.shape[0] if contract_mask is None else contract_mask.shape[0]
+    first = [
+        _plan(tokens, x.shape[-1], kernel, expand_mask, implementation, x.dtype)
+        for kernel in expand
+    ]
+    last = _plan(tokens, width, contract, contract_mask, implementation, x.dtype)
+
+    def rows(x: Array) -> Pieces:
+        us = list(zip(*(product.run([x]) for product in first), strict=True))
+        side = width // len(us)
+        channels = [
+            jax.tree.map(lambda leaf, start=start: leaf[..., start : start + side], channel)
+            for start in range(0, width, side)
+        ]
+        return last.run([activate(u, part) for u, part in zip(us, channels, strict=True)])
+
+    return _apply([*first, last], rows, x, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """A product with its plan picked and its weights laid out for it.
+
+    Attributes:
+      run: of a tile's activations.
+      is_unrolled: whether it is a GEMM for each block row or column.
+    """
+
+    run: Callable[[Pieces], Pieces]
+    is_unrolled: bool = False
+
+
+def _plan(tokens, channels, kernel, mask, implementation, dtype) -> _Product:
+    if mask is None:
+        return _Product(lambda xs: [matmul(_join(xs), kernel)])
+    if channels != mask.shape[0]:
+        raise ValueError(f"x has {channels} channels, but the mask covers {mask.shape[0]}")
     if kernel.shape != mask.kernel_shape:
         raise ValueError(f"kernel has shape {kernel.shape}, the mask needs {mask.kernel_shape}")
-    tokens = math.prod(x.shape[:-1])
-    costs = planning.block_sparse_costs(tokens, mask.size, math.prod(mask.shape))
+    costs = planning.block_sparse_costs(
+        tokens,
+        mask.shape,
+        mask.block_shape,
+        mask.size,
+        (len(mask.live_rows), len(mask.live_columns)),
+    )
     refused = {}
     if mask.is_outer:
-        refused["gather"] = (
-            "the mask is whole rows and columns, which 'slice' does without a gather"
-        )
+        for plan in ("rows", "columns", "gather"):
+            refused[plan] = "the mask is whole rows and columns, which 'slice' does in one GEMM"
     else:
         refused["slice"] = "the mask is not made of whole block rows and columns"
+        if dtype.itemsize < 4:
+            refused["rows"] = f"{dtype.name} would round the products before they are summed"
     for plan in refused:
         costs.pop(plan)
-    problem = (tokens, *mask.shape, *mask.block_shape, mask.size, mask.is_outer, x.dtype.name)
+    problem = (tokens, *mask.shape, *mask.block_shape, mask.size, mask.is_outer, dtype.name)
     plan = planning.pick("block_sparse_matmul", implementation, costs, refused, problem)
-    return {"slice": _slice, "gather": _gather, "masked": _masked}[plan](x, kernel, mask)
+    if plan == "rows":
+        weights = _row_weights(kernel, mask)
+        return _Product(lambda xs: _rows(mask, _cut(xs, mask), weights), is_unrolled=True)
+    if plan == "columns":
+        return _Product(lambda xs: _columns(mask, _cut(xs, mask), kernel), is_unrolled=True)
+    run = {"slice": _slice, "gather": _gather, "masked": _masked}[plan]
+    return _Product(lambda xs: [run(_join(xs), kernel, mask)])
+
+
+def _apply(products, rows: Callable[[Array], Pieces], x: Array, width: int) -> Array:
+    """Runs products on all tokens, or in tiles where some are of many small GEMMs."""
+    if not any(product.is_unrolled for product in products):
+        return _join(rows(x))
+    tile = planning.token_tile("block_sparse", width * x.dtype.itemsize)
+    y = over_tokens(lambda x: _join(rows(x)), x.reshape(-1, x.shape[-1]), tile)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _join(xs: Pieces) -> Array:
+    return xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=-1)
+
+
+def _cut(xs: Pieces, mask: BlockMask) -> tuple[Array, ...]:
+    """Returns one piece for every block row; pieces that are so already stay as they are."""
+    if len(xs) == mask.grid[0] and xs[0].shape[-1] == mask.block_shape[0]:
+        return tuple(xs)
+    return tuple(jnp.split(_join(xs), mask.grid[0], axis=-1))
 
 
 def decompress(kernel: Float[Array, "..."], mask: BlockMask) -> Float[Array, "i o"]:
@@ -186,6 +305,58 @@ def _slice(x, kernel, mask):
         y, indices_are_sorted=True, unique_indices=True
     )
     return out.reshape(*batch, mask.shape[1])
+
+
+def _row_weights(kernel, mask) -> dict[int, Array]:
+    bi, _ = mask.block_shape
+    return {
+        row: kernel[np.array(stored)].transpose(1, 0, 2).reshape(bi, -1)
+        for row, stored in mask.stored_in_row.items()
+    }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(mask, xs, weights):
+    """One GEMM a block row. Its own transpose: autodiff would pad every slice and add them up."""
+    bo = mask.block_shape[1]
+    _, columns = mask.coordinates()
+    terms = [[] for _ in range(mask.grid[1])]
+    for row, stored in mask.stored_in_row.items():
+        products = matmul(xs[row], weights[row])
+        for place, column in enumerate(columns[np.array(stored)]):
+            terms[column].append(products[..., place * bo : (place + 1) * bo])
+    zeros = jnp.zeros((*xs[0].shape[:-1], bo), xs[0].dtype)
+    return tuple(functools.reduce(jnp.add, some) if some else zeros for some in terms)
+
+
+def _rows_forward(mask, xs, weights):
+    return _rows(mask, xs, weights), (xs, weights)
+
+
+def _rows_backward(mask, kept, dys):
+    xs, weights = kept
+    _, columns = mask.coordinates()
+    dxs, d_weights = [jnp.zeros_like(x) for x in xs], {}
+    for row, stored in mask.stored_in_row.items():
+        d_products = jnp.concatenate([dys[j] for j in columns[np.array(stored)]], axis=-1)
+        dxs[row] = matmul(d_products, weights[row].T)
+        d_weights[row] = matmul(xs[row].T, d_products)
+    return tuple(dxs), d_weights
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _columns(mask, xs, kernel):
+    rows, columns = mask.coordinates()
+    bi, bo = mask.block_shape
+    ys = [jnp.zeros((*xs[0].shape[:-1], bo), xs[0].dtype)] * mask.grid[1]
+    for column in mask.live_columns:
+        (stored,) = np.nonzero(columns == column)
+        inputs = jnp.concatenate([xs[i] for i in rows[stored]], axis=-1)
+        weights = kernel[stored[0] : stored[-1] + 1].reshape(len(stored) * bi, bo)
+        ys[column] = matmul(inputs, weights)
+    return tuple(ys)
 
 
 def _gather(x, kernel, mask):

@@ -22,9 +22,15 @@ _COMPLEX_GEMM = 9.0
 _FFT = 150.0
 _TRANSFORM = 80.0
 _LAYOUT = 40.0
+# What it costs to add one product of a block row to others, to lay one activation beside others for
+# a block column's GEMM, and to call an operation at all: a thread pool's task, a kernel's launch.
+_ADDED, _LAID_BESIDE = 32.0, 120.0
+# What it costs to put one weight into its place among the zeros of a dense matrix.
+_SCATTERED = 120.0
+_CALL, _LAUNCH = 2.4e5, 1e9
 # Bytes of hidden activations that a tile of tokens may have: what the cores' own caches hold while
 # the operations on them are still large enough to spread over the cores.
-_TILE_BYTES = {"klt": 6 << 20, "dft": 3 << 20}
+_TILE_BYTES = {"klt": 6 << 20, "dft": 3 << 20, "block_sparse": 3 << 20}
 
 Problem = tuple[int | str | bool, ...]
 
@@ -203,7 +209,7 @@ def token_tile(operator: str, token_bytes: int) -> int | None:
     """Returns how many tokens to take at a time, or ``None`` for all of them.
 
     Args:
-      operator: ``"klt"`` or ``"dft"``.
+      operator: ``"klt"``, ``"dft"`` or ``"block_sparse"``.
       token_bytes: of one token's hidden activations.
     """
     if jax.default_backend() != "cpu":
@@ -211,10 +217,29 @@ def token_tile(operator: str, token_bytes: int) -> int | None:
     return max(16, _TILE_BYTES[operator] // token_bytes)
 
 
-def block_sparse_costs(tokens: int, weights: int, full: int) -> dict[str, float]:
-    """Estimates the plans of a product whose mask keeps ``weights`` of ``full`` entries."""
+def block_sparse_costs(
+    tokens: int,
+    shape: tuple[int, int],
+    block_shape: tuple[int, int],
+    weights: int,
+    live: tuple[int, int],
+) -> dict[str, float]:
+    """Estimates the plans of a block-sparse product, in multiply-adds.
+
+    Args:
+      tokens: rows of the input.
+      shape: of the whole weight matrix.
+      block_shape: of a block.
+      weights: entries that the mask keeps.
+      live: block rows and block columns with a living block.
+    """
+    full = shape[0] * shape[1]
+    products, call = tokens * weights, _CALL if jax.default_backend() == "cpu" else _LAUNCH
+    added, laid_beside = (products / side for side in block_shape)
     return {
-        "slice": tokens * weights,
-        "gather": _GATHERED_GEMM * tokens * weights,
-        "masked": tokens * full + full,
+        "slice": products,
+        "rows": products + _ADDED * added + _LAYOUT * weights + call * live[0],
+        "columns": products + _LAID_BESIDE * laid_beside + call * live[1],
+        "gather": _GATHERED_GEMM * products,
+        "masked": (tokens + _SCATTERED) * full,
     }

@@ -107,9 +107,9 @@ def klt(rank, width=M, **parts):
     return SparseFFNConfig(D, M, spectral=spectral, **parts)
 
 
-def free_core(density):
+def free_core(density, plan):
     core = CoreConfig(
-        M, free_mask((D, M), 8, density), free_mask((M, D), 8, density), implementation="gather"
+        M, free_mask((D, M), 8, density), free_mask((M, D), 8, density), implementation=plan
     )
     return SparseFFNConfig(D, M, micro=MicroRefinementConfig(core))
 
@@ -122,8 +122,9 @@ GRID = {
     "klt and core": klt(
         8, width=64, micro=MicroRefinementConfig(CoreConfig(32)), polynomial=PolynomialConfig(4)
     ),
-    "free core 1/4": free_core(0.25),
-    "free core 1/2": free_core(0.5),
+    "free core 1/4": free_core(0.25, "gather"),
+    "free core 1/2": free_core(0.5, "rows"),
+    "free core 1/8": free_core(0.125, "columns"),
     "steps": klt(
         4, micro=MicroRefinementConfig(steps=(free_mask((D, D), 8, 0.3),), implementation="gather")
     ),

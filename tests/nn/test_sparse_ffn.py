@@ -316,7 +316,9 @@ def with_plans(config, spectral=None, micro=None):
         ("klt", "merged", None),
         ("all", "fft", "gather"),
         ("all", "dft", "masked"),
-        ("all", "dense", "gather"),
+        ("all", "dense", "rows"),
+        ("gated all", "dft", "columns"),
+        ("gated core", None, "rows"),
         ("outer core", None, "slice"),
         ("outer core", None, "masked"),
     ],
@@ -324,7 +326,7 @@ def with_plans(config, spectral=None, micro=None):
 def test_forced_plans_reach_the_operators_and_agree(name, spectral, micro):
     config = CONFIGS[name]
     params, params64 = random_params(config)
-    (x,), (x64,) = draw(6, (5, D))
+    (x,), (x64,) = draw(6, (5, config.d_model))
     y = apply(with_plans(config, spectral, micro), params, x)
     assert_close(y, reference(config, params64, x64))
 
@@ -338,7 +340,8 @@ def test_forced_plans_change_the_program():
     assert multiply_adds("klt", "two_gemms") < multiply_adds("klt", "merged")
     assert multiply_adds("dft", "dft") != multiply_adds("dft", "dense")
     assert multiply_adds("outer core", micro="slice") < multiply_adds("outer core", micro="masked")
-    assert multiply_adds("free core", micro="gather") < multiply_adds("free core", micro="masked")
+    for plan in ("rows", "columns", "gather"):
+        assert multiply_adds("free core", micro=plan) < multiply_adds("free core", micro="masked")
 
 
 def test_a_forced_plan_that_cannot_run_says_why():
@@ -377,8 +380,8 @@ HAND_COUNTED = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_by_hand_analytically_and_in_the_program(name, monkeypatch):
-    # The plan that multiplies what lives alone, where the cost model would rather not.
-    monkeypatch.setattr(planning, "_GATHERED_GEMM", 1.0)
+    # A plan that multiplies what lives alone, where the cost model would rather not.
+    monkeypatch.setattr(planning, "_SCATTERED", 1e6)
     config = CONFIGS[name]
     spectral, micro = HAND_COUNTED[name]
     flops = config.flops_per_token()

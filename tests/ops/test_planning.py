@@ -100,21 +100,31 @@ def test_block_circulant_is_dense_only_without_blocks():
     assert plan(1, 16) == "split"
 
 
-def test_block_sparse_gathers_only_when_sparse_enough():
-    def plan(density):
-        full = 768 * 3072
-        costs = planning.block_sparse_costs(2048, int(density * full), full)
-        del costs["slice"]
-        return planning.pick("block_sparse", None, costs)
+def block_sparse_plan(tokens, density, shape=(768, 3072), side=64):
+    grid = (shape[0] // side, shape[1] // side)
+    costs = planning.block_sparse_costs(
+        tokens, shape, (side, side), int(density * shape[0] * shape[1]), grid
+    )
+    del costs["slice"]
+    return planning.pick("block_sparse", None, costs)
 
-    assert plan(0.125) == "gather"
-    assert plan(0.9) == "masked"
+
+def test_block_sparse_plans_by_tokens_and_density():
+    assert block_sparse_plan(2048, 0.25) == "rows"
+    assert block_sparse_plan(2048, 0.9) == "masked"
+    # One token pays neither for a GEMM a block nor for laying out weights.
+    assert block_sparse_plan(1, 0.25) == "gather"
 
 
 @given(
-    tokens=st.integers(0, 4096), full=st.integers(1, 10**6), share=st.floats(0, 1, allow_nan=False)
+    tokens=st.integers(0, 4096),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    share=st.floats(0, 1, allow_nan=False),
 )
-def test_costs_are_never_negative_and_slicing_never_loses(tokens, full, share):
-    costs = planning.block_sparse_costs(tokens, int(share * full), full)
+def test_costs_are_never_negative_and_slicing_never_loses(tokens, grid, share):
+    shape = (16 * grid[0], 16 * grid[1])
+    costs = planning.block_sparse_costs(
+        tokens, shape, (16, 16), int(share * shape[0] * shape[1]), grid
+    )
     assert min(costs.values()) >= 0
     assert costs["slice"] <= min(costs.values())
