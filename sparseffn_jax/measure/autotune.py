@@ -119,9 +119,10 @@ def _compiled(layer, params, x, choice: Choice, plan: str, train: bool) -> Calla
         return vjp(y)
 
     run = training if train else forward
-    if _is_chained(len(x), train):
-        run = chained(forward, _CHAIN)
     table = PlanTable(jax.devices()[0].device_kind, {(choice.operator, choice.problem): plan})
     with planning.use(table):
+        if _is_chained(len(x), train):
+            # As decoding does.
+            run, params = chained(forward, _CHAIN), layer.prepare(params, len(x))
         program = jax.jit(run).lower(params, x).compile()
     return lambda: program(params, x)

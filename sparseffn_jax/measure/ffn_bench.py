@@ -329,6 +329,8 @@ def _program(config: SparseFFNConfig, mode: Mode, tokens: int, dtype) -> tuple[A
     layer = SparseFFN(config, dtype=dtype, param_dtype=dtype)
     x = jax.random.normal(jax.random.key(0), (tokens, config.d_model), dtype)
     params = jax.jit(layer.init)(jax.random.key(1), x)
+    if mode == "decoding":
+        params = layer.prepare(params, tokens)
     return jax.jit(_MODES[mode](layer)).lower(params, x).compile(), (params, x)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparseffn_jax.nn.decoder import Decoder, init_cache
+from sparseffn_jax.nn.sparse_ffn import PREPARED, prepared
 
 # No token has this id: where nothing ends a row, the program is the same as where something does.
 _NO_TOKEN = -1
@@ -290,9 +291,14 @@ def _decode(static, params, state, length, settings, ends):
     def goes_on(state):
         return (state.length < length) & ~jnp.all(state.done)
 
+    last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
+    variables = {"params": params, "cache": state.cache}
+    # Once for all tokens: what a loop's body does to its constants, XLA does in every turn.
+    laid_out = prepared(static.model, variables, last)
+
     def step(state):
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
-        return _append(static.model, params, state, last, settings, ends)
+        return _append(static.model, params, state, last, settings, ends, laid_out)
 
     state = jax.lax.while_loop(goes_on, step, state)
     last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
@@ -300,13 +306,13 @@ def _decode(static, params, state, length, settings, ends):
     return state._replace(tokens=jnp.where(is_new, state.tokens, last))
 
 
-def _append(model, params, state, tokens, settings, ends):
+def _append(model, params, state, tokens, settings, ends, laid_out=None):
     """Feeds the model the sequences' last tokens and appends the token that it chooses."""
     count, capacity = tokens.shape[1], state.tokens.shape[1]
     places = state.length - count + jnp.arange(count)
     is_token = jnp.arange(capacity) >= state.padding[:, None]
     logits, changed = model.apply(
-        {"params": params, "cache": state.cache},
+        {"params": params, "cache": state.cache, PREPARED: laid_out or {}},
         tokens,
         attention_mask=is_token.astype(jnp.int32),
         # What stands on padding is masked: any position will do.

@@ -1,6 +1,6 @@
 """The sparse feed-forward layer: spectral map, learned polynomial, micro-refinement."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -18,6 +18,8 @@ from sparseffn_jax.ops.elementwise import add_bias
 from sparseffn_jax.ops.polynomial import evaluate
 
 Dtype = Any
+# The collection of weights that are laid out for their plans.
+PREPARED = "prepared"
 _kernel_init = nn.initializers.lecun_normal()
 
 
@@ -104,6 +106,24 @@ class BlockSparseKernel(nn.Module):
         return self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)
 
 
+def prepared(module: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Returns the weights that all sparse FFNs of a module lay out in a call; nothing else runs.
+
+    Args:
+      module: a :class:`SparseFFN`, or a model with some.
+      variables: of the module.
+      *args: of the call.
+      **kwargs: of the call.
+    """
+
+    @jax.jit
+    def lay_out(variables, args):
+        _, changed = module.apply(variables, *args, **kwargs, mutable=[PREPARED, "cache"])
+        return changed.get(PREPARED, {})
+
+    return lay_out({**variables, PREPARED: {}}, args)
+
+
 class SparseFFN(nn.Module):
     """Drops into the place of a transformer's dense FFN (``mlp``): ``(..., d) -> (..., d)``.
 
@@ -111,6 +131,8 @@ class SparseFFN(nn.Module):
     linear step. Gated, hidden units are products of two maps of x: ``poly(gate) * up``. Each part
     is optional; see :class:`SparseFFNConfig`. With only a core of all hidden units it is the
     dense FFN itself.
+
+    Weights are laid out for the plans that run them by every call, or once by :meth:`prepare`.
 
     Attributes:
       config: the parts and their static masks.
@@ -141,9 +163,37 @@ class SparseFFN(nn.Module):
                         f"step_{i}", config.d_model, config.d_model, mask, nn.initializers.zeros
                     )
                     y = y + block_sparse_matmul(
-                        y, kernel, mask, implementation=config.micro.implementation
+                        y,
+                        kernel,
+                        mask,
+                        implementation=config.micro.implementation,
+                        lay_out=partial(self._laid_out, f"step_{i}"),
                     )
         return y
+
+    def prepare(self, variables: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """Lays the weights out once, in ``dtype``, for calls that do not change them.
+
+        Args:
+          variables: of the layer.
+          tokens: in all, in such a call: 1 for decoding one sequence. Plans depend on it; where a
+            call's plan is another, it lays out its weights itself.
+
+        Returns:
+          ``variables`` with a collection ``prepared`` beside ``params``; it takes memory of its
+          own, and has to be made anew when ``params`` change.
+        """
+        x = jnp.zeros((tokens, self.config.d_model), self.dtype)
+        return {**variables, PREPARED: prepared(self, variables, x)}
+
+    def _laid_out(self, part: str, name: str, make: Callable[[], Any]) -> Any:
+        name = f"{part}_{name}"
+        if self.has_variable(PREPARED, name):
+            return self.get_variable(PREPARED, name)
+        weights = make()
+        if self.is_mutable_collection(PREPARED) and not self.is_initializing():
+            self.put_variable(PREPARED, name, weights)
+        return weights
 
     def _spectral(self, x: Array, branch: SpectralConfig):
         d_model, width, expansions = self.config.d_model, branch.width, self.config.expansions
@@ -166,7 +216,10 @@ class SparseFFN(nn.Module):
         if self.config.polynomial is not None:
             channel["coefficients"] = self._coefficients(self.config.polynomial, width)
         (x,) = promote_dtype(x, dtype=self.dtype)
-        settings: dict[str, Any] = {"implementation": branch.implementation}
+        settings: dict[str, Any] = {
+            "implementation": branch.implementation,
+            "lay_out": partial(self._laid_out, "spectral"),
+        }
         operator: Any = spectral.klt_ffn
         if branch.transform == "dft":
             operator = spectral.block_circulant_ffn
@@ -230,6 +283,7 @@ class SparseFFN(nn.Module):
             expand_mask=core.expand_mask,
             contract_mask=core.contract_mask,
             implementation=core.implementation,
+            lay_out=partial(self._laid_out, "core"),
         )
 
     def _hidden(self, phi: Activation, us: Sequence[Array]):

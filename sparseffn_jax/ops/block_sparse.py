@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +122,7 @@ def block_sparse_matmul(
     mask: BlockMask,
     *,
     implementation: str | None = None,
+    lay_out: planning.LayOut = planning.lay_out_anew,
 ) -> Float[Array, "*batch o"]:
     """Multiplies ``x`` by the block-sparse matrix that ``kernel`` and ``mask`` describe.
 
@@ -135,6 +136,7 @@ def block_sparse_matmul(
         or ``"gather"`` (the same, all output blocks with equally many in one batched GEMM), or
         ``"masked"`` (a dense GEMM; the reference, and right near density 1), or ``None`` to
         choose. Plans of many GEMMs run in tiles of tokens.
+      lay_out: gives the weights; may keep them from call to call.
 
     Returns:
       ``(..., mask.shape[1])`` in the dtype of ``x``, accumulated in float32.
@@ -143,7 +145,7 @@ def block_sparse_matmul(
       ValueError: if shapes do not fit or the forced plan cannot run with this mask.
     """
     tokens = math.prod(x.shape[:-1])
-    product = _plan(tokens, x.shape[-1], kernel, mask, implementation, x.dtype)
+    product = _plan(tokens, x.shape[-1], kernel, mask, implementation, x.dtype, lay_out, "kernel")
     return _apply([product], lambda x: product.run([x]), x, mask.shape[1])
 
 
@@ -157,6 +159,7 @@ def block_sparse_ffn(
     expand_mask: BlockMask | None = None,
     contract_mask: BlockMask | None = None,
     implementation: str | None = None,
+    lay_out: planning.LayOut = planning.lay_out_anew,
 ) -> Float[Array, "*batch o"]:
     """Applies block-sparse maps, an elementwise function and another block-sparse map.
 
@@ -174,6 +177,7 @@ def block_sparse_ffn(
       expand_mask: of ``expand``; ``None`` is a dense map.
       contract_mask: of ``contract``; ``None`` is a dense map.
       implementation: as in :func:`block_sparse_matmul`.
+      lay_out: gives every map's weights; may keep them from call to call.
 
     Returns:
       ``(..., d_out)`` in the dtype of ``x``.
@@ -181,10 +185,21 @@ def block_sparse_ffn(
     tokens = math.prod(x.shape[:-1])
     width = contract.shape[0] if contract_mask is None else contract_mask.shape[0]
     first = [
-        _plan(tokens, x.shape[-1], kernel, expand_mask, implementation, x.dtype)
-        for kernel in expand
+        _plan(
+            tokens,
+            x.shape[-1],
+            kernel,
+            expand_mask,
+            implementation,
+            x.dtype,
+            lay_out,
+            f"expand_{i}",
+        )
+        for i, kernel in enumerate(expand)
     ]
-    last = _plan(tokens, width, contract, contract_mask, implementation, x.dtype)
+    last = _plan(
+        tokens, width, contract, contract_mask, implementation, x.dtype, lay_out, "contract"
+    )
 
     def rows(x: Array) -> Pieces:
         us = list(zip(*(product.run([x]) for product in first), strict=True))
@@ -211,9 +226,10 @@ class _Product:
     is_unrolled: bool = False
 
 
-def _plan(tokens, channels, kernel, mask, implementation, dtype) -> _Product:
+def _plan(tokens, channels, kernel, mask, implementation, dtype, lay_out, name) -> _Product:
     if mask is None:
-        return _Product(lambda xs: [matmul(_join(xs), kernel)])
+        weights = lay_out(f"{name}_dense", lambda: kernel)
+        return _Product(lambda xs: [matmul(_join(xs), weights)])
     if channels != mask.shape[0]:
         raise ValueError(f"x has {channels} channels, but the mask covers {mask.shape[0]}")
     if kernel.shape != mask.kernel_shape:
@@ -237,13 +253,11 @@ def _plan(tokens, channels, kernel, mask, implementation, dtype) -> _Product:
         costs.pop(plan)
     problem = (tokens, *mask.shape, *mask.block_shape, mask.size, mask.is_outer, dtype.name)
     plan = planning.pick("block_sparse_matmul", implementation, costs, refused, problem)
-    if plan == "rows":
-        weights = _row_weights(kernel, mask)
-        return _Product(lambda xs: _rows(mask, _cut(xs, mask), weights), is_unrolled=True)
-    if plan == "columns":
-        return _Product(lambda xs: _columns(mask, _cut(xs, mask), kernel), is_unrolled=True)
-    run = {"slice": _slice, "gather": _gather, "masked": _masked}[plan]
-    return _Product(lambda xs: [run(_join(xs), kernel, mask)])
+    how = _PLANS[plan]
+    weights = lay_out(f"{name}_{plan}", lambda: how.lay_out(kernel, mask))
+    if how.is_unrolled:
+        return _Product(lambda xs: how.apply(mask, _cut(xs, mask), weights), is_unrolled=True)
+    return _Product(lambda xs: [how.apply(mask, _join(xs), weights)])
 
 
 def _apply(products, rows: Callable[[Array], Pieces], x: Array, width: int) -> Array:
@@ -289,7 +303,7 @@ def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Ar
     return jnp.matmul(x, kernel).astype(x.dtype)
 
 
-def _slice(x, kernel, mask):
+def _slice(mask, x, kernel):
     bi, bo = mask.block_shape
     batch = x.shape[:-1]
     if len(mask.live_rows) < mask.grid[0]:
@@ -307,12 +321,12 @@ def _slice(x, kernel, mask):
     return out.reshape(*batch, mask.shape[1])
 
 
-def _row_weights(kernel, mask) -> dict[int, Array]:
+def _by_row(kernel, mask) -> tuple[Array, ...]:
     bi, _ = mask.block_shape
-    return {
-        row: kernel[np.array(stored)].transpose(1, 0, 2).reshape(bi, -1)
-        for row, stored in mask.stored_in_row.items()
-    }
+    return tuple(
+        kernel[np.array(stored)].transpose(1, 0, 2).reshape(bi, -1)
+        for stored in mask.stored_in_row.values()
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -321,8 +335,8 @@ def _rows(mask, xs, weights):
     bo = mask.block_shape[1]
     _, columns = mask.coordinates()
     terms = [[] for _ in range(mask.grid[1])]
-    for row, stored in mask.stored_in_row.items():
-        products = matmul(xs[row], weights[row])
+    for (row, stored), kernel in zip(mask.stored_in_row.items(), weights, strict=True):
+        products = matmul(xs[row], kernel)
         for place, column in enumerate(columns[np.array(stored)]):
             terms[column].append(products[..., place * bo : (place + 1) * bo])
     zeros = jnp.zeros((*xs[0].shape[:-1], bo), xs[0].dtype)
@@ -336,12 +350,12 @@ def _rows_forward(mask, xs, weights):
 def _rows_backward(mask, kept, dys):
     xs, weights = kept
     _, columns = mask.coordinates()
-    dxs, d_weights = [jnp.zeros_like(x) for x in xs], {}
-    for row, stored in mask.stored_in_row.items():
+    dxs, d_weights = [jnp.zeros_like(x) for x in xs], []
+    for (row, stored), kernel in zip(mask.stored_in_row.items(), weights, strict=True):
         d_products = jnp.concatenate([dys[j] for j in columns[np.array(stored)]], axis=-1)
-        dxs[row] = matmul(d_products, weights[row].T)
-        d_weights[row] = matmul(xs[row].T, d_products)
-    return tuple(dxs), d_weights
+        dxs[row] = matmul(d_products, kernel.T)
+        d_weights.append(matmul(xs[row].T, d_products))
+    return tuple(dxs), tuple(d_weights)
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
@@ -359,29 +373,74 @@ def _columns(mask, xs, kernel):
     return tuple(ys)
 
 
-def _gather(x, kernel, mask):
-    bi, bo = mask.block_shape
-    batch, tokens = x.shape[:-1], math.prod(x.shape[:-1])
-    rows, columns = mask.coordinates()
+def _groups(mask) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Block columns with equally many blocks, and these blocks' places in the stored order."""
+    _, columns = mask.coordinates()
     per_column = np.bincount(columns, minlength=mask.grid[1])
     first = np.concatenate([[0], np.cumsum(per_column)])
+    groups = []
+    for count in np.unique(per_column[per_column > 0]):
+        group = np.flatnonzero(per_column == count)
+        groups.append((group, first[group][:, None] + np.arange(count)))
+    return groups
+
+
+def _by_group(kernel, mask) -> tuple[Array, ...]:
+    bi, bo = mask.block_shape
+    return tuple(
+        kernel[stored].reshape(len(group), stored.shape[1] * bi, bo)
+        for group, stored in _groups(mask)
+    )
+
+
+def _gather(mask, x, weights):
+    bi, bo = mask.block_shape
+    batch, tokens = x.shape[:-1], math.prod(x.shape[:-1])
+    rows, _ = mask.coordinates()
     x = x.reshape(tokens, mask.grid[0], bi)
     # Output blocks with equally many input blocks share one batched GEMM: nothing is padded.
     out = jnp.zeros((mask.grid[1], tokens, bo), x.dtype)
-    for count in np.unique(per_column[per_column > 0]):
-        group = np.flatnonzero(per_column == count)
-        stored = first[group][:, None] + np.arange(count)
-        inputs = x[:, rows[stored]].transpose(1, 0, 2, 3).reshape(len(group), tokens, count * bi)
-        weights = kernel[stored].reshape(len(group), count * bi, bo)
-        y = jnp.matmul(inputs, weights).astype(x.dtype)
+    for (group, stored), kernel in zip(_groups(mask), weights, strict=True):
+        inputs = x[:, rows[stored]].transpose(1, 0, 2, 3)
+        inputs = inputs.reshape(len(group), tokens, stored.shape[1] * bi)
+        y = jnp.matmul(inputs, kernel).astype(x.dtype)
         if len(group) < len(out):
             y = out.at[group].set(y, indices_are_sorted=True, unique_indices=True)
         out = y
     return out.transpose(1, 0, 2).reshape(*batch, mask.shape[1])
 
 
-def _masked(x, kernel, mask):
-    return matmul(x, decompress(kernel, mask))
+def _masked(mask, x, matrix):
+    del mask
+    return matmul(x, matrix)
+
+
+def _as_stored(kernel, mask):
+    del mask
+    return kernel
+
+
+class _Plan(NamedTuple):
+    """How a block-sparse product runs.
+
+    Attributes:
+      lay_out: of kernel and mask; what may be done once.
+      apply: of the mask, activations and what ``lay_out`` gave.
+      is_unrolled: whether it is a GEMM for each block row or column, on activations in blocks.
+    """
+
+    lay_out: Callable[..., Any]
+    apply: Callable[..., Any]
+    is_unrolled: bool = False
+
+
+_PLANS = {
+    "slice": _Plan(_as_stored, _slice),
+    "rows": _Plan(_by_row, _rows, is_unrolled=True),
+    "columns": _Plan(_as_stored, _columns, is_unrolled=True),
+    "gather": _Plan(_by_group, _gather),
+    "masked": _Plan(decompress, _masked),
+}
 
 
 def _as_block_shape(block_shape) -> tuple[int, int]:

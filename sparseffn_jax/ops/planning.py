@@ -5,9 +5,9 @@ import contextvars
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 
@@ -33,6 +33,9 @@ _CALL, _LAUNCH = 2.4e5, 1e9
 _TILE_BYTES = {"klt": 6 << 20, "dft": 3 << 20, "block_sparse": 3 << 20}
 
 Problem = tuple[int | str | bool, ...]
+# How operators lay their weights out for a plan: called with a name and the function that does it,
+# returns what that gives, or what it gave before. Only the caller knows whether weights change.
+LayOut = Callable[[str, Callable[[], Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,12 @@ _recording: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar
     "recording", default=None
 )
 _table: contextvars.ContextVar[PlanTable | None] = contextvars.ContextVar("table", default=None)
+
+
+def lay_out_anew(name: str, make: Callable[[], Any]) -> Any:
+    """The :data:`LayOut` of weights that may change from call to call."""
+    del name
+    return make()
 
 
 def pick(

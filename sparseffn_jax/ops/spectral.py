@@ -68,7 +68,9 @@ def klt(
     Returns:
       ``(..., d_out)`` in the dtype of ``x``, accumulated in float32.
     """
-    weights = _klt_weights(math.prod(x.shape[:-1]), KLTMap(axes, filter), implementation)
+    weights = _klt_weights(
+        math.prod(x.shape[:-1]), KLTMap(axes, filter), implementation, planning.lay_out_anew, "klt"
+    )
     return _multiply_in_turn(x, weights)
 
 
@@ -80,6 +82,7 @@ def klt_ffn(
     contract: KLTMap,
     *,
     implementation: str | None = None,
+    lay_out: planning.LayOut = planning.lay_out_anew,
 ) -> Float[Array, "*batch o"]:
     """Applies :func:`klt` maps, an elementwise function and another :func:`klt` map.
 
@@ -93,13 +96,17 @@ def klt_ffn(
       channel: a tree of arrays whose last axis is m, or 1.
       contract: the map from the hidden channels.
       implementation: as in :func:`klt`.
+      lay_out: gives every map's weights; may keep them from call to call.
 
     Returns:
       ``(..., d_out)`` in the dtype of ``x``.
     """
     tokens, width = math.prod(x.shape[:-1]), contract.axes.shape[0]
-    first = [_klt_weights(tokens, factors, implementation) for factors in expand]
-    last = _klt_weights(tokens, contract, implementation)
+    first = [
+        _klt_weights(tokens, factors, implementation, lay_out, f"expand_{i}")
+        for i, factors in enumerate(expand)
+    ]
+    last = _klt_weights(tokens, contract, implementation, lay_out, "contract")
 
     def rows(x):
         with jax.named_scope("spectral_expand"):
@@ -151,7 +158,9 @@ def block_circulant(
     tokens = math.prod(x.shape[:-1])
     rows = x.reshape(tokens, x.shape[-1])
     plan = _pick_circulant(tokens, [weights], block_size, frequencies, implementation)
-    y = _CIRCULANT[plan](rows, weights, block_size, frequencies)
+    circulant = _CIRCULANT[plan]
+    laid_out = circulant.lay_out(weights, block_size, frequencies, x.dtype)
+    y = circulant.apply(rows, laid_out, block_size, frequencies)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -165,6 +174,7 @@ def block_circulant_ffn(
     block_size: int,
     frequencies: Sequence[int],
     implementation: str | None = None,
+    lay_out: planning.LayOut = planning.lay_out_anew,
 ) -> Float[Array, "*batch rb"]:
     """Applies :func:`block_circulant` maps, an elementwise function and another such map.
 
@@ -184,6 +194,7 @@ def block_circulant_ffn(
       block_size: as in :func:`block_circulant`, for all maps.
       frequencies: likewise.
       implementation: likewise.
+      lay_out: gives every map's weights; may keep them from call to call.
 
     Returns:
       ``(..., r * block_size)`` in the dtype of ``x``.
@@ -198,17 +209,28 @@ def block_circulant_ffn(
     tokens = math.prod(x.shape[:-1])
     rows = x.reshape(tokens, x.shape[-1])
     plan = _pick_circulant(tokens, [*expand, contract], block_size, frequencies, implementation)
+    circulant = _CIRCULANT[plan]
+    first = [
+        lay_out(
+            f"expand_{i}_{plan}",
+            functools.partial(circulant.lay_out, weights, block_size, frequencies, x.dtype),
+        )
+        for i, weights in enumerate(expand)
+    ]
+    last = lay_out(
+        f"contract_{plan}",
+        functools.partial(circulant.lay_out, contract, block_size, frequencies, x.dtype),
+    )
     if plan == "dft":
-        ffn = _dft_ffn(expand, activate, channel, contract, block_size, frequencies, x.dtype)
+        ffn = _dft_ffn(first, activate, channel, last, block_size, frequencies)
         y = over_tokens(ffn, rows, planning.token_tile("dft", width * x.dtype.itemsize))
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    apply = functools.partial(_CIRCULANT[plan], block_size=block_size, frequencies=frequencies)
     with jax.named_scope("spectral_expand"):
-        us = [apply(rows, weights) for weights in expand]
+        us = [circulant.apply(rows, weights, block_size, frequencies) for weights in first]
     with jax.named_scope("polynomial"):
         hidden = activate(us, channel)
     with jax.named_scope("spectral_contract"):
-        y = apply(hidden, contract)
+        y = circulant.apply(hidden, last, block_size, frequencies)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -426,11 +448,8 @@ def _multiply(
     return units, alone
 
 
-def _dft_ffn(expand, activate, channel, contract, block_size, frequencies, dtype):
+def _dft_ffn(first, activate, channel, last, block_size, frequencies):
     spectrum = _Spectrum.of(block_size, frequencies)
-    # Once for all tiles.
-    first = [_spectral_weights(weights, block_size, frequencies, dtype) for weights in expand]
-    last = _spectral_weights(contract, block_size, frequencies, dtype)
     channel = jax.tree.map(lambda leaf: _channels_first(leaf, block_size), channel)
 
     def rows(x):
@@ -458,8 +477,13 @@ def _channels_first(leaf: Array, block_size: int) -> Array:
     return jnp.swapaxes(blocks, -1, -2)[..., None]
 
 
+def _as_stored(weights: CirculantMap, block_size, frequencies, dtype):
+    del block_size, frequencies
+    return CirculantMap(*(part.astype(dtype) for part in weights))
+
+
 def _split(x, weights: CirculantMap, block_size, frequencies):
-    real, imag = (part.astype(x.dtype) for part in weights)
+    real, imag = weights
     basis = _split_basis(block_size, frequencies).astype(x.dtype)
     count, p, q = real.shape
     tokens = len(x)
@@ -487,13 +511,17 @@ def _split_basis(block_size: int, frequencies: Sequence[int]) -> np.ndarray:
     return basis
 
 
-def _fft(x, weights: CirculantMap, block_size, frequencies):
+def _transfer_function(weights: CirculantMap, block_size, frequencies, dtype):
+    del block_size, dtype
     real, imag = (part.astype(jnp.float32) for part in weights)
-    kept = np.array(frequencies)
     before = int(frequencies[0] == 0)
     after = len(frequencies) - before - len(imag)
-    h = jax.lax.complex(real, jnp.pad(imag, ((before, after), (0, 0), (0, 0))))
-    _, p, q = real.shape
+    return jax.lax.complex(real, jnp.pad(imag, ((before, after), (0, 0), (0, 0))))
+
+
+def _fft(x, h, block_size, frequencies):
+    kept = np.array(frequencies)
+    _, p, q = h.shape
     blocks = x.reshape(len(x), p, block_size).astype(jnp.float32)
     spectrum = jnp.fft.rfft(blocks, axis=-1)[..., kept]
     out = jnp.einsum("tpf,fpq->tqf", spectrum, h, precision=jax.lax.Precision.HIGHEST)
@@ -502,27 +530,52 @@ def _fft(x, weights: CirculantMap, block_size, frequencies):
     return y.reshape(len(x), q * block_size).astype(x.dtype)
 
 
-def _dft(x, weights: CirculantMap, block_size, frequencies):
+def _dft(x, weights, block_size, frequencies):
     spectrum = _Spectrum.of(block_size, frequencies)
-    to_units = _spectral_weights(weights, block_size, frequencies, x.dtype)
-    return spectrum.leave(_multiply(to_units, spectrum.enter(x)))
+    return spectrum.leave(_multiply(weights, spectrum.enter(x)))
 
 
-def _dense(x, weights: CirculantMap, block_size, frequencies):
-    return matmul(x, circulant_matrix(*weights, block_size, frequencies).astype(x.dtype))
+def _materialised(weights: CirculantMap, block_size, frequencies, dtype):
+    return circulant_matrix(*weights, block_size, frequencies).astype(dtype)
 
 
-_CIRCULANT = {"fft": _fft, "dft": _dft, "split": _split, "dense": _dense}
+def _dense(x, matrix, block_size, frequencies):
+    del block_size, frequencies
+    return matmul(x, matrix)
 
 
-def _klt_weights(tokens: int, factors: KLTMap, implementation: str | None) -> tuple[Array, ...]:
+class _CirculantPlan(NamedTuple):
+    """How a block-circulant map runs.
+
+    Attributes:
+      lay_out: of weights, block size, frequencies and dtype; what may be done once.
+      apply: of rows, what ``lay_out`` gave, block size and frequencies.
+    """
+
+    lay_out: Callable[..., Any]
+    apply: Callable[..., Array]
+
+
+_CIRCULANT = {
+    "fft": _CirculantPlan(_transfer_function, _fft),
+    "dft": _CirculantPlan(_spectral_weights, _dft),
+    "split": _CirculantPlan(_as_stored, _split),
+    "dense": _CirculantPlan(_materialised, _dense),
+}
+
+
+def _klt_weights(
+    tokens: int, factors: KLTMap, implementation: str | None, lay_out: planning.LayOut, name: str
+) -> tuple[Array, ...]:
     axes, filter = factors
     (d_in, rank), d_out = axes.shape, filter.shape[1]
     costs = planning.klt_costs(tokens, d_in, rank, d_out)
     problem = (tokens, d_in, rank, d_out, axes.dtype.name)
-    if planning.pick("klt", implementation, costs, problem=problem) == "merged":
-        return (matmul(axes, filter),)
-    return axes, filter
+    plan = planning.pick("klt", implementation, costs, problem=problem)
+    return lay_out(
+        f"{name}_{plan}",
+        lambda: (matmul(axes, filter),) if plan == "merged" else (axes, filter),
+    )
 
 
 def _multiply_in_turn(x, weights):

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numerics import (
+    DTYPES,
     assert_close,
     circulant,
     dense_of,
@@ -329,6 +330,60 @@ def test_forced_plans_reach_the_operators_and_agree(name, spectral, micro):
     (x,), (x64,) = draw(6, (5, config.d_model))
     y = apply(with_plans(config, spectral, micro), params, x)
     assert_close(y, reference(config, params64, x64))
+
+
+def is_prepared(path):
+    return not any("bias" in key.key or key.key == "polynomial" for key in path)
+
+
+@pytest.mark.parametrize(
+    ("name", "spectral", "micro"),
+    [
+        ("klt", "two_gemms", None),
+        ("klt", "merged", None),
+        ("all", "fft", "gather"),
+        ("all", "dft", "masked"),
+        ("all", "split", "columns"),
+        ("gated all", "dense", "rows"),
+        ("outer core", None, "slice"),
+        ("core", None, None),
+    ],
+)
+def test_prepared_weights_stand_for_the_parameters(name, spectral, micro):
+    config = CONFIGS[name]
+    params, params64 = random_params(config)
+    # What was laid out is read from nowhere else.
+    gone = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.full_like(leaf, jnp.nan) if is_prepared(path) else leaf, params
+    )
+    # Summing products, "rows" refuses half precision.
+    for dtype in DTYPES[:1] if micro == "rows" else DTYPES:
+        (x,), (x64,) = draw(6, (5, config.d_model), dtype=dtype)
+        layer = SparseFFN(with_plans(config, spectral, micro), dtype=dtype)
+        variables = layer.prepare({"params": params}, 5)
+        y = jax.jit(layer.apply)({**variables, "params": gone}, x)
+        assert_close(y, reference(config, params64, x64), dtype, factor=2.0)
+        leaves = jax.tree.leaves(variables["prepared"])
+        assert {str(leaf.dtype) for leaf in leaves} <= {dtype, "complex64"}
+
+
+def test_a_call_with_another_plan_lays_out_its_own_weights():
+    config = SparseFFNConfig(48, 96, spectral=SpectralConfig("dft", 96, block_size=8))
+    layer = SparseFFN(config)
+    (one, many), _ = draw(0, (1, 48), (3000, 48))
+    params = layer.init(jax.random.key(0), one)
+    variables = layer.prepare(params, 1)
+    (name,) = {name.split("_")[-1] for name in variables["prepared"]}
+    with planning.recorded() as chosen:
+        y = layer.apply(variables, many)
+    assert chosen[0].plan != name
+    assert_close(y, layer.apply(params, many))
+
+
+def test_a_training_layer_has_no_prepared_weights():
+    layer = SparseFFN(CONFIGS["all"])
+    variables = layer.init(jax.random.key(0), jnp.ones((2, D)))
+    assert set(variables) == {"params"}
 
 
 def test_forced_plans_change_the_program():
