@@ -103,22 +103,22 @@ class BlockSparseKernel(nn.Module):
             # What a living output adds up, on average.
             fan_in = self.mask.size / (len(self.mask.live_columns) * self.mask.block_shape[1])
         init = self.kernel_init or nn.initializers.normal(fan_in**-0.5)
-        return self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)
+        kernel = self.param("kernel", init, shape, self.param_dtype)
+        return promote_dtype(kernel, dtype=self.dtype)[0]
 
 
-def prepared(module: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+def prepared(module: nn.Module, variables: Mapping[str, Any], *args: Any) -> dict[str, Any]:
     """Returns the weights that all sparse FFNs of a module lay out in a call; nothing else runs.
 
     Args:
       module: a :class:`SparseFFN`, or a model with some.
       variables: of the module.
       *args: of the call.
-      **kwargs: of the call.
     """
 
     @jax.jit
     def lay_out(variables, args):
-        _, changed = module.apply(variables, *args, **kwargs, mutable=[PREPARED, "cache"])
+        _, changed = module.apply(variables, *args, mutable=[PREPARED, "cache"])
         return changed.get(PREPARED, {})
 
     return lay_out({**variables, PREPARED: {}}, args)
@@ -171,20 +171,23 @@ class SparseFFN(nn.Module):
                     )
         return y
 
-    def prepare(self, variables: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    def prepare(self, variables: Mapping[str, Any], *tokens: int) -> dict[str, Any]:
         """Lays the weights out once, in ``dtype``, for calls that do not change them.
 
         Args:
           variables: of the layer.
-          tokens: in all, in such a call: 1 for decoding one sequence. Plans depend on it; where a
-            call's plan is another, it lays out its weights itself.
+          *tokens: how many in all such calls have: 1 decodes one sequence. Plans depend on it; a
+            call whose plan is another lays out its weights itself.
 
         Returns:
           ``variables`` with a collection ``prepared`` beside ``params``; it takes memory of its
           own, and has to be made anew when ``params`` change.
         """
-        x = jnp.zeros((tokens, self.config.d_model), self.dtype)
-        return {**variables, PREPARED: prepared(self, variables, x)}
+        laid_out: dict[str, Any] = {}
+        for count in tokens:
+            x = jnp.zeros((count, self.config.d_model), self.dtype)
+            laid_out |= prepared(self, variables, x)
+        return {**variables, PREPARED: laid_out}
 
     def _laid_out(self, part: str, name: str, make: Callable[[], Any]) -> Any:
         name = f"{part}_{name}"
@@ -307,4 +310,4 @@ class SparseFFN(nn.Module):
 
     def _bias(self, name: str, features: int):
         bias = self.param(name, nn.initializers.zeros, (features,), self.param_dtype)
-        return bias.astype(self.dtype)
+        return promote_dtype(bias, dtype=self.dtype)[0]

@@ -57,14 +57,16 @@ def sum_to(
     at_an_end = summed[0] == 0 or summed[-1] == len(full) - 1
     if jax.default_backend() != "cpu" or not (together and at_an_end):
         return jnp.sum(term(*arrays), axis=summed).reshape(target)
+    is_last = summed[-1] == len(full) - 1
+    if not is_last:
+        arrays = tuple(array.reshape(-1, *full[len(summed) :]) for array in arrays)
     # The first axis, because what is left of it are the longest contiguous stretches.
-    axis = summed[0]
-    slices = zip(*(_slices(array, axis) for array in arrays), strict=True)
+    slices = zip(*(_slices(array, summed[0]) for array in arrays), strict=True)
     folded = functools.reduce(jnp.add, itertools.starmap(term, slices))
-    if summed[-1] == len(full) - 1:
+    if is_last:
         rest = folded @ jnp.ones((folded.shape[-1], 1), folded.dtype)
         return rest.sum(axis=summed).reshape(target)
-    rows = folded.reshape(math.prod(folded.shape[: len(summed)]), math.prod(target))
+    rows = folded.reshape(len(folded), math.prod(target))
     return (jnp.ones((1, len(rows)), rows.dtype) @ rows).reshape(target)
 
 

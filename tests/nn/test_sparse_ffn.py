@@ -378,6 +378,9 @@ def test_a_call_with_another_plan_lays_out_its_own_weights():
         y = layer.apply(variables, many)
     assert chosen[0].plan != name
     assert_close(y, layer.apply(params, many))
+    both = layer.prepare(params, 1, 3000)
+    assert len(both["prepared"]) == 2 * len(variables["prepared"])
+    assert_close(layer.apply(both, many), y)
 
 
 def test_a_training_layer_has_no_prepared_weights():
