@@ -32,6 +32,7 @@ from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import STDLIB, TokenWindows, check_window, load_windows
 from sparseffn_jax.train.loop import TrainResult, train
 from sparseffn_jax.train.losses import cross_entropy, make_evaluator
+from sparseffn_jax.train.step import compiler_options
 
 # A small GPT-2 that writes Python, in Hugging Face format; see its README.md.
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "stdlib-gpt2"
@@ -397,7 +398,9 @@ def _gradient(model: Decoder, params: Any) -> Callable[[Any], Any]:
         logits: Any = model.apply({"params": params}, batch[:, :-1])
         return cross_entropy(logits, batch[:, 1:])
 
-    run, params = jax.jit(jax.grad(loss)), jax.device_put(params)
+    # As a training step is compiled.
+    run = jax.jit(jax.grad(loss), compiler_options=compiler_options())
+    params = jax.device_put(params)
     return lambda batch: run(params, batch)
 
 
