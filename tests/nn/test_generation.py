@@ -9,9 +9,12 @@ import pytest
 import transformers
 from transformers import GPT2Config, GPTJConfig, LlamaConfig, MistralConfig
 
+from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.convert.checkpoint import load_pretrained
 from sparseffn_jax.nn import generation
 from sparseffn_jax.nn.generation import Sampling, generate, left_pad
+from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
+from sparseffn_jax.ops.block_sparse import BlockMask
 
 VOCAB, NEW = 97, 64
 PROMPTS = [[5, 17, 3, 80, 42, 9, 11], [1], [60, 2, 33], [7, 7, 7, 90]]
@@ -212,3 +215,40 @@ def test_wrong_calls_are_refused(greedy, arguments, message):
     good = {"prompt": jnp.array([[1, 2, 3]]), "max_new_tokens": 2, "key": jax.random.key(0)}
     with pytest.raises(ValueError, match=message):
         generate(model, params, **{**good, **arguments})
+
+
+def test_sparse_ffns_decode_what_the_whole_model_says_and_are_laid_out_before_the_loop():
+    blocks = [[True, False, True, False], [False, True, True, True]]
+    core = CoreConfig(
+        128,
+        BlockMask((16, 32), blocks),
+        BlockMask((32, 16), list(zip(*blocks, strict=True))),
+        implementation="masked",
+    )
+    ffn = SparseFFNConfig(
+        32,
+        128,
+        FAMILIES["gpt2"].activation_function,
+        SpectralConfig("dft", 64, block_size=8),
+        micro=MicroRefinementConfig(core),
+    )
+    model = GPT2LMHeadModel(FAMILIES["gpt2"], ffns=(ffn, ffn))
+    prompt = jnp.array([[5, 17, 3, 80]])
+    params = jax.jit(model.init)(jax.random.key(0), prompt)["params"]
+    tokens = np.asarray(generate(model, params, prompt, 12))
+    logits = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens[:, :-1]))
+    np.testing.assert_array_equal(tokens[:, 4:], np.argmax(logits[:, 3:], -1))
+
+    # The masked plan puts every block into a matrix of zeros: two a layer, and none in the loop.
+    state = generation._prefill.eval_shape(
+        generation._ByValue(model), 12, params, prompt, jnp.zeros(1, jnp.int32),
+        jax.random.key(0), generation._as_data(Sampling(), VOCAB), jnp.array([-1]),
+    )  # fmt: skip
+    traced = generation._decode.trace(
+        generation._ByValue(model), params, state, 16,
+        generation._as_data(Sampling(), VOCAB), jnp.array([-1]),
+    )  # fmt: skip
+    (loop,) = (e for e in traced.jaxpr.eqns if e.primitive.name == "while")
+    shape = "f32[2,4,16,32]"
+    assert shape in str(traced.jaxpr)
+    assert shape not in str(loop.params["body_jaxpr"])
