@@ -17,11 +17,18 @@ from rich import box
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.ops.block_sparse import BlockMask
 
-# Okabe & Ito 2008: told apart by colour-blind readers too. Nine methods need a grey and a wine red.
+# Okabe & Ito 2008, told apart by colour-blind readers too, and a grey and a wine red.
 _DENSE, _SPARSE, _ACCENT = "#0072B2", "#D55E00", "#009E73"
 _COLOURS = (
-    *(_SPARSE, "#E69F00", "#CC79A7", _ACCENT, "#56B4E9", _DENSE, "#000000"),
-    *("#999999", "#882255"),
+    _SPARSE,
+    "#E69F00",
+    "#CC79A7",
+    _ACCENT,
+    "#56B4E9",
+    _DENSE,
+    "#000000",
+    "#999999",
+    "#882255",
 )
 _MARKERS = "osD^v*PXh"
 # Settings of a rich table with many columns: it fits the 80 that a pipe or a small terminal has.

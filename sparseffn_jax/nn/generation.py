@@ -291,10 +291,9 @@ def _decode(static, params, state, length, settings, ends):
     def goes_on(state):
         return (state.length < length) & ~jnp.all(state.done)
 
-    last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
     variables = {"params": params, "cache": state.cache}
     # Once for all tokens: what a loop's body does to its constants, XLA does in every turn.
-    laid_out = prepared(static.model, variables, last)
+    laid_out = prepared(static.model, variables, state.tokens[:, :1])
 
     def step(state):
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)

@@ -145,7 +145,9 @@ def block_sparse_matmul(
       ValueError: if shapes do not fit or the forced plan cannot run with this mask.
     """
     tokens = math.prod(x.shape[:-1])
-    product = _plan(tokens, x.shape[-1], kernel, mask, implementation, x.dtype, lay_out, "kernel")
+    product = _product(
+        tokens, x.shape[-1], kernel, mask, implementation, x.dtype, lay_out, "kernel"
+    )
     return _apply([product], lambda x: product.run([x]), x, mask.shape[1])
 
 
@@ -181,11 +183,14 @@ def block_sparse_ffn(
 
     Returns:
       ``(..., d_out)`` in the dtype of ``x``.
+
+    Raises:
+      ValueError: if shapes do not fit or the forced plan cannot run with one of the masks.
     """
     tokens = math.prod(x.shape[:-1])
     width = contract.shape[0] if contract_mask is None else contract_mask.shape[0]
     first = [
-        _plan(
+        _product(
             tokens,
             x.shape[-1],
             kernel,
@@ -197,7 +202,7 @@ def block_sparse_ffn(
         )
         for i, kernel in enumerate(expand)
     ]
-    last = _plan(
+    last = _product(
         tokens, width, contract, contract_mask, implementation, x.dtype, lay_out, "contract"
     )
 
@@ -226,7 +231,7 @@ class _Product:
     is_unrolled: bool = False
 
 
-def _plan(tokens, channels, kernel, mask, implementation, dtype, lay_out, name) -> _Product:
+def _product(tokens, channels, kernel, mask, implementation, dtype, lay_out, name) -> _Product:
     if mask is None:
         weights = lay_out(f"{name}_dense", lambda: kernel)
         return _Product(lambda xs: [matmul(_join(xs), weights)])

@@ -54,10 +54,10 @@ def sum_to(
     if not summed:
         return term(*arrays).reshape(target)
     together = summed[-1] - summed[0] == len(summed) - 1
-    at_an_end = summed[0] == 0 or summed[-1] == len(full) - 1
+    is_last = summed[-1] == len(full) - 1
+    at_an_end = summed[0] == 0 or is_last
     if jax.default_backend() != "cpu" or not (together and at_an_end):
         return jnp.sum(term(*arrays), axis=summed).reshape(target)
-    is_last = summed[-1] == len(full) - 1
     if not is_last:
         arrays = tuple(array.reshape(-1, *full[len(summed) :]) for array in arrays)
     # The first axis, because what is left of it are the longest contiguous stretches.

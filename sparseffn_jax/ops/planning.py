@@ -23,10 +23,9 @@ _FFT = 150.0
 _TRANSFORM = 80.0
 _LAYOUT = 40.0
 # What it costs to add one product of a block row to others, to lay one activation beside others for
-# a block column's GEMM, and to call an operation at all: a thread pool's task, a kernel's launch.
-_ADDED, _LAID_BESIDE = 32.0, 120.0
-# What it costs to put one weight into its place among the zeros of a dense matrix.
-_SCATTERED = 120.0
+# a block column's GEMM, and to put one weight into its place among the zeros of a dense matrix.
+_ADDED, _LAID_BESIDE, _SCATTERED = 32.0, 120.0, 120.0
+# What any operation costs: a task for the CPU's thread pool, a kernel's launch elsewhere.
 _CALL, _LAUNCH = 2.4e5, 1e9
 # Bytes of hidden activations that a tile of tokens may have: what the cores' own caches hold while
 # the operations on them are still large enough to spread over the cores.

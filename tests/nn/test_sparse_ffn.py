@@ -310,7 +310,7 @@ def with_plans(config, spectral=None, micro=None):
     return config
 
 
-@pytest.mark.parametrize(
+FORCED = pytest.mark.parametrize(
     ("name", "spectral", "micro"),
     [
         ("klt", "two_gemms", None),
@@ -318,12 +318,17 @@ def with_plans(config, spectral=None, micro=None):
         ("all", "fft", "gather"),
         ("all", "dft", "masked"),
         ("all", "dense", "rows"),
+        ("all", "split", "columns"),
         ("gated all", "dft", "columns"),
         ("gated core", None, "rows"),
         ("outer core", None, "slice"),
         ("outer core", None, "masked"),
+        ("core", None, None),
     ],
 )
+
+
+@FORCED
 def test_forced_plans_reach_the_operators_and_agree(name, spectral, micro):
     config = CONFIGS[name]
     params, params64 = random_params(config)
@@ -336,19 +341,7 @@ def is_prepared(path):
     return not any("bias" in key.key or key.key == "polynomial" for key in path)
 
 
-@pytest.mark.parametrize(
-    ("name", "spectral", "micro"),
-    [
-        ("klt", "two_gemms", None),
-        ("klt", "merged", None),
-        ("all", "fft", "gather"),
-        ("all", "dft", "masked"),
-        ("all", "split", "columns"),
-        ("gated all", "dense", "rows"),
-        ("outer core", None, "slice"),
-        ("core", None, None),
-    ],
-)
+@FORCED
 def test_prepared_weights_stand_for_the_parameters(name, spectral, micro):
     config = CONFIGS[name]
     params, params64 = random_params(config)
