@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import sparseffn_jax as sf
-from sparseffn_jax.nn.decoder import Decoder, DecoderSpec
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = pre_tokenizers.ByteLevel.alphabet()
@@ -31,7 +30,7 @@ _CALIBRATION_WINDOWS = 128
 _EVALUATION_WINDOWS = 64
 
 # From what a dense model is to what its layers become: one config for all, or one or None for each.
-Design = Callable[[DecoderSpec], sf.SparseFFNConfig | Sequence[sf.SparseFFNConfig | None]]
+Design = Callable[[sf.DecoderSpec], sf.SparseFFNConfig | Sequence[sf.SparseFFNConfig | None]]
 
 
 def parse(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,13 +53,13 @@ def parse(description: str | None, arguments: Sequence[str] | None) -> argparse.
 
 def run(
     options: argparse.Namespace,
-    stand_in: Decoder,
+    stand_in: sf.Decoder,
     design: Design,
     *,
     recipe: str = "ffn_only",
     new_tokens: int = 40,
     save: Callable[..., None] = sf.save_pretrained,
-) -> tuple[Decoder, Any]:
+) -> tuple[sf.Decoder, Any]:
     """Loads, sparsifies, fine-tunes against the dense model and lets the sparse one write.
 
     Args:
@@ -85,7 +84,7 @@ def run(
     windows = sf.load_windows(options.text, tokenizer, options.window, validation_fraction=0.1)
     held_out = windows.validation[:_EVALUATION_WINDOWS]
 
-    def report(what: str, model: Decoder, params: Any) -> None:
+    def report(what: str, model: sf.Decoder, params: Any) -> None:
         console.print(f"{what:12} {sf.evaluate_loss(model, params, held_out, 8):.4f} nats a token")
 
     report("dense", dense, params)

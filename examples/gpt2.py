@@ -10,16 +10,15 @@ import common
 from transformers import GPT2Config
 
 import sparseffn_jax as sf
-from sparseffn_jax.nn.decoder import DecoderSpec
 
 
-def design(spec: DecoderSpec) -> sf.SparseFFNConfig:
+def design(spec: sf.DecoderSpec) -> sf.SparseFFNConfig:
     """An eighth of the units stay; a branch of low rank stands for most of the others."""
     return sf.SparseFFNConfig(
         spec.d_model,
         spec.d_ff,
         spec.activation,
-        spectral=sf.SpectralConfig("klt", width=spec.d_ff * 3 // 4, rank=spec.d_model // 4),
+        spectral=sf.SpectralConfig("low_rank", width=spec.d_ff * 3 // 4, rank=spec.d_model // 4),
         polynomial=sf.PolynomialConfig(degree=4),
         micro=sf.MicroRefinementConfig(core=sf.CoreConfig(spec.d_ff // 8)),
     )

@@ -13,12 +13,11 @@ import common
 from transformers import GPTJConfig
 
 import sparseffn_jax as sf
-from sparseffn_jax.nn.decoder import DecoderSpec
 
 
-def design(spec: DecoderSpec) -> sf.SparseFFNConfig:
+def design(spec: sf.DecoderSpec) -> sf.SparseFFNConfig:
     """Half of the dense FFN's FLOPs, shared out by the library."""
-    return spec.sparse_ffn(0.5)
+    return sf.size_ffn(spec.d_model, spec.d_ff, 0.5, spec.activation)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,14 +11,11 @@ import common
 from transformers import LlamaConfig
 
 import sparseffn_jax as sf
-from sparseffn_jax.nn.decoder import DecoderSpec
 
 
-def design(spec: DecoderSpec) -> list[sf.SparseFFNConfig | None]:
+def design(spec: sf.DecoderSpec) -> list[sf.SparseFFNConfig | None]:
     """Sparse between the ends, where errors cost most; ``poly(gate) * up`` as its SwiGLU."""
-    between = sf.SparseFFNConfig.from_flops_ratio(
-        spec.d_model, spec.d_ff, 0.4, spec.activation, gated=True, bias=False
-    )
+    between = sf.size_ffn(spec.d_model, spec.d_ff, 0.4, spec.activation, gated=True, bias=False)
     return [None, *[between] * (spec.n_layer - 2), None]
 
 

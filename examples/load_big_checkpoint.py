@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from transformers import LlamaConfig
 
 from sparseffn_jax import LlamaForCausalLM, load_pretrained
-from sparseffn_jax.convert.names import LLAMA
+from sparseffn_jax.models.names import LLAMA
 
 SHARD_BYTES = 500_000_000
 

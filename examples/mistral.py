@@ -12,10 +12,9 @@ import common
 from transformers import MistralConfig
 
 import sparseffn_jax as sf
-from sparseffn_jax.nn.decoder import DecoderSpec
 
 
-def design(spec: DecoderSpec) -> sf.SparseFFNConfig:
+def design(spec: sf.DecoderSpec) -> sf.SparseFFNConfig:
     """The more important half of the units, and nothing beside them."""
     core = sf.MicroRefinementConfig(core=sf.CoreConfig(spec.d_ff // 2))
     return sf.SparseFFNConfig(

@@ -30,9 +30,11 @@ FFN = sf.SparseFFNConfig(
     activation="gelu_new",
     # From scratch the block-circulant map is the right one; klt is for pretrained weights. The
     # highest of the 5 frequencies is left out.
-    spectral=sf.SpectralConfig("dft", 4 * D, block_size=8, frequency_mask=(True,) * 4 + (False,)),
+    spectral=sf.SpectralConfig(
+        "block_circulant", 4 * D, block_size=8, frequency_mask=(True,) * 4 + (False,)
+    ),
     polynomial=sf.PolynomialConfig(degree=4),
-    micro=sf.MicroRefinementConfig(core=sf.CoreConfig(width=32), steps=(CHECKERBOARD,)),
+    micro=sf.MicroRefinementConfig(core=sf.CoreConfig(width=32), corrections=(CHECKERBOARD,)),
 )
 
 
@@ -113,7 +115,7 @@ def main(steps: int = 100) -> dict[str, list[float]]:
     """Trains both models on random data that both can learn by heart, and prints the losses."""
     x, labels = jax.random.split(jax.random.key(1))
     batch = Batch(jax.random.normal(x, (32, 16, D)), jax.random.randint(labels, (32,), 0, CLASSES))
-    print(f"{FFN.flops_ratio:.2f} of the dense FFN's FLOPs")
+    print(f"{sf.flops_ratio(FFN):.2f} of the dense FFN's FLOPs")
     losses = {"Linen": train_linen(batch, steps), "NNX": train_nnx(batch, steps)}
     for name, values in losses.items():
         for i in range(0, steps, max(1, steps // 5)):

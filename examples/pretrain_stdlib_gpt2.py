@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from sparseffn_jax import GPT2LMHeadModel, evaluate_loss, save_pretrained
+from sparseffn_jax.evaluate.losses import cross_entropy
 from sparseffn_jax.train import data
-from sparseffn_jax.train.losses import cross_entropy
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -63,10 +63,9 @@ def load(folder: Path) -> Any:
 
 
 class SparseFFN(nn.Module):
-    """``y = contract(poly(expand(x) + bias)) + core(x) + bias``, then ``y = y + y B_k``.
+    """``y = down(poly(up(x) + bias)) + core(x) + bias``, then ``y = y + y B_k``.
 
-    Gated, hidden units are ``poly(gate) * up``, two maps of x each. Parameters are called as they
-    are stored.
+    Gated, hidden units are ``poly(gate(x)) * up(x)``. Parameters are called as they are stored.
 
     Args:
       config: ``SparseFFNConfig.to_dict()`` of one layer, an entry of ``sparse_ffn``.
@@ -74,68 +73,77 @@ class SparseFFN(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        self.expansions = ("_gate", "_up") if config["gated"] else ("",)
-        self.phi = ACT2FN[config["activation"]]
-        self.polynomial_config = config["polynomial"]
-        biases = {"bias": config["d_model"]}
+        d_model, micro = config["d_model"], config["micro"] or {"core": None, "corrections": []}
         self.has_spectral = config["spectral"] is not None
         if self.has_spectral:
-            biases |= self._add_spectral(config["d_model"], config["spectral"])
-        micro = config["micro"] or {"core": None, "steps": []}
+            self.spectral = SpectralBranch(config)
         self.has_core = micro["core"] is not None
         if self.has_core:
-            biases |= self._add_core(config["d_model"], micro["core"])
-        self.steps = [f"step_{i}" for i in range(len(micro["steps"]))]
-        for name, mask in zip(self.steps, micro["steps"], strict=True):
-            step = BlockSparseLinear(config["d_model"], config["d_model"], Mask.read(mask))
-            self.add_module(name, step)
-        if config["bias"]:
-            for name, size in biases.items():
-                self.register_parameter(name, _empty(size))
-
-    def _add_spectral(self, d_model: int, branch: Mapping[str, Any]) -> dict[str, int]:
-        width, rank = branch["width"], branch["rank"]
-        for which in self.expansions:
-            self.add_module(f"expand{which}", _spectral_map(d_model, width, rank, branch))
-        rank = branch["contract_rank"] or rank
-        self.contract = _spectral_map(width, d_model, rank, branch)
-        if (polynomial := self.polynomial_config) is not None:
-            terms = len(_kept(polynomial["degree_mask"], polynomial["degree"] + 1))
-            self.polynomial = _empty(polynomial["groups"], terms)
-        return {f"expand_bias{which}": width for which in self.expansions}
-
-    def _add_core(self, d_model: int, core: Mapping[str, Any]) -> dict[str, int]:
-        width, expand_mask, contract_mask = _without_dead_units(
-            core["width"], Mask.read(core["expand_mask"]), Mask.read(core["contract_mask"])
-        )
-        for which in self.expansions:
-            linear = BlockSparseLinear(d_model, width, expand_mask)
-            self.add_module(f"core_expand{which}", linear)
-        self.core_contract = BlockSparseLinear(width, d_model, contract_mask)
-        return {f"core_bias{which}": width for which in self.expansions}
+            self.core = Core(config, micro["core"])
+        self.corrections = [f"correction_{i}" for i in range(len(micro["corrections"]))]
+        for name, mask in zip(self.corrections, micro["corrections"], strict=True):
+            self.add_module(name, BlockSparseLinear(d_model, d_model, Mask.read(mask)))
+        self.bias = _empty(d_model) if config["bias"] else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.zeros_like(x) + getattr(self, "bias", 0.0)
+        y = torch.zeros_like(x) + self.bias
         if self.has_spectral:
-            phi = self.phi if self.polynomial_config is None else self._polynomial
-            y = y + self.contract(self._hidden(x, "expand", "expand_bias", phi))
+            y = y + self.spectral(x)
         if self.has_core:
-            y = y + self.core_contract(self._hidden(x, "core_expand", "core_bias", self.phi))
-        for name in self.steps:
+            y = y + self.core(x)
+        for name in self.corrections:
             y = y + getattr(self, name)(y)
         return y
 
-    def _hidden(self, x: Tensor, maps: str, biases: str, phi: Callable[[Tensor], Tensor]) -> Tensor:
-        first, *up = (
-            getattr(self, maps + which)(x) + getattr(self, biases + which, 0.0)
-            for which in self.expansions
-        )
-        return phi(first) * up[0] if up else phi(first)
 
-    def _polynomial(self, u: Tensor) -> Tensor:
-        config = self.polynomial_config
-        degrees = _kept(config["degree_mask"], config["degree"] + 1)
-        return chebyshev(u, self.polynomial, degrees, config["radius"])
+class HiddenLayer(nn.Module):
+    """Maps ``gate``, if gated, and ``up`` into hidden units, and ``down`` out of them."""
+
+    up: nn.Module
+    down: nn.Module
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        self.is_gated = config["gated"]
+        self.phi: Callable[[Tensor], Tensor] = ACT2FN[config["activation"]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(x) + getattr(self.up, "bias", 0.0)
+        if self.is_gated:
+            up = self.phi(self.gate(x) + getattr(self.gate, "bias", 0.0)) * up
+        else:
+            up = self.phi(up)
+        return self.down(up)
+
+
+class SpectralBranch(HiddenLayer):
+    """The spectral branch, whose activation may be a polynomial."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        d_model, branch = config["d_model"], config["spectral"]
+        width, rank = branch["width"], branch["rank"]
+        for name in ("gate", "up") if self.is_gated else ("up",):
+            self.add_module(name, _spectral_map(d_model, width, rank, branch, config["bias"]))
+        self.down = _spectral_map(width, d_model, branch["down_rank"] or rank, branch, False)
+        if (polynomial := config["polynomial"]) is not None:
+            degrees = _kept(polynomial["degree_mask"], polynomial["degree"] + 1)
+            self.polynomial = _empty(polynomial["groups"], len(degrees))
+            self.phi = lambda u: chebyshev(u, self.polynomial, degrees, polynomial["radius"])
+
+
+class Core(HiddenLayer):
+    """A narrower FFN, dense or with block masks."""
+
+    def __init__(self, config: Mapping[str, Any], core: Mapping[str, Any]):
+        super().__init__(config)
+        width, up_mask, down_mask = _without_dead_units(
+            core["width"], Mask.read(core["up_mask"]), Mask.read(core["down_mask"])
+        )
+        for name in ("gate", "up") if self.is_gated else ("up",):
+            linear = BlockSparseLinear(config["d_model"], width, up_mask, config["bias"])
+            self.add_module(name, linear)
+        self.down = BlockSparseLinear(width, config["d_model"], down_mask)
 
 
 def chebyshev(u: Tensor, coefficients: Tensor, degrees: Sequence[int], radius: float) -> Tensor:
@@ -162,11 +170,13 @@ def chebyshev(u: Tensor, coefficients: Tensor, degrees: Sequence[int], radius: f
     return y.to(dtype)
 
 
-class KLTMap(nn.Module):
+class LowRankMap(nn.Module):
     """Projects on ``rank`` axes, and maps those to the outputs."""
 
-    def __init__(self, channels: int, features: int, rank: int):
+    def __init__(self, channels: int, features: int, rank: int, bias: bool):
         super().__init__()
+        if bias:
+            self.bias = _empty(features)
         self.axes, self.filter = _empty(channels, rank), _empty(rank, features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,8 +189,12 @@ class BlockCirculantMap(nn.Module):
     In float32: PyTorch has no FFT of bfloat16.
     """
 
-    def __init__(self, channels: int, features: int, block_size: int, frequencies: list[int]):
+    def __init__(
+        self, channels: int, features: int, block_size: int, frequencies: list[int], bias: bool
+    ):
         super().__init__()
+        if bias:
+            self.bias = _empty(features)
         self.block_size, self.frequencies = block_size, frequencies
         # Where the filter has an imaginary part: DC and, for even b, Nyquist have none.
         self.complex = [i for i, f in enumerate(frequencies) if 2 * f % block_size]
@@ -236,12 +250,14 @@ class Mask(NamedTuple):
 
 
 class BlockSparseLinear(nn.Module):
-    """A linear map without bias whose kernel, ``(in, out)``, holds only the living blocks."""
+    """A linear map whose kernel, ``(in, out)``, holds only the living blocks."""
 
     places: Tensor
 
-    def __init__(self, channels: int, features: int, mask: Mask | None):
+    def __init__(self, channels: int, features: int, mask: Mask | None, bias: bool = False):
         super().__init__()
+        if bias:
+            self.bias = _empty(features)
         self.shape = channels, features
         mask = mask or Mask(self.shape, torch.ones(1, 1, dtype=torch.bool))
         stored = mask.stored()
@@ -254,7 +270,7 @@ class BlockSparseLinear(nn.Module):
 
 
 def _without_dead_units(
-    width: int, expand: Mask | None, contract: Mask | None
+    width: int, up: Mask | None, down: Mask | None
 ) -> tuple[int, Mask | None, Mask | None]:
     """Drops the hidden units that no output reads: they are not stored.
 
@@ -262,25 +278,28 @@ def _without_dead_units(
     ones is none, and without it the other may allow a finer cut.
     """
     changed = True
-    while changed and contract is not None:
-        side = contract.block_shape[0]
-        group = math.lcm(side, 1 if expand is None else expand.block_shape[1])
-        kept = contract.blocks.any(1).repeat_interleave(side).view(-1, group).any(1)
+    while changed and down is not None:
+        side = down.block_shape[0]
+        group = math.lcm(side, 1 if up is None else up.block_shape[1])
+        kept = down.blocks.any(1).repeat_interleave(side).view(-1, group).any(1)
         kept = kept.repeat_interleave(group)
-        smaller = expand and expand.of_units(1, kept), contract.of_units(0, kept)
+        smaller = up and up.of_units(1, kept), down.of_units(0, kept)
         if any(mask is not None and not mask.blocks.any() for mask in smaller):
             break
         masks = [None if mask is None or mask.blocks.all() else mask for mask in smaller]
-        changed = not kept.all() or masks.count(None) > (expand, contract).count(None)
-        width, (expand, contract) = int(kept.sum()), masks
-    return width, expand, contract
+        changed = not kept.all() or masks.count(None) > (up, down).count(None)
+        width, (up, down) = int(kept.sum()), masks
+    return width, up, down
 
 
-def _spectral_map(channels: int, features: int, rank: int, branch: Mapping[str, Any]) -> nn.Module:
-    if branch["transform"] == "klt":
-        return KLTMap(channels, features, rank)
+def _spectral_map(
+    channels: int, features: int, rank: int, branch: Mapping[str, Any], bias: bool
+) -> nn.Module:
+    if branch["transform"] == "low_rank":
+        return LowRankMap(channels, features, rank, bias)
     b = branch["block_size"]
-    return BlockCirculantMap(channels, features, b, _kept(branch["frequency_mask"], b // 2 + 1))
+    frequencies = _kept(branch["frequency_mask"], b // 2 + 1)
+    return BlockCirculantMap(channels, features, b, frequencies, bias)
 
 
 def _kept(mask: Sequence[bool] | None, count: int) -> list[int]:

@@ -1,80 +1,124 @@
 """Sparse feed-forward layers for pretrained transformers, in JAX.
 
-What this module exports is the public API; the rest may change.
+What this module exports is the public API; the rest may change. Each name is imported when it is
+first used: a layer alone needs no more than JAX and Flax.
 """
 
-from sparseffn_jax.config import (
-    CoreConfig,
-    MicroRefinementConfig,
-    PolynomialConfig,
-    SparseFFNConfig,
-    SpectralConfig,
-)
-from sparseffn_jax.convert.checkpoint import (
-    CheckpointError,
-    Pretrained,
-    load_pretrained,
-    load_tokenizer,
-    save_pretrained,
-)
-from sparseffn_jax.convert.export import export_dense
-from sparseffn_jax.convert.warm_start import sparsify
-from sparseffn_jax.demo import EMBEDDED_MODEL
-from sparseffn_jax.measure.autotune import autotune
-from sparseffn_jax.nn.decoder import init_cache
-from sparseffn_jax.nn.generation import Sampling, generate
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
-from sparseffn_jax.nn.gptj import GPTJForCausalLM
-from sparseffn_jax.nn.llama import LlamaForCausalLM
-from sparseffn_jax.nn.mistral import MistralForCausalLM
-from sparseffn_jax.nn.sparse_ffn import SparseFFN
-from sparseffn_jax.nn.text_generation import generate_text, stream_text
-from sparseffn_jax.ops.block_sparse import BlockMask
-from sparseffn_jax.ops.planning import PlanTable
-from sparseffn_jax.ops.planning import use as use_plans
-from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.data import TokenWindows, load_windows
-from sparseffn_jax.train.guard import DivergenceError, GuardConfig
-from sparseffn_jax.train.loop import Terminated, TrainResult, train
-from sparseffn_jax.train.losses import evaluate_loss
-from sparseffn_jax.train.strategies import make_strategy
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "EMBEDDED_MODEL",
-    "BlockMask",
-    "CheckpointError",
-    "CoreConfig",
-    "DivergenceError",
-    "GPT2LMHeadModel",
-    "GPTJForCausalLM",
-    "GuardConfig",
-    "LlamaForCausalLM",
-    "MicroRefinementConfig",
-    "MistralForCausalLM",
-    "PlanTable",
-    "PolynomialConfig",
-    "Pretrained",
-    "Sampling",
-    "SparseFFN",
-    "SparseFFNConfig",
-    "SpectralConfig",
-    "Terminated",
-    "TokenWindows",
-    "TrainConfig",
-    "TrainResult",
-    "autotune",
-    "evaluate_loss",
-    "export_dense",
-    "generate",
-    "generate_text",
-    "init_cache",
-    "load_pretrained",
-    "load_tokenizer",
-    "load_windows",
-    "make_strategy",
-    "save_pretrained",
-    "sparsify",
-    "stream_text",
-    "train",
-    "use_plans",
-]
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sparseffn_jax.checkpoints.export import export_dense
+    from sparseffn_jax.checkpoints.pretrained import (
+        EMBEDDED_MODEL,
+        CheckpointError,
+        Pretrained,
+        load_pretrained,
+        load_tokenizer,
+        save_pretrained,
+    )
+    from sparseffn_jax.config import (
+        CoreConfig,
+        MicroRefinementConfig,
+        PolynomialConfig,
+        SparseFFNConfig,
+        SpectralConfig,
+    )
+    from sparseffn_jax.evaluate.losses import evaluate_loss
+    from sparseffn_jax.measure.autotune import autotune
+    from sparseffn_jax.measure.costs import flops_per_token, flops_ratio
+    from sparseffn_jax.models.decoder import Decoder, DecoderSpec, init_cache
+    from sparseffn_jax.models.generation import Sampling, generate
+    from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
+    from sparseffn_jax.models.gptj import GPTJForCausalLM
+    from sparseffn_jax.models.llama import LlamaForCausalLM
+    from sparseffn_jax.models.mistral import MistralForCausalLM
+    from sparseffn_jax.models.text_generation import generate_text, stream_text
+    from sparseffn_jax.nn.sparse_ffn import SparseFFN
+    from sparseffn_jax.ops.masks import BlockMask
+    from sparseffn_jax.ops.plans.choice import PlanTable
+    from sparseffn_jax.ops.plans.choice import use as use_plans
+    from sparseffn_jax.sparsify.convert import sparsify
+    from sparseffn_jax.sparsify.sizing import size_ffn
+    from sparseffn_jax.train.config import TrainConfig
+    from sparseffn_jax.train.data import TokenWindows, load_windows
+    from sparseffn_jax.train.guard import DivergenceError, GuardConfig
+    from sparseffn_jax.train.loop import Terminated, TrainResult, train
+    from sparseffn_jax.train.strategies import make_strategy
+
+# Where each public name lives: module, and the name there if it is another.
+_HOMES = {
+    "EMBEDDED_MODEL": "checkpoints.pretrained",
+    "BlockMask": "ops.masks",
+    "CheckpointError": "checkpoints.pretrained",
+    "CoreConfig": "config",
+    "Decoder": "models.decoder",
+    "DecoderSpec": "models.decoder",
+    "DivergenceError": "train.guard",
+    "GPT2LMHeadModel": "models.gpt2",
+    "GPTJForCausalLM": "models.gptj",
+    "GuardConfig": "train.guard",
+    "LlamaForCausalLM": "models.llama",
+    "MicroRefinementConfig": "config",
+    "MistralForCausalLM": "models.mistral",
+    "PlanTable": "ops.plans.choice",
+    "PolynomialConfig": "config",
+    "Pretrained": "checkpoints.pretrained",
+    "Sampling": "models.generation",
+    "SparseFFN": "nn.sparse_ffn",
+    "SparseFFNConfig": "config",
+    "SpectralConfig": "config",
+    "Terminated": "train.loop",
+    "TokenWindows": "train.data",
+    "TrainConfig": "train.config",
+    "TrainResult": "train.loop",
+    "autotune": "measure.autotune",
+    "evaluate_loss": "evaluate.losses",
+    "export_dense": "checkpoints.export",
+    "flops_per_token": "measure.costs",
+    "flops_ratio": "measure.costs",
+    "generate": "models.generation",
+    "generate_text": "models.text_generation",
+    "init_cache": "models.decoder",
+    "load_pretrained": "checkpoints.pretrained",
+    "load_tokenizer": "checkpoints.pretrained",
+    "load_windows": "train.data",
+    "make_strategy": "train.strategies",
+    "save_pretrained": "checkpoints.pretrained",
+    "size_ffn": "sparsify.sizing",
+    "sparsify": "sparsify.convert",
+    "stream_text": "models.text_generation",
+    "train": "train.loop",
+    "use_plans": "ops.plans.choice:use",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+class _Package(types.ModuleType):
+    """This package, whose functions ``train`` and ``sparsify`` share their names with packages.
+
+    Importing a subpackage sets it as an attribute of its parent; here the public name stays.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module, _, attribute = _HOMES[name].partition(":")
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
+        super().__setattr__(name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -16,9 +16,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sparseffn_jax.bench import BenchAll, BenchFFN, BenchModel, BenchQuality
-from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.convert.checkpoint import (
+from sparseffn_jax.bench.commands import BenchAll, BenchFFN, BenchModel, BenchQuality
+from sparseffn_jax.checkpoints.pretrained import (
+    EMBEDDED_MODEL,
     Pretrained,
     check_replaceable,
     check_tokenizer,
@@ -26,21 +26,23 @@ from sparseffn_jax.convert.checkpoint import (
     load_tokenizer,
     save_pretrained,
 )
-from sparseffn_jax.convert.warm_start import sparsify
-from sparseffn_jax.demo import EMBEDDED_MODEL, DemoSettings, run_demo
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.demo import DemoSettings, run_demo
+from sparseffn_jax.evaluate.losses import evaluate_tokens
+from sparseffn_jax.evaluate.perplexity import strided_loss
+from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.autotune import autotune
 from sparseffn_jax.measure.layers import describe_layer
-from sparseffn_jax.measure.perplexity import strided_loss
-from sparseffn_jax.measure.report import make_folder, write_json
-from sparseffn_jax.nn.generation import Sampling
-from sparseffn_jax.nn.text_generation import stream_text
-from sparseffn_jax.ops import planning
-from sparseffn_jax.ops.planning import PlanTable
+from sparseffn_jax.measure.records import make_folder, write_json
+from sparseffn_jax.models.generation import Sampling
+from sparseffn_jax.models.text_generation import stream_text
+from sparseffn_jax.ops.plans.choice import PlanTable, use
+from sparseffn_jax.sparsify.convert import sparsify
+from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.data import STDLIB, check_window, load_windows, read_text, read_whole
+from sparseffn_jax.train.data import STDLIB, load_windows, read_text, read_whole
 from sparseffn_jax.train.guard import DivergenceError
 from sparseffn_jax.train.loop import Resume, Terminated, train
-from sparseffn_jax.train.losses import evaluate_tokens
 from sparseffn_jax.train.processes import DistributedConfig, is_first
 from sparseffn_jax.train.strategies import StrategyName, make_strategy
 
@@ -119,7 +121,7 @@ class Convert:
 
     def _configs(self, dense: Pretrained) -> Any:
         if self.config is None:
-            return dense.spec.sparse_ffn(self.flops)
+            return size_model(dense.spec, self.flops)
         return SparseFFNConfig.layers_from_json(read_text(self.config))
 
 
@@ -332,7 +334,7 @@ class Inspect:
             self._autotune(pretrained, console)
         with contextlib.ExitStack() as stack:
             if self.plans is not None:
-                stack.enter_context(planning.use(PlanTable.load(self.plans)))
+                stack.enter_context(use(PlanTable.load(self.plans)))
             self._show(pretrained, console)
 
     def _autotune(self, pretrained: Pretrained, console: Console) -> None:

@@ -13,41 +13,38 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from sparseffn_jax.ops.activations import get_activation
-from sparseffn_jax.ops.block_sparse import BlockMask
-from sparseffn_jax.ops.spectral import circulant_products, complex_frequencies
+from sparseffn_jax.ops.masks import BlockMask
 
-Transform = Literal["klt", "dft"]
+Transform = Literal["low_rank", "block_circulant"]
 _HIGHEST_DEGREE = 64  # Beyond it nothing is gained.
-# Found by search on a small trained GPT-2 at measured speed-ups of 1.5 to 8: the core's share of
-# the budget, and the spectral branch's share of the hidden units over the root of the ratio. More
-# for the branch costs no loss at equal FLOPs, but more time.
-_CORE_SHARE = 0.9
-_SPECTRAL_SHARE = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
 class SpectralConfig:
-    """The spectral branch: ``contract(activation(expand(x)))`` in a transform domain.
+    """The spectral branch: ``down(activation(up(x)))``, both maps in a transform domain.
 
-    Gated, it is ``contract(activation(expand_gate(x)) * expand_up(x))``.
+    Gated, it is ``down(activation(gate(x)) * up(x))``.
 
     Attributes:
-      transform: ``"klt"``, data-adapted axes, of which ``rank`` are kept; or ``"dft"``, the
-        block-circulant map, of whose ``block_size // 2 + 1`` frequencies a mask keeps some.
-      width: hidden units of this branch (m_s); a multiple of ``block_size`` for ``"dft"``.
-      rank: klt only: components kept by the expansion.
-      contract_rank: klt only: components kept by the contraction; 0 takes ``rank``.
-      block_size: dft only: b, the side of one circulant block; divides ``d_model`` and ``width``.
-      frequency_mask: dft only: ``block_size // 2 + 1`` booleans, ``True`` keeps; ``None`` keeps
-        all.
-      implementation: plan to force (klt: ``"two_gemms"``, ``"merged"``; dft: ``"fft"``,
-        ``"dft"``, ``"split"``, ``"dense"``); ``None`` lets the cost model choose.
+      transform: ``"low_rank"``, data-adapted axes of which ``rank`` are kept (the Karhunen-Loeve
+        transform); or ``"block_circulant"``, Fourier's axes within blocks of channels, of whose
+        ``block_size // 2 + 1`` frequencies a mask keeps some.
+      width: number of hidden units in this branch; a multiple of ``block_size`` if block-circulant.
+      rank: low rank only: number of components that the maps into the hidden units keep.
+      down_rank: low rank only: number of components that the map out of them keeps; 0 takes
+        ``rank``.
+      block_size: block-circulant only: side b of one circulant block; divides ``d_model`` and
+        ``width``.
+      frequency_mask: block-circulant only: ``block_size // 2 + 1`` booleans, ``True`` keeps a
+        frequency; ``None`` keeps all.
+      implementation: plan to force (low rank: ``"two_gemms"``, ``"merged"``; block-circulant:
+        ``"fft"``, ``"dft"``, ``"split"``, ``"dense"``); ``None`` lets the cost model choose.
     """
 
-    transform: Transform = "klt"
+    transform: Transform = "low_rank"
     width: int = 0
     rank: int = 0
-    contract_rank: int = 0
+    down_rank: int = 0
     block_size: int = 0
     frequency_mask: tuple[bool, ...] | None = None
     implementation: str | None = None
@@ -55,24 +52,27 @@ class SpectralConfig:
     def __post_init__(self):
         _check_types(self)
         _check_positive("spectral width", self.width)
-        others = {"klt": ("block_size", "frequency_mask"), "dft": ("rank", "contract_rank")}
+        others = {
+            "low_rank": ("block_size", "frequency_mask"),
+            "block_circulant": ("rank", "down_rank"),
+        }
         for name in others[self.transform]:
             if getattr(self, name) not in (0, None):
                 raise ValueError(
                     f"{name}={getattr(self, name)} has no meaning with transform="
                     f"{self.transform!r}: leave it out"
                 )
-        if self.transform == "klt":
-            _check_positive("klt rank", self.rank)
-            _check_positive("contract_rank", self.contract_rank or self.rank)
+        if self.transform == "low_rank":
+            _check_positive("rank", self.rank)
+            _check_positive("down_rank", self.down_rank or self.rank)
             plans = ("two_gemms", "merged")
         else:
-            self._check_dft()
+            self._check_blocks()
             plans = ("fft", "dft", "split", "dense")
         _check_implementation(self.implementation, plans)
 
-    def _check_dft(self):
-        _check_positive("dft block_size", self.block_size)
+    def _check_blocks(self):
+        _check_positive("block_size", self.block_size)
         if self.width % self.block_size:
             raise ValueError(
                 f"spectral width={self.width} is not a multiple of block_size={self.block_size}"
@@ -90,7 +90,7 @@ class SpectralConfig:
 
     @property
     def frequencies(self) -> tuple[int, ...]:
-        """The kept rFFT frequencies of a dft, ascending."""
+        """The kept rFFT frequencies of a block-circulant map, ascending."""
         count = self.block_size // 2 + 1
         return tuple(
             f for f in range(count) if self.frequency_mask is None or self.frequency_mask[f]
@@ -146,17 +146,17 @@ class CoreConfig:
     Gated, it is ``W2 (phi(Wg x + bg) * (Wu x + bu))``.
 
     Attributes:
-      width: hidden units; all ``d_ff`` of them with no masks is the dense FFN itself.
-      expand_mask: of W1, or of both Wg and Wu, over ``(d_model, width)``; ``None`` keeps every
-        block.
-      contract_mask: of W2, over ``(width, d_model)``; ``None`` keeps every block.
-      implementation: plan to force: ``"slice"``, ``"rows"``, ``"columns"``, ``"gather"`` or
-        ``"masked"``; see :func:`block_sparse_matmul`.
+      width: number of hidden units; all ``d_ff`` of them without masks is the dense FFN itself.
+      up_mask: blocks kept of W1, or of both Wg and Wu, over ``(d_model, width)``; ``None`` keeps
+        every block.
+      down_mask: blocks kept of W2, over ``(width, d_model)``; ``None`` keeps every block.
+      implementation: plan to force where there is a mask: ``"slice"``, ``"rows"``, ``"columns"``,
+        ``"gather"`` or ``"masked"``, as :func:`block_sparse_matmul` describes them.
     """
 
     width: int
-    expand_mask: BlockMask | None = None
-    contract_mask: BlockMask | None = None
+    up_mask: BlockMask | None = None
+    down_mask: BlockMask | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -166,27 +166,27 @@ class CoreConfig:
 
     @property
     def runs_in_tiles(self) -> bool:
-        """Whether a free mask has it run as many small products, unless the cost model objects."""
+        """Whether an unstructured mask has it run as many small products, as a rule."""
         if self.implementation in ("masked", "gather"):
             return False
         core = self.without_dead_units()
-        masks = (core.expand_mask, core.contract_mask)
-        return any(mask is not None and not mask.is_outer for mask in masks)
+        masks = (core.up_mask, core.down_mask)
+        return any(mask is not None and not mask.is_structured for mask in masks)
 
     def without_dead_units(self) -> "CoreConfig":
         """Returns the core without the hidden units that no output reads.
 
         Masks of whole units leave a plain, narrower FFN, with no mask at all.
         """
-        if self.contract_mask is None:
+        if self.down_mask is None:
             return self
         blocks_of = {
-            "expand_mask": None if self.expand_mask is None else self.expand_mask.block_shape[1],
-            "contract_mask": self.contract_mask.block_shape[0],
+            "up_mask": None if self.up_mask is None else self.up_mask.block_shape[1],
+            "down_mask": self.down_mask.block_shape[0],
         }
         group = math.lcm(*(side or 1 for side in blocks_of.values()))
-        is_read = np.array(self.contract_mask.blocks).any(axis=1)
-        units = np.repeat(is_read, blocks_of["contract_mask"]).reshape(-1, group).any(axis=1)
+        is_read = np.array(self.down_mask.blocks).any(axis=1)
+        units = np.repeat(is_read, blocks_of["down_mask"]).reshape(-1, group).any(axis=1)
         masks: dict[str, BlockMask | None] = {}
         for name, side in blocks_of.items():
             if (mask := getattr(self, name)) is None:
@@ -194,7 +194,7 @@ class CoreConfig:
                 continue
             kept = np.repeat(units, group // side)
             blocks = np.array(mask.blocks)
-            blocks = blocks[:, kept] if name == "expand_mask" else blocks[kept]
+            blocks = blocks[:, kept] if name == "up_mask" else blocks[kept]
             if not blocks.any():
                 return self
             masks[name] = None if blocks.all() else BlockMask.from_array(blocks, mask.block_shape)
@@ -205,22 +205,25 @@ class CoreConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MicroRefinementConfig:
-    """The corrections: a core FFN beside the spectral branch, and linear steps after both.
+    """The micro-refinement: a core FFN beside the spectral branch, and corrections after both.
 
     Attributes:
-      core: kind "ffn", added to the spectral branch.
-      steps: kind "linear": one ``(d_model, d_model)`` mask a step of ``y = y + y B``.
-      implementation: plan to force for the steps; as in :class:`CoreConfig`.
+      core: an FFN of few hidden units, or of few blocks, added to the spectral branch.
+      corrections: masks over ``(d_model, d_model)``, one for each linear correction ``y + y B``
+        of the layer's output.
+      implementation: plan to force for the corrections; :class:`CoreConfig` lists the names.
     """
 
     core: CoreConfig | None = None
-    steps: tuple[BlockMask, ...] = ()
+    corrections: tuple[BlockMask, ...] = ()
     implementation: str | None = None
 
     def __post_init__(self):
         _check_types(self)
-        if self.core is None and not self.steps:
-            raise ValueError("micro-refinement needs a core or at least one step: or leave it out")
+        if self.core is None and not self.corrections:
+            raise ValueError(
+                "micro-refinement needs a core or at least one correction: or leave it out"
+            )
         _check_implementation(self.implementation, _BLOCK_SPARSE_PLANS)
 
 
@@ -277,13 +280,13 @@ class SparseFFNConfig:
             self._check_micro(self.micro)
 
     def _check_spectral(self, spectral: SpectralConfig):
-        if spectral.transform == "dft":
+        if spectral.transform == "block_circulant":
             if self.d_model % spectral.block_size:
                 raise ValueError(
                     f"block_size={spectral.block_size} does not divide d_model={self.d_model}"
                 )
             return
-        for name in ("rank", "contract_rank"):
+        for name in ("rank", "down_rank"):
             rank = getattr(spectral, name)
             limit = min(self.d_model, spectral.width)
             if rank > limit:
@@ -293,158 +296,17 @@ class SparseFFNConfig:
                 )
 
     def _check_micro(self, micro: MicroRefinementConfig):
-        for i, mask in enumerate(micro.steps):
-            _check_mask_shape(f"steps[{i}]", mask, (self.d_model, self.d_model))
+        for i, mask in enumerate(micro.corrections):
+            _check_mask_shape(f"corrections[{i}]", mask, (self.d_model, self.d_model))
         if micro.core is not None:
             width = micro.core.width
-            _check_mask_shape("expand_mask", micro.core.expand_mask, (self.d_model, width))
-            _check_mask_shape("contract_mask", micro.core.contract_mask, (width, self.d_model))
-
-    @classmethod
-    def from_flops_ratio(
-        cls,
-        d_model: int,
-        d_ff: int,
-        flops_ratio: float,
-        activation: str = "gelu_new",
-        *,
-        gated: bool = False,
-        bias: bool = True,
-    ) -> Self:
-        """Sizes a layer with all three parts for a pretrained FFN to a budget of FLOPs.
-
-        Nine tenths of the budget keep units as they are, in the core; the most important
-        others share a klt branch with a quartic polynomial. 1.0 is the dense FFN itself.
-
-        Args:
-          d_model: channels in and out.
-          d_ff: hidden units of the dense FFN.
-          flops_ratio: of this layer over the dense FFN, above 0 and at most 1; not exceeded.
-          activation: of the dense FFN.
-          gated: whether the dense FFN is; see :class:`SparseFFNConfig`.
-          bias: whether the dense FFN has biases.
-
-        Raises:
-          ValueError: if the ratio is out of range or leaves no room for a component.
-        """
-        if not 0.0 < flops_ratio <= 1.0:
-            raise ValueError(f"flops_ratio={flops_ratio} must lie above 0 and not above 1")
-        if flops_ratio == 1.0:
-            whole = MicroRefinementConfig(CoreConfig(d_ff))
-            return cls(d_model, d_ff, activation, micro=whole, gated=gated, bias=bias)
-        width = _multiple(_SPECTRAL_SHARE * flops_ratio**0.5 * d_ff)
-        polynomial = PolynomialConfig(degree=4)
-        # Operations of one unit in the core for each channel, and of one component in the branch.
-        each = dense_flops(1, 1, gated)
-        # As many units of the core as the branch costs with one component.
-        least = (each * (d_model + width) + 3 * polynomial.degree * width) / (each * d_model)
-        units = flops_ratio * d_ff
-        core = _multiple(max(0.0, min(_CORE_SHARE * units, units - least)))
-        width = min(d_ff - core, width)
-        left = each * d_model * (flops_ratio * d_ff - core) - 3 * polynomial.degree * width
-        rank = int(left / (each * (d_model + width)))
-        if rank < 1:
-            raise ValueError(
-                f"flops_ratio={flops_ratio} leaves no component for d_model={d_model} and "
-                f"d_ff={d_ff}: give a larger one"
-            )
-        return cls(
-            d_model,
-            d_ff,
-            activation,
-            spectral=SpectralConfig("klt", width, min(rank, d_model, width)),
-            polynomial=polynomial,
-            micro=MicroRefinementConfig(CoreConfig(core)),
-            gated=gated,
-            bias=bias,
-        )
+            _check_mask_shape("up_mask", micro.core.up_mask, (self.d_model, width))
+            _check_mask_shape("down_mask", micro.core.down_mask, (width, self.d_model))
 
     @property
-    def expansions(self) -> tuple[str, ...]:
-        """Suffixes of the maps into a hidden unit: gate, on which phi acts, and up, if gated."""
-        return ("_gate", "_up") if self.gated else ("",)
-
-    def flops_per_token(self) -> dict[str, int]:
-        """Counts floating-point operations on nonzeros for one token's forward pass, by part.
-
-        A multiply-add counts as two. Biases, the core's activation and the product with the gate
-        are left out, as they are in :attr:`dense_flops_per_token`; the polynomial is counted.
-        """
-        maps_in = len(self.expansions)
-        flops = {"spectral": 0, "polynomial": 0, "micro": 0}
-        if (spectral := self.spectral) is not None:
-            if self.polynomial is not None:
-                # One Clenshaw step is a multiply-add and a subtraction.
-                flops["polynomial"] = 3 * self.polynomial.degrees[-1] * spectral.width
-            if spectral.transform == "klt":
-                ranks = maps_in * spectral.rank + (spectral.contract_rank or spectral.rank)
-                flops["spectral"] = 2 * ranks * (self.d_model + spectral.width)
-            else:
-                flops["spectral"] = 2 * sum(self._block_circulant_multiply_adds(spectral))
-        if (micro := self.micro) is not None:
-            weights = sum(mask.size for mask in micro.steps)
-            if micro.core is not None:
-                core = micro.core.without_dead_units()
-                full = self.d_model * core.width
-                for mask in (*[core.expand_mask] * maps_in, core.contract_mask):
-                    weights += full if mask is None else mask.size
-            flops["micro"] = 2 * weights
-        return flops
-
-    def training_flops_per_token(self) -> dict[str, int]:
-        """Counts one token's forward and backward pass, by part, as :meth:`flops_per_token` does.
-
-        A linear map costs three times its forward pass: the activations' gradient and the
-        weights' are one more product of the same size each. The transforms of a dft have no
-        weights and cost twice. The spectral branch does not keep its hidden activations: the
-        backward pass computes them again; a klt from the components it kept, a dft from its
-        inputs, and of its contraction what comes before the filter. The polynomial is then
-        recomputed too and differentiated by its input, and every coefficient's gradient takes
-        its own term once more. Nor does a core with free masks keep its hidden activations, unless
-        a plan of one product is forced.
-        """
-        flops = self.flops_per_token()
-        training = {part: 3 * count for part, count in flops.items()}
-        if self.micro is not None and (core := self.micro.core) is not None and core.runs_in_tiles:
-            mask = core.without_dead_units().expand_mask
-            weights = self.d_model * core.width if mask is None else mask.size
-            training["micro"] += 2 * len(self.expansions) * weights
-        if (branch := self.spectral) is None:
-            return training
-        if self.polynomial is not None:
-            training["polynomial"] += 3 * sum(self.polynomial.degrees) * branch.width
-        if branch.transform == "klt":
-            training["spectral"] += 2 * len(self.expansions) * branch.rank * branch.width
-            return training
-        filters, transforms = self._block_circulant_multiply_adds(branch)
-        maps = len(self.expansions)
-        # The transforms have no gradient of their own. Computed again are the expansions, and of
-        # the contraction the transform of its inputs: everything but the last transform.
-        last = transforms * self.d_model // (2 * self.d_model + (maps + 1) * branch.width)
-        again = maps * filters // (maps + 1) + transforms - last
-        training["spectral"] += 2 * (again - transforms)
-        return training
-
-    def _block_circulant_multiply_adds(self, spectral: SpectralConfig) -> tuple[int, int]:
-        """Returns those of the filters and those of the transforms, all maps together."""
-        b = spectral.block_size
-        components = len(spectral.frequencies) + len(complex_frequencies(spectral.frequencies, b))
-        products = circulant_products(spectral.frequencies, b)
-        p, q = self.d_model // b, spectral.width // b
-        maps = len(self.expansions) + 1
-        # Transformed are the inputs, once for all expansions, what each of them gives, the hidden
-        # activations and the outputs.
-        return maps * p * q * products, (2 * p + maps * q) * b * components
-
-    @property
-    def dense_flops_per_token(self) -> int:
-        """Floating-point operations of the dense FFN's products for one token."""
-        return dense_flops(self.d_model, self.d_ff, self.gated)
-
-    @property
-    def flops_ratio(self) -> float:
-        """This layer's FLOPs over the dense FFN's."""
-        return sum(self.flops_per_token().values()) / self.dense_flops_per_token
+    def up_maps(self) -> tuple[str, ...]:
+        """Names of the maps into a hidden unit: the gate, on which phi acts, comes first."""
+        return ("gate", "up") if self.gated else ("up",)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready dict from which :meth:`from_dict` rebuilds an equal config."""
@@ -485,24 +347,11 @@ class SparseFFNConfig:
         return cls.from_dict(_load_json(text))
 
 
-def dense_flops(d_model: int, d_ff: int, gated: bool) -> int:
-    """Counts a dense FFN's floating-point operations for one token: two products, three if gated.
-
-    A multiply-add counts as two; biases and the activation are left out.
-    """
-    return (6 if gated else 4) * d_model * d_ff
-
-
 def _load_json(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the config is not JSON: {error}") from error
-
-
-def _multiple(value: float, of: int = 16) -> int:
-    """Rounds down to a size that GEMMs like, where there is one."""
-    return int(value) // of * of or max(1, int(value))
 
 
 def _check_types(config: Any) -> None:

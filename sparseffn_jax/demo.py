@@ -14,28 +14,35 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.convert.checkpoint import (
+from sparseffn_jax.bench import pictures
+from sparseffn_jax.bench.stacks import ffn_stack, time_stacks
+from sparseffn_jax.checkpoints.pretrained import (
+    EMBEDDED_MODEL,
     Pretrained,
     check_tokenizer,
     load_pretrained,
     load_tokenizer,
     save_pretrained,
 )
-from sparseffn_jax.convert.warm_start import sparsify
-from sparseffn_jax.measure import report
-from sparseffn_jax.measure.ffn_stack import ffn_stack, time_stacks
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.evaluate.losses import cross_entropy, make_evaluator
+from sparseffn_jax.evaluate.windows import check_window
+from sparseffn_jax.measure import records
+from sparseffn_jax.measure.costs import dense_flops, flops_per_token, flops_ratio
 from sparseffn_jax.measure.timing import PairedTimes, time_pair
-from sparseffn_jax.nn.decoder import Decoder
-from sparseffn_jax.nn.generation import generate
+from sparseffn_jax.models.decoder import Decoder
+from sparseffn_jax.models.generation import generate
+from sparseffn_jax.sparsify import closed_form
+from sparseffn_jax.sparsify.convert import Fit, sparsify
+from sparseffn_jax.sparsify.dense import DenseFFN
+from sparseffn_jax.sparsify.fit import fit_layer
+from sparseffn_jax.sparsify.selection import choose_units, score_units
+from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.data import STDLIB, TokenWindows, check_window, load_windows
+from sparseffn_jax.train.data import STDLIB, TokenWindows, load_windows
 from sparseffn_jax.train.loop import TrainResult, train
-from sparseffn_jax.train.losses import cross_entropy, make_evaluator
 from sparseffn_jax.train.step import compiler_options
 
-# A small GPT-2 that writes Python, in Hugging Face format; see its README.md.
-EMBEDDED_MODEL = Path(__file__).parent / "assets" / "stdlib-gpt2"
 _EVALUATION_BATCH = 16
 _TIMED_TOKENS = 4096
 
@@ -137,7 +144,7 @@ class _Job:
         window = check_window(settings.window, self.dense.spec.n_positions)
         self.tokenizer = load_tokenizer(settings.model)
         check_tokenizer(self.tokenizer, config)
-        self.config = self.dense.spec.sparse_ffn(settings.flops)
+        self.config = size_model(self.dense.spec, settings.flops)
         windows = load_windows(settings.text, self.tokenizer, window)
         rng = np.random.default_rng(settings.seed)
         held_out = rng.permutation(len(windows.validation))[: settings.evaluation_windows]
@@ -148,7 +155,7 @@ class _Job:
             "model": settings.model,
             "text": settings.text,
             "settings": dataclasses.asdict(settings) | {"out": str(settings.out)},
-            "versions": report.versions(),
+            "versions": records.versions(),
             "parameters": {"dense": _count(self.dense.params)},
             "dense": {},
             "sparse": {},
@@ -166,31 +173,31 @@ class _Job:
 
     def sparsify(self) -> None:
         """Converts in three stages, each of which must be better than the one before."""
-        self.say(f"Replacing every FFN: FLOPs {self.config.flops_ratio:.3f} of dense")
+        self.say(f"Replacing every FFN: FLOPs {flops_ratio(self.config):.3f} of dense")
         losses = {}
-        for stage, start, steps in (
-            ("selection", "select", 0),
-            ("closed_form", "refit", 0),
-            ("layer_distillation", "refit", self.settings.distill_steps),
+        for stage, fit, steps in (
+            ("selection", select_layer, 0),
+            ("closed_form", fit_layer, 0),
+            ("layer_distillation", fit_layer, self.settings.distill_steps),
         ):
-            self.sparse_model, self.sparse_params = self.convert(self.config, start, steps)
+            self.sparse_model, self.sparse_params = self.convert(self.config, fit, steps)
             losses[stage] = self.loss(self.sparse_model, self.sparse_params)
             self.console.print(f"  after {stage.replace('_', ' ')}: {losses[stage]:.4f}")
         self.report["warm_start"] = losses
         self.report["parameters"]["sparse"] = _count(self.sparse_params)
-        self.report["ffn_flops_ratio"] = self.config.flops_ratio
-        self.report["ffn_flops_per_token"] = self.config.flops_per_token() | {
-            "dense": self.config.dense_flops_per_token
+        self.report["ffn_flops_ratio"] = flops_ratio(self.config)
+        self.report["ffn_flops_per_token"] = flops_per_token(self.config) | {
+            "dense": dense_flops(self.config.d_model, self.config.d_ff, self.config.gated)
         }
         self.report["ffn_config"] = self.config.to_dict()
 
-    def convert(self, config: SparseFFNConfig, start: Any, distill_steps: int):
+    def convert(self, config: SparseFFNConfig, fit: Fit, distill_steps: int):
         return sparsify(
             self.model,
             self.dense.params,
             config,
             self.calibration,
-            start=start,
+            fit=fit,
             distill_steps=distill_steps,
             batch_size=_EVALUATION_BATCH,
             seed=self.settings.seed,
@@ -256,10 +263,10 @@ class _Job:
         dense_tuned, self.dense = self.dense, dataclasses.replace(self.dense, params=original)
         for ratio in self.settings.sweep:
             self.say(f"Quality and time at FFN FLOPs {ratio:g}")
-            config = self.model.spec.sparse_ffn(ratio)
+            config = size_model(self.model.spec, ratio)
             distill_steps = self.settings.distill_steps if self.settings.sweep_steps else 0
-            model, params = self.convert(config, "refit", distill_steps)
-            point = {"flops_ratio": config.flops_ratio, "val_loss": self.loss(model, params)}
+            model, params = self.convert(config, fit_layer, distill_steps)
+            point = {"flops_ratio": flops_ratio(config), "val_loss": self.loss(model, params)}
             if self.settings.sweep_steps:
                 name, steps = f"sweep_{ratio:g}", self.settings.sweep_steps
                 point["converted_val_loss"] = point["val_loss"]
@@ -322,15 +329,15 @@ class _Job:
             "dense": rep["dense"]["pretrained_val_loss"],
             "sparse": rep["warm_start"]["layer_distillation"],
         }
-        report.plot_training(out / "training.png", self.curves, starts)
-        report.plot_masks(out / "masks.png", [self.config] * self.model.spec.n_layer)
+        pictures.plot_training(out / "training.png", self.curves, starts)
+        pictures.plot_masks(out / "masks.png", [self.config] * self.model.spec.n_layer)
         tuned = {
             "flops_ratio": rep["ffn_flops_ratio"],
             "time_ratio": 1.0 / rep["ffn_speedup"],
             "val_loss": rep["sparse"]["val_loss"],
         }
-        report.plot_quality(out / "quality.png", self.points, rep["dense"]["val_loss"], tuned)
-        report.write_json(out / "report.json", rep)
+        pictures.plot_quality(out / "quality.png", self.points, rep["dense"]["val_loss"], tuned)
+        records.write_json(out / "report.json", rep)
         self.console.print(_summary(rep))
         for name in ("dense", "sparse"):
             self.console.rule(f"the {name} model writes")
@@ -339,6 +346,50 @@ class _Job:
         self.console.print(
             f"Report, pictures and the sparse model are in {out}/ ({rep['seconds']:.0f} s in all)."
         )
+
+
+def select_layer(
+    dense: DenseFFN, config: SparseFFNConfig, x: np.ndarray
+) -> tuple[SparseFFNConfig, dict[str, Any]]:
+    """Starts a layer plainly, to show what the closed forms are worth: nothing is refitted.
+
+    The most important units stay as they are, the others' weights are cut to their largest singular
+    values, and the polynomial is the activation's own.
+
+    Args:
+      dense: the FFN to stand in for.
+      config: a layer with a dense core, a low-rank branch and a polynomial, with biases.
+      x: (n, d_model) calibration activations.
+
+    Returns:
+      The config with the polynomial's fitted radius, and float32 parameters.
+    """
+    branch, core = config.spectral, config.micro and config.micro.core
+    if branch is None or core is None or config.polynomial is None:
+        raise ValueError("plain selection is for layers with all three parts")
+    hidden, slopes = dense.hidden([up(x) for up in dense.up_maps])
+    scores = score_units(dense, hidden, slopes, centred=config.bias)
+    units = choose_units(scores, core.width, branch.width, None)
+    leaves: dict[str, Any] = {"core": {}, "spectral": {}, "bias": dense.down.bias}
+    us = []
+    for name, full in zip(config.up_maps, dense.up_maps, strict=True):
+        kept, thinned = full.outputs(units.core), full.outputs(units.spectral)
+        leaves["core"][name] = {"kernel": kept.weight, "bias": kept.bias}
+        axes, filter = closed_form.truncated_svd(thinned.weight, branch.rank)
+        leaves["spectral"][name] = {"axes": axes, "filter": filter, "bias": thinned.bias}
+        us.append(dataclasses.replace(thinned, weight=axes @ filter)(x))
+    weights = np.linalg.norm(dense.down.weight[units.spectral], axis=1) ** 2
+    fitted, coefficients = closed_form.fit_polynomial(
+        config.polynomial, us, dense.hidden(us)[0], weights
+    )
+    leaves["spectral"]["polynomial"] = coefficients
+    axes, filter = closed_form.truncated_svd(
+        dense.down.weight[units.spectral], branch.down_rank or branch.rank
+    )
+    leaves["spectral"]["down"] = {"axes": axes, "filter": filter}
+    leaves["core"]["down"] = {"kernel": dense.down.weight[units.core]}
+    config = dataclasses.replace(config, polynomial=fitted)
+    return config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), leaves)
 
 
 def _summary(rep: dict[str, Any]) -> Table:

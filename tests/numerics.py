@@ -56,7 +56,12 @@ def _dots(jaxpr):
             (contracted, _), _ = equation.params["dimension_numbers"]
             depth = math.prod(lhs.shape[axis] for axis in contracted)
             yield lhs, rhs, depth * math.prod(equation.outvars[0].aval.shape)
-        for parameter in equation.params.values():
+        parameters = dict(equation.params)
+        if platforms := parameters.pop("branches_platforms", None):
+            # Of a platform's branches only one is compiled: here that for CPU.
+            (number,) = (i for i, names in enumerate(platforms) if names and "cpu" in names)
+            parameters["branches"] = parameters["branches"][number]
+        for parameter in parameters.values():
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
                 yield from _dots(inner)

@@ -15,21 +15,21 @@ from sparseffn_jax.config import (
     SpectralConfig,
 )
 from sparseffn_jax.ops.activations import ACTIVATIONS
-from sparseffn_jax.ops.block_sparse import BlockMask
+from sparseffn_jax.ops.masks import BlockMask
 
 FULL = SparseFFNConfig(
     d_model=12,
     d_ff=48,
     activation="silu",
     spectral=SpectralConfig(
-        "dft", width=24, block_size=6, frequency_mask=(True, False, True, True)
+        "block_circulant", width=24, block_size=6, frequency_mask=(True, False, True, True)
     ),
     polynomial=PolynomialConfig(3, (True, True, False, True), radius=0.1, groups=2),
     micro=MicroRefinementConfig(
         core=CoreConfig(
-            8, expand_mask=BlockMask((3, 2), ((True,) * 4, (True,) * 4, (False,) * 4, (True,) * 4))
+            8, up_mask=BlockMask((3, 2), ((True,) * 4, (True,) * 4, (False,) * 4, (True,) * 4))
         ),
-        steps=(BlockMask((6, 6), ((True, False), (True, True))),),
+        corrections=(BlockMask((6, 6), ((True, False), (True, True))),),
         implementation="gather",
     ),
 )
@@ -60,11 +60,13 @@ def spectral_configs(draw, d_model):
     if draw(st.booleans()):
         plan = draw(some(st.sampled_from(["fft", "dft", "split", "dense"])))
         mask = draw(some(bool_rows(b // 2 + 1)))
-        return SpectralConfig("dft", width, block_size=b, frequency_mask=mask, implementation=plan)
+        return SpectralConfig(
+            "block_circulant", width, block_size=b, frequency_mask=mask, implementation=plan
+        )
     ranks = st.integers(1, min(d_model, width))
     plan = draw(some(st.sampled_from(["two_gemms", "merged"])))
-    contract_rank = draw(st.just(0) | ranks)
-    return SpectralConfig("klt", width, draw(ranks), contract_rank, implementation=plan)
+    down_rank = draw(st.just(0) | ranks)
+    return SpectralConfig("low_rank", width, draw(ranks), down_rank, implementation=plan)
 
 
 @st.composite
@@ -92,8 +94,8 @@ def configs(draw):
             draw(some(block_masks((width, d_model)))),
             draw(plan),
         )
-    steps = tuple(draw(st.lists(block_masks((d_model, d_model)), max_size=2)))
-    micro = MicroRefinementConfig(core, steps, draw(plan)) if core or steps else None
+    corrections = tuple(draw(st.lists(block_masks((d_model, d_model)), max_size=2)))
+    micro = MicroRefinementConfig(core, corrections, draw(plan)) if core or corrections else None
     return SparseFFNConfig(
         d_model,
         draw(st.integers(1, 64)),
@@ -125,7 +127,7 @@ def test_equal_exactly_when_their_json_is(one, other):
 
 def test_json_is_written_as_people_would():
     written = json.loads(FULL.to_json())
-    assert written["micro"]["steps"] == [{"block_shape": [6, 6], "blocks": ["10", "11"]}]
+    assert written["micro"]["corrections"] == [{"block_shape": [6, 6], "blocks": ["10", "11"]}]
     assert written["spectral"]["frequency_mask"] == [True, False, True, True]
     assert written["polynomial"]["radius"] == 0.1
 
@@ -138,14 +140,21 @@ def test_what_is_left_out_of_json_takes_its_default():
 
 def test_numpy_values_and_lists_are_taken_as_pythons():
     spectral = SpectralConfig(
-        "dft", np.int64(8), block_size=np.int32(4), frequency_mask=np.array([True, False, True])
+        "block_circulant",
+        np.int64(8),
+        block_size=np.int32(4),
+        frequency_mask=np.array([True, False, True]),
     )
-    assert spectral == SpectralConfig("dft", 8, block_size=4, frequency_mask=(True, False, True))
+    assert spectral == SpectralConfig(
+        "block_circulant", 8, block_size=4, frequency_mask=(True, False, True)
+    )
     assert type(spectral.width) is int
     assert type(PolynomialConfig(radius=np.float32(2)).radius) is float
     assert PolynomialConfig(radius=2).radius == 2.0
-    step = BlockMask((4, 4), ((True, True), (False, True)))
-    assert hash(MicroRefinementConfig(steps=[step])) == hash(MicroRefinementConfig(steps=(step,)))
+    mask = BlockMask((4, 4), ((True, True), (False, True)))
+    assert hash(MicroRefinementConfig(corrections=[mask])) == hash(
+        MicroRefinementConfig(corrections=(mask,))
+    )
 
 
 def test_frozen():
@@ -156,17 +165,8 @@ def test_frozen():
 def test_kept_components():
     assert FULL.spectral.frequencies == (0, 2, 3)
     assert FULL.polynomial.degrees == (0, 1, 3)
-    assert SpectralConfig("dft", 5, block_size=5).frequencies == (0, 1, 2)
+    assert SpectralConfig("block_circulant", 5, block_size=5).frequencies == (0, 1, 2)
     assert PolynomialConfig(degree=2).degrees == (0, 1, 2)
-
-
-def test_dense_flops_are_those_of_the_stand_in():
-    config = SparseFFNConfig(8, 32, micro=MicroRefinementConfig(core=CoreConfig(32)))
-    assert config.dense_flops_per_token == 2 * (8 * 32 + 32 * 8)
-    assert config.flops_ratio == 1.0
-    gated = dataclasses.replace(config, gated=True)
-    assert gated.dense_flops_per_token == 2 * (3 * 8 * 32)
-    assert gated.flops_ratio == 1.0
 
 
 def build(**changes):
@@ -180,7 +180,7 @@ def build(**changes):
     return SparseFFNConfig.from_json(json.dumps(values))
 
 
-KLT = {"transform": "klt", "width": 24, "rank": 4}
+LOW_RANK = {"transform": "low_rank", "width": 24, "rank": 4}
 
 BAD = {
     "d_model not divisible by block_size": (
@@ -202,22 +202,34 @@ BAD = {
     "unknown inner key": ({"polynomial__order": 3}, "config.polynomial has unknown keys order"),
     "unknown transform": (
         {"spectral__transform": "dct"},
-        "transform='dct': expected one of klt, dft",
+        "transform='dct': expected one of low_rank, block_circulant",
     ),
     "transform null": ({"spectral__transform": None}, "spectral.transform must not be null"),
     "part is no object": ({"spectral": 3}, "config.spectral must be a JSON object, got int"),
     "width not a multiple": ({"spectral__width": 25}, "width=25 is not a multiple of block_size=6"),
     "width left out": ({"spectral__width": 0}, "spectral width=0: expected a positive integer"),
     "block_size negative": ({"spectral__block_size": -6}, "block_size=-6: expected a positive"),
-    "dft with a rank": ({"spectral__rank": 4}, "rank=4 has no meaning with transform='dft'"),
-    "klt with blocks": ({"spectral": KLT | {"block_size": 6}}, "block_size=6 has no meaning with"),
-    "klt with frequencies": (
-        {"spectral": KLT | {"frequency_mask": []}},
+    "circulant with a rank": (
+        {"spectral__rank": 4},
+        "rank=4 has no meaning with transform='block_circulant'",
+    ),
+    "low rank with blocks": (
+        {"spectral": LOW_RANK | {"block_size": 6}},
+        "block_size=6 has no meaning with",
+    ),
+    "low rank with frequencies": (
+        {"spectral": LOW_RANK | {"frequency_mask": []}},
         "frequency_mask=() has no",
     ),
-    "klt rank too large": ({"spectral": KLT | {"rank": 13}}, "rank=13 exceeds 12, the smaller of"),
-    "klt rank negative": ({"spectral": KLT | {"rank": -1}}, "rank=-1: expected a positive integer"),
-    "contract_rank": ({"spectral": KLT | {"contract_rank": 13}}, "contract_rank=13 exceeds 12"),
+    "low rank too large": (
+        {"spectral": LOW_RANK | {"rank": 13}},
+        "rank=13 exceeds 12, the smaller of",
+    ),
+    "low rank negative": (
+        {"spectral": LOW_RANK | {"rank": -1}},
+        "rank=-1: expected a positive integer",
+    ),
+    "down_rank": ({"spectral": LOW_RANK | {"down_rank": 13}}, "down_rank=13 exceeds 12"),
     "frequency_mask length": (
         {"spectral__frequency_mask": [True] * 3},
         "frequency_mask has 3 entries, but block_size=6 has 4 frequencies",
@@ -257,36 +269,57 @@ BAD = {
         {"spectral": None, "polynomial": None, "micro__core": None},
         "needs a spectral branch or a micro-refinement core",
     ),
-    "empty micro": ({"micro": {"steps": []}}, "config.micro: micro-refinement needs a core or"),
+    "empty micro": (
+        {"micro": {"corrections": []}},
+        "config.micro: micro-refinement needs a core or",
+    ),
     "core without width": ({"micro__core": {}}, "config.micro.core lacks width"),
     "core width string": ({"micro__core__width": "8"}, "config.micro.core.width='8': expected"),
-    "expand_mask shape": (
+    "up_mask shape": (
         {"micro__core__width": 10},
-        "expand_mask covers (12, 8) (4 x 4 blocks of 3 x 2), but the weight is (12, 10)",
+        "up_mask covers (12, 8) (4 x 4 blocks of 3 x 2), but the weight is (12, 10)",
     ),
-    "step shape": (
-        {"micro__steps__0__block_shape": [6, 3]},
-        "steps[0] covers (12, 6) (2 x 2 blocks of 6 x 3), but the weight is (12, 12)",
+    "correction shape": (
+        {"micro__corrections__0__block_shape": [6, 3]},
+        "corrections[0] covers (12, 6) (2 x 2 blocks of 6 x 3), but the weight is (12, 12)",
     ),
-    "steps no list": ({"micro__steps": "11"}, "config.micro.steps must be a list, got str"),
-    "step null": ({"micro__steps": [None]}, "config.micro.steps[0] must not be null"),
+    "corrections no list": (
+        {"micro__corrections": "11"},
+        "config.micro.corrections must be a list, got str",
+    ),
+    "correction null": (
+        {"micro__corrections": [None]},
+        "config.micro.corrections[0] must not be null",
+    ),
     "block_shape length": (
-        {"micro__steps__0__block_shape": [6]},
-        "config.micro.steps[0]: block_shape=(6,): expected two positive integers",
+        {"micro__corrections__0__block_shape": [6]},
+        "config.micro.corrections[0]: block_shape=(6,): expected two positive integers",
     ),
     "block_shape zero": (
-        {"micro__steps__0__block_shape": [6, 0]},
+        {"micro__corrections__0__block_shape": [6, 0]},
         "expected two positive integers",
     ),
-    "block_shape string": ({"micro__steps__0__block_shape": "66"}, "block_shape must be a list"),
+    "block_shape string": (
+        {"micro__corrections__0__block_shape": "66"},
+        "block_shape must be a list",
+    ),
     "block_shape float": (
-        {"micro__steps__0__block_shape": [6.0, 6]},
+        {"micro__corrections__0__block_shape": [6.0, 6]},
         "[0]=6.0: expected an integer",
     ),
-    "blocks empty": ({"micro__steps__0__blocks": ["00", "00"]}, "the block mask keeps no block"),
-    "blocks ragged": ({"micro__steps__0__blocks": ["10", "1"]}, "all of one and the same length"),
-    "blocks letters": ({"micro__steps__0__blocks": ["1x", "11"]}, "written with 0 and 1"),
-    "blocks missing": ({"micro__steps": [{"block_shape": [6, 6]}]}, "steps[0] lacks blocks"),
+    "blocks empty": (
+        {"micro__corrections__0__blocks": ["00", "00"]},
+        "the block mask keeps no block",
+    ),
+    "blocks ragged": (
+        {"micro__corrections__0__blocks": ["10", "1"]},
+        "all of one and the same length",
+    ),
+    "blocks letters": ({"micro__corrections__0__blocks": ["1x", "11"]}, "written with 0 and 1"),
+    "blocks missing": (
+        {"micro__corrections": [{"block_shape": [6, 6]}]},
+        "corrections[0] lacks blocks",
+    ),
 }
 
 
@@ -323,13 +356,16 @@ def test_refuses_text_that_is_no_config(text, message):
     [
         (lambda: SparseFFNConfig("12", 48), "d_model='12': expected an integer"),
         (lambda: SparseFFNConfig(12, 48.0), "d_ff=48.0: expected an integer"),
-        (lambda: SpectralConfig("klt", 8, True), "rank=True: expected an integer"),
-        (lambda: SpectralConfig("dft", 8, rank="", block_size=4), "rank='': expected an integer"),
+        (lambda: SpectralConfig("low_rank", 8, True), "rank=True: expected an integer"),
+        (
+            lambda: SpectralConfig("block_circulant", 8, rank="", block_size=4),
+            "rank='': expected an integer",
+        ),
         (lambda: PolynomialConfig(radius=np.nan), "radius=nan: expected a positive number"),
         (lambda: PolynomialConfig(degree_mask="10x11"), "written with 0 and 1"),
-        (lambda: CoreConfig(8, expand_mask="1111"), "expand_mask must be a JSON object, got str"),
-        (lambda: MicroRefinementConfig(steps=(True,)), "must be a JSON object, got bool"),
-        (lambda: MicroRefinementConfig(steps=None), "steps must not be null"),
+        (lambda: CoreConfig(8, up_mask="1111"), "up_mask must be a JSON object, got str"),
+        (lambda: MicroRefinementConfig(corrections=(True,)), "must be a JSON object, got bool"),
+        (lambda: MicroRefinementConfig(corrections=None), "corrections must not be null"),
     ],
 )
 def test_refuses_wrong_types_in_python(make, message):
@@ -339,7 +375,7 @@ def test_refuses_wrong_types_in_python(make, message):
 
 
 @pytest.mark.parametrize(
-    ("expand", "contract", "kept"),
+    ("up", "down", "kept"),
     [
         (None, ((4, 12), ["1", "0", "1"]), [0, 1, 2, 3, 8, 9, 10, 11]),
         (((6, 4), ["101", "101"]), ((4, 12), ["1", "0", "1"]), [0, 1, 2, 3, 8, 9, 10, 11]),
@@ -349,19 +385,19 @@ def test_refuses_wrong_types_in_python(make, message):
         (((12, 4), ["110"]), ((4, 6), ["10", "11", "01"]), list(range(12))),
     ],
 )
-def test_units_that_no_output_reads_are_left_out(expand, contract, kept):
+def test_units_that_no_output_reads_are_left_out(up, down, kept):
     masks = [
         part and BlockMask(part[0], [[d == "1" for d in row] for row in part[1]])
-        for part in (expand, contract)
+        for part in (up, down)
     ]
     core = CoreConfig(masks[1].shape[0], *masks)
     smaller = core.without_dead_units()
     assert smaller.width == len(kept)
     dead = np.setdiff1d(np.arange(core.width), kept)
-    assert not alive(core.contract_mask)[dead].any()
-    for name, take in (("expand_mask", (slice(None), kept)), ("contract_mask", (kept,))):
+    assert not alive(core.down_mask)[dead].any()
+    for name, take in (("up_mask", (slice(None), kept)), ("down_mask", (kept,))):
         mask, left = getattr(core, name), getattr(smaller, name)
-        entries = np.ones((12, core.width)[:: 1 if name == "expand_mask" else -1], bool)
+        entries = np.ones((12, core.width)[:: 1 if name == "up_mask" else -1], bool)
         entries = (entries if mask is None else alive(mask))[take]
         np.testing.assert_array_equal(entries, True if left is None else alive(left))
     assert smaller.without_dead_units() == smaller

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 def test_three_hundred_damaged_folders_give_nothing_but_the_loaders_own_error(tmp_path):
     out = tmp_path / "fuzz.json"
     campaign = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "fuzz_loaders.py", "--inputs", "300", "--out", out],
+        [sys.executable, ROOT / "campaigns" / "fuzz_loaders.py", "--inputs", "300", "--out", out],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

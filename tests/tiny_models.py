@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from sparseffn_jax.nn.families import FAMILIES
+from sparseffn_jax.models.families import FAMILIES
 
 VOCAB, D, POSITIONS = 97, 32, 24
 _GPT = {

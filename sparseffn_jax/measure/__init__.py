@@ -1,1 +1,1 @@
-"""What a layer costs: FLOPs, time, memory, and the pictures of them."""
+"""What a program costs: FLOPs, time, memory, traffic, and device time by part."""

@@ -2,7 +2,7 @@
 
 XLA's own ``cost_analysis`` counts the body of a loop once, whatever its trip count, and nothing
 of a custom call. Here loops count as often as they run and dead code not at all. The counterpart
-on paper is :meth:`SparseFFNConfig.flops_per_token`.
+on paper is :mod:`sparseffn_jax.measure.costs`.
 """
 
 import dataclasses
@@ -75,7 +75,8 @@ class FlopCount:
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> FlopCount:
     """Counts the operations of ``function(*args, **kwargs)``; runs and allocates nothing.
 
-    Loops count as often as they run, a ``cond`` as its costliest branch, a ``shard_map`` or
+    Loops count as often as they run, a ``cond`` as its costliest branch, or as the one for this
+    machine's platform, a ``shard_map`` or
     ``pmap`` once a device. Outputs that nothing uses are not computed, as under ``jit``.
 
     Args:
@@ -105,6 +106,8 @@ def _count_equation(equation: Any) -> FlopCount:
         return _count(_open(params["jaxpr"])) * params["length"]
     if name == "while":
         return _count(_open(params["body_jaxpr"])) * _trip_count(equation)
+    if name == "cond" and params.get("branches_platforms"):
+        return _count(_open(_branch_here(params)))
     if name == "cond":
         return max(map(_count, map(_open, params["branches"])), key=lambda count: count.total)
     if name == "shard_map":
@@ -150,6 +153,15 @@ def _operations(name: str, equation: Any) -> tuple[int, int, int]:
 
 def _multiply_add(out: Any) -> int:
     return 8 if jnp.issubdtype(out.dtype, jnp.complexfloating) else 2
+
+
+def _branch_here(params: Any) -> Any:
+    """Returns the branch of a ``platform_dependent`` that this machine's device runs."""
+    here = jax.devices()[0].platform
+    platforms = params["branches_platforms"]
+    fallback = platforms.index(None) if None in platforms else None
+    named = (i for i, names in enumerate(platforms) if names is not None and here in names)
+    return params["branches"][next(named, fallback)]
 
 
 def _trip_count(equation: Any) -> int:

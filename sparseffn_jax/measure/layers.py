@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 
-from sparseffn_jax.config import SparseFFNConfig, dense_flops
-from sparseffn_jax.nn.decoder import Decoder, ffn_module
-from sparseffn_jax.ops import planning
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.measure.costs import dense_flops, flops_per_token
+from sparseffn_jax.models.decoder import Decoder, ffn_module
+from sparseffn_jax.ops.plans.choice import recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +33,29 @@ def describe_layer(model: Decoder, layer: int, tokens: int) -> LayerSummary:
     """Describes one layer's FFN as it runs on ``tokens`` rows; allocates nothing."""
     spec, module = model.spec, ffn_module(model, layer)
     x = jax.ShapeDtypeStruct((tokens, spec.d_model), model.dtype)
-    with planning.recorded() as plans:
+    with recorded() as plans:
         shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     ffn = model.ffns[layer] if model.ffns else None
     if not isinstance(ffn, SparseFFNConfig):
         dense = dense_flops(spec.d_model, spec.d_ff, spec.gated)
         return LayerSummary((f"dense: {spec.d_ff} units",), parameters, dense, 1.0, ())
-    flops = sum(ffn.flops_per_token().values())
+    flops = sum(flops_per_token(ffn).values())
     chosen = tuple((choice.operator, choice.plan) for choice in plans)
-    return LayerSummary(_parts(ffn), parameters, flops, ffn.flops_ratio, chosen)
+    ratio = flops / dense_flops(spec.d_model, spec.d_ff, spec.gated)
+    return LayerSummary(_parts(ffn), parameters, flops, ratio, chosen)
 
 
 def _parts(ffn: SparseFFNConfig) -> tuple[str, ...]:
     lines, gated = [], ", gated" if ffn.gated else ""
     if (branch := ffn.spectral) is not None:
-        if branch.transform == "klt":
-            kept = f"ranks {branch.rank} and {branch.contract_rank or branch.rank}"
+        if branch.transform == "low_rank":
+            kept = f"ranks {branch.rank} and {branch.down_rank or branch.rank}"
         else:
             kept = f"b={branch.block_size}, frequencies {','.join(map(str, branch.frequencies))}"
-        lines.append(f"spectral {branch.transform}: {branch.width} units{gated}, {kept}")
+        lines.append(
+            f"spectral, {branch.transform.replace('_', ' ')}: {branch.width} units{gated}, {kept}"
+        )
     if (polynomial := ffn.polynomial) is not None:
         lines.append(
             f"polynomial: degrees {','.join(map(str, polynomial.degrees))} within "
@@ -60,11 +64,10 @@ def _parts(ffn: SparseFFNConfig) -> tuple[str, ...]:
     if ffn.micro is not None:
         if (core := ffn.micro.core) is not None:
             densities = [
-                1.0 if mask is None else mask.density
-                for mask in (core.expand_mask, core.contract_mask)
+                1.0 if mask is None else mask.density for mask in (core.up_mask, core.down_mask)
             ]
             kept = f"density {densities[0]:.2f} and {densities[1]:.2f}"
             lines.append(f"core: {core.width} units{gated}, {kept}")
-        for mask in ffn.micro.steps:
-            lines.append(f"linear step: density {mask.density:.2f}")
+        for mask in ffn.micro.corrections:
+            lines.append(f"correction: density {mask.density:.2f}")
     return tuple(lines)

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparseffn_jax.config import SparseFFNConfig, SpectralConfig
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.measure.costs import count_numbers, flops_per_token
 
 # Large enough to be at the peak and larger than any cache, small enough for a second.
 _GEMM = {"cpu": 2048, "gpu": 8192}
@@ -110,35 +111,22 @@ def measure_peak(dtype: Any = jnp.float32, repeats: int = 5) -> Peak:
 
 
 def layer_traffic(config: SparseFFNConfig, tokens: int, dtype: Any = jnp.float32) -> Traffic:
-    """Counts the bytes of a layer's forward pass.
+    """Counts the bytes that a layer's forward pass moves.
 
-    Between products lie, for every token: the hidden units of each branch; of a klt map its
-    components; of a dft map the kept frequencies of its inputs and outputs. Elementwise work is
-    taken to be fused into the products beside it.
+    Every weight is read once; what lies between products, as
+    :func:`sparseffn_jax.measure.costs.count_numbers` counts it, is written once and read once.
 
     Args:
-      config: of the layer; a core of all hidden units is the dense FFN.
+      config: configuration of the layer; a core of all hidden units is the dense FFN.
       tokens: rows of the activations.
-      dtype: of weights and activations.
+      dtype: dtype of weights and activations.
     """
-    weights, hidden = config.d_model, 0
-    if (branch := config.spectral) is not None:
-        spectral_weights, between = _spectral_numbers(config, branch)
-        weights += spectral_weights + branch.width
-        hidden += between + branch.width
-    if config.polynomial is not None:
-        weights += config.polynomial.groups * len(config.polynomial.degrees)
-    if (micro := config.micro) is not None:
-        weights += config.flops_per_token()["micro"] // 2
-        hidden += len(micro.steps) * config.d_model
-        if micro.core is not None:
-            weights += micro.core.width
-            hidden += micro.core.width
+    numbers = count_numbers(config)
     size = jnp.dtype(dtype).itemsize
     return Traffic(
-        weights=size * weights,
+        weights=size * numbers.weights,
         activations=size * 2 * tokens * config.d_model,
-        hidden=size * 2 * tokens * hidden,
+        hidden=size * 2 * tokens * numbers.between,
     )
 
 
@@ -155,7 +143,7 @@ def roofline(
             f"the peak was measured in {peak.dtype}, the layer runs in {jnp.dtype(dtype).name}: "
             "measure the peak in the same dtype"
         )
-    flops = tokens * sum(config.flops_per_token().values())
+    flops = tokens * sum(flops_per_token(config).values())
     traffic = layer_traffic(config, tokens, dtype)
     return Roofline(
         flops,
@@ -163,20 +151,6 @@ def roofline(
         compute_seconds=flops / peak.flops_per_second,
         memory_seconds=traffic.total / peak.bytes_per_second,
     )
-
-
-def _spectral_numbers(config: SparseFFNConfig, branch: SpectralConfig) -> tuple[int, int]:
-    """Returns the stored weights of both maps, and the numbers a token leaves between products."""
-    channels = config.d_model + branch.width
-    if branch.transform == "klt":
-        ranks = branch.rank + (branch.contract_rank or branch.rank)
-        return ranks * channels, ranks
-    b = branch.block_size
-    # DC and Nyquist have no imaginary part.
-    components = sum(1 if f in (0, b / 2) else 2 for f in branch.frequencies)
-    weights = (config.d_model // b) * (branch.width // b) * components
-    # The spectrum of the inputs and of the outputs of both maps.
-    return 2 * weights, 2 * (channels // b) * components
 
 
 def _median_seconds(function: Callable[[Any], Any], argument: Any, repeats: int) -> float:

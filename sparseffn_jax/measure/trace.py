@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 # The parts of a SparseFFN, as nn/sparse_ffn.py names its scopes.
-PARTS = ("spectral_expand", "polynomial", "spectral_contract", "core", "steps")
+PARTS = ("spectral_up", "polynomial", "spectral_down", "core", "corrections")
 OTHER = "other"
 _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = .*? (?P<opcode>[\w\-]+)\(.*?"

@@ -1,1 +1,1 @@
-"""Flax Linen modules: the SparseFFN and the decoders that it plugs into."""
+"""Flax Linen layers: the SparseFFN, attention, rotary embeddings and LoRA."""

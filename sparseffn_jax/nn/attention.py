@@ -111,14 +111,19 @@ class CausalAttention(nn.Module):
 
 
 def _dot_product_attention(query, key, value, mask, scale):
-    dtype = query.dtype
-    if dtype == jnp.float16 and jax.default_backend() == "cpu":
-        # Its float16 products cannot be asked to accumulate in float32, as JAX's attention does.
-        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    out = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, scale=scale, is_causal=mask is None
-    )
-    return out.astype(dtype)
+    def attend(query, key, value):
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, scale=scale, is_causal=mask is None
+        )
+
+    def attend_in_float32(query, key, value):
+        wide = attend(*(x.astype(jnp.float32) for x in (query, key, value)))
+        return wide.astype(query.dtype)
+
+    if query.dtype != jnp.float16:
+        return attend(query, key, value)
+    # The CPU's float16 products cannot be asked to accumulate in float32, as JAX's attention does.
+    return jax.lax.platform_dependent(query, key, value, cpu=attend_in_float32, default=attend)
 
 
 def _causal_mask(

@@ -1,16 +1,14 @@
-"""Block-sparse products with a static mask: only the blocks that live are stored and multiplied.
+"""Block-sparse linear maps with a static mask: only the blocks that live are multiplied.
 
-Storage follows the mask's structure, which is known when the program is traced:
-
-- *outer* (whole block rows and columns live): one dense matrix of the live rows and columns, so
-  that the product is a plain smaller GEMM;
-- *free*: the live blocks, ``(n, bi, bo)``, sorted by output block, then by input block.
+:func:`choose` picks a plan, :func:`pack` brings stored weights into the form that the plan
+multiplies by, and :func:`apply` runs a hidden layer between two such maps.
+:func:`block_sparse_matmul` is one map alone. How weights are stored is told in
+:mod:`sparseffn_jax.ops.masks`.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,102 +16,107 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseffn_jax.ops import planning
+from sparseffn_jax.ops.gemm import matmul
+from sparseffn_jax.ops.hidden import Activate, HiddenMaps, HiddenPlan, MapPlan
+from sparseffn_jax.ops.masks import BlockMask, decompress
+from sparseffn_jax.ops.plans import costs
+from sparseffn_jax.ops.plans.choice import by_platform, pick
+from sparseffn_jax.ops.plans.costs import Platform
 from sparseffn_jax.ops.tiling import over_tokens
 
 # Activations, as one array or as one for each block of channels.
 Pieces = Sequence[Float[Array, "*t c"]]
+# The plan of a map without a mask.
+_PLAIN = "plain"
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockMask:
-    """Which blocks of a weight matrix live; hashable, so that it can be static under jit.
+def choose(
+    tokens: int,
+    weights: HiddenMaps,
+    masks: HiddenMaps,
+    platform: Platform,
+    implementation: str | None = None,
+) -> HiddenPlan:
+    """Picks the plans for a hidden layer between block-sparse maps.
 
-    Attributes:
-      block_shape: ``(bi, bo)``, the rows (inputs) and columns (outputs) of one block.
-      blocks: one tuple of booleans for each block row; ``True`` keeps the block.
+    Args:
+      tokens: rows of the input.
+      weights: the maps' stored kernels, or arrays of their shapes and dtype.
+      masks: the maps' :class:`BlockMask`; ``None`` is a dense map.
+      platform: that the program is compiled for.
+      implementation: as in :func:`block_sparse_matmul`.
+
+    Raises:
+      ValueError: if a kernel does not fit its mask, or the forced plan cannot run with one of the
+        masks.
     """
 
-    block_shape: tuple[int, int]
-    blocks: tuple[tuple[bool, ...], ...]
+    def plan(kernel: Array, mask: BlockMask | None) -> str:
+        return _PLAIN if mask is None else _pick(tokens, kernel, mask, platform, implementation)
 
-    def __post_init__(self):
-        object.__setattr__(self, "block_shape", _as_block_shape(self.block_shape))
-        object.__setattr__(self, "blocks", _as_blocks(self.blocks))
-        if not any(map(any, self.blocks)):
-            raise ValueError("the block mask keeps no block: leave the part out instead")
+    up = tuple(plan(kernel, mask) for kernel, mask in zip(weights.up, masks.up, strict=True))
+    down = plan(weights.down, masks.down)
+    width = weights.down.shape[0] if masks.down is None else masks.down.shape[0]
+    token_bytes = width * weights.down.dtype.itemsize
+    return HiddenPlan(up, down, _tile(tokens, token_bytes, platform, (*up, down)))
 
-    @classmethod
-    def from_array(cls, blocks: np.ndarray, block_shape: tuple[int, int]) -> "BlockMask":
-        """Builds a mask from a two-dimensional array of booleans, or of 0 and 1, one a block."""
-        blocks = np.asarray(blocks)
-        if not np.isin(blocks, (0, 1)).all():
-            raise ValueError("blocks must be booleans, or 0 and 1")
-        return cls(block_shape, blocks.astype(bool).tolist())
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Block rows and block columns."""
-        return len(self.blocks), len(self.blocks[0])
+def pack(weights: HiddenMaps, plan: HiddenPlan, masks: HiddenMaps) -> HiddenMaps:
+    """Returns what each map multiplies by."""
+    maps = zip(weights.up, plan.up, masks.up, strict=True)
+    return HiddenMaps(
+        tuple(pack_map(*each) for each in maps),
+        pack_map(weights.down, plan.down, masks.down),
+    )
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(inputs, outputs)`` of the weight matrix that the mask covers."""
-        return self.grid[0] * self.block_shape[0], self.grid[1] * self.block_shape[1]
 
-    @property
-    def size(self) -> int:
-        """Entries that live: the number of parameters stored."""
-        return sum(map(sum, self.blocks)) * math.prod(self.block_shape)
+def apply(
+    x: Float[Array, "t i"],
+    packed: HiddenMaps,
+    plan: HiddenPlan,
+    masks: HiddenMaps,
+    activate: Activate,
+    channel: Any,
+) -> Float[Array, "t o"]:
+    """Applies block-sparse maps, an elementwise function and another block-sparse map.
 
-    @property
-    def density(self) -> float:
-        """Share of the entries that live."""
-        return self.size / math.prod(self.shape)
+    Where both maps run as many GEMMs, hidden units stay in the blocks that the one makes and the
+    other takes, in tiles of tokens which the backward pass recomputes: nothing as wide as the
+    hidden layer is kept.
 
-    @functools.cached_property
-    def live_rows(self) -> tuple[int, ...]:
-        """Block rows with a living block."""
-        return tuple(i for i, row in enumerate(self.blocks) if any(row))
+    Args:
+      x: (tokens, d_in).
+      packed: weights as :func:`pack` returns them for ``plan``.
+      plan: as :func:`choose` picks it.
+      masks: the maps' :class:`BlockMask`; ``None`` is a dense map.
+      activate: called with one array of hidden channels, all or a block of them, for each map of
+        ``packed.up``, and the same channels of ``channel``.
+      channel: a tree of arrays whose last axis has the hidden width.
 
-    @functools.cached_property
-    def live_columns(self) -> tuple[int, ...]:
-        """Block columns with a living block."""
-        return tuple(j for j, column in enumerate(zip(*self.blocks, strict=True)) if any(column))
+    Returns:
+      (tokens, d_out) in the dtype of ``x``.
 
-    @functools.cached_property
-    def is_outer(self) -> bool:
-        """Whether the mask is whole rows and columns, so that a smaller GEMM does it."""
-        return sum(map(sum, self.blocks)) == len(self.live_rows) * len(self.live_columns)
+    Raises:
+      ValueError: if ``x`` has not the channels that the masks cover.
+    """
+    for mask in masks.up:
+        _check_channels(x, mask)
+    width = packed.down.shape[0] if masks.down is None else masks.down.shape[0]
 
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of the stored weights; see the module's docstring."""
-        bi, bo = self.block_shape
-        if self.is_outer:
-            return len(self.live_rows) * bi, len(self.live_columns) * bo
-        return sum(map(sum, self.blocks)), bi, bo
+    def rows(x: Array) -> Array:
+        maps = zip(packed.up, plan.up, masks.up, strict=True)
+        us = list(zip(*(_products([x], *each) for each in maps), strict=True))
+        side = width // len(us)
+        channels = [
+            jax.tree.map(lambda leaf, start=start: leaf[..., start : start + side], channel)
+            for start in range(0, width, side)
+        ]
+        hidden = [activate(u, part) for u, part in zip(us, channels, strict=True)]
+        return _join(_products(hidden, packed.down, plan.down, masks.down))
 
-    def compress(self, dense: np.ndarray) -> np.ndarray:
-        """Takes a dense ``shape`` matrix to its stored form; what is masked is dropped."""
-        bi, bo = self.block_shape
-        blocks = np.asarray(dense).reshape(self.grid[0], bi, self.grid[1], bo)
-        if self.is_outer:
-            live = blocks[np.ix_(self.live_rows, range(bi), self.live_columns, range(bo))]
-            return live.reshape(self.kernel_shape)
-        rows, columns = self.coordinates()
-        return blocks.transpose(0, 2, 1, 3)[rows, columns]
-
-    @functools.cached_property
-    def stored_in_row(self) -> Mapping[int, tuple[int, ...]]:
-        """For every live block row the places of its blocks in the stored order."""
-        rows, _ = self.coordinates()
-        return {int(i): tuple(np.flatnonzero(rows == i).tolist()) for i in self.live_rows}
-
-    def coordinates(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns block row and block column of every living block, in the stored order."""
-        columns, rows = np.nonzero(np.array(self.blocks).T)
-        return rows, columns
+    if any(map(_is_unrolled, (*plan.up, plan.down))):
+        return over_tokens(rows, x, plan.tile)
+    return rows(x)
 
 
 def block_sparse_matmul(
@@ -122,21 +125,19 @@ def block_sparse_matmul(
     mask: BlockMask,
     *,
     implementation: str | None = None,
-    lay_out: planning.LayOut = planning.lay_out_anew,
 ) -> Float[Array, "*batch o"]:
     """Multiplies ``x`` by the block-sparse matrix that ``kernel`` and ``mask`` describe.
 
     Args:
       x: ``(..., mask.shape[0])``.
       kernel: the living weights, of shape ``mask.kernel_shape``.
-      mask: static.
-      implementation: ``"slice"`` (outer masks: one smaller GEMM), and for free masks ``"rows"``
-        (one GEMM for every input block, whose products are summed where they meet in an output
-        block), ``"columns"`` (one GEMM for every output block, on its input blocks side by side)
-        or ``"gather"`` (the same, all output blocks with equally many in one batched GEMM), or
-        ``"masked"`` (a dense GEMM; the reference, and right near density 1), or ``None`` to
-        choose. Plans of many GEMMs run in tiles of tokens.
-      lay_out: gives the weights; may keep them from call to call.
+      mask: which blocks live; static.
+      implementation: ``"slice"`` (structured masks: one smaller GEMM), and for unstructured masks
+        ``"rows"`` (one GEMM for every input block, whose products are summed where they meet in
+        an output block), ``"columns"`` (one GEMM for every output block, on its input blocks side
+        by side) or ``"gather"`` (the same, all output blocks with equally many in one batched
+        GEMM), or ``"masked"`` (a dense GEMM; the reference, and right near density 1), or
+        ``None`` to choose. Plans of many GEMMs run in tiles of tokens.
 
     Returns:
       ``(..., mask.shape[1])`` in the dtype of ``x``, accumulated in float32.
@@ -145,133 +146,105 @@ def block_sparse_matmul(
       ValueError: if shapes do not fit or the forced plan cannot run with this mask.
     """
     tokens = math.prod(x.shape[:-1])
-    product = _product(
-        tokens, x.shape[-1], kernel, mask, implementation, x.dtype, lay_out, "kernel"
+
+    def run(plan: MapPlan, x: Array, kernel: Array) -> Array:
+        return multiply(x, pack_map(kernel, plan.name, mask), plan, mask)
+
+    y = by_platform(
+        lambda platform: choose_map(tokens, kernel, mask, platform, implementation),
+        run,
+        x.reshape(tokens, x.shape[-1]),
+        kernel,
     )
-    return _apply([product], lambda x: product.run([x]), x, mask.shape[1])
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def block_sparse_ffn(
-    x: Float[Array, "*batch i"],
-    expand: Sequence[Float[Array, "..."]],
-    activate: Callable[[Sequence[Array], Any], Array],
-    channel: Any,
-    contract: Float[Array, "..."],
-    *,
-    expand_mask: BlockMask | None = None,
-    contract_mask: BlockMask | None = None,
+def choose_map(
+    tokens: int,
+    kernel: Float[Array, "..."],
+    mask: BlockMask,
+    platform: Platform,
     implementation: str | None = None,
-    lay_out: planning.LayOut = planning.lay_out_anew,
-) -> Float[Array, "*batch o"]:
-    """Applies block-sparse maps, an elementwise function and another block-sparse map.
+) -> MapPlan:
+    """Picks the plan of one map; the arguments are those of :func:`choose`."""
+    plan = _pick(tokens, kernel, mask, platform, implementation)
+    return MapPlan(plan, _tile(tokens, mask.shape[1] * kernel.dtype.itemsize, platform, (plan,)))
 
-    Where both maps run as many GEMMs, hidden units stay in the blocks that the one makes and the
-    other takes, in tiles of tokens which the backward pass recomputes: nothing as wide as the
-    hidden layer is kept.
 
-    Args:
-      x: ``(..., d_in)``.
-      expand: weights of the maps to the m hidden channels; two for a gated layer.
-      activate: called with one array of hidden channels, all or a block of them, for each map of
-        ``expand``, and the same channels of ``channel``.
-      channel: a tree of arrays whose last axis is m.
-      contract: weights of the map from the hidden channels.
-      expand_mask: of ``expand``; ``None`` is a dense map.
-      contract_mask: of ``contract``; ``None`` is a dense map.
-      implementation: as in :func:`block_sparse_matmul`.
-      lay_out: gives every map's weights; may keep them from call to call.
+def pack_map(kernel: Float[Array, "..."], plan: str, mask: BlockMask | None) -> Any:
+    """Returns what one map multiplies by."""
+    return kernel if mask is None else _PLANS[plan].pack(kernel, mask)
 
-    Returns:
-      ``(..., d_out)`` in the dtype of ``x``.
+
+def multiply(
+    x: Float[Array, "t i"], packed: Any, plan: MapPlan, mask: BlockMask
+) -> Float[Array, "t o"]:
+    """Applies one map to (tokens, ``mask.shape[0]``), with weights packed for its plan.
 
     Raises:
-      ValueError: if shapes do not fit or the forced plan cannot run with one of the masks.
+      ValueError: if ``x`` has not the channels that the mask covers.
     """
-    tokens = math.prod(x.shape[:-1])
-    width = contract.shape[0] if contract_mask is None else contract_mask.shape[0]
-    first = [
-        _product(
-            tokens,
-            x.shape[-1],
-            kernel,
-            expand_mask,
-            implementation,
-            x.dtype,
-            lay_out,
-            f"expand_{i}",
-        )
-        for i, kernel in enumerate(expand)
-    ]
-    last = _product(
-        tokens, width, contract, contract_mask, implementation, x.dtype, lay_out, "contract"
-    )
+    _check_channels(x, mask)
 
-    def rows(x: Array) -> Pieces:
-        us = list(zip(*(product.run([x]) for product in first), strict=True))
-        side = width // len(us)
-        channels = [
-            jax.tree.map(lambda leaf, start=start: leaf[..., start : start + side], channel)
-            for start in range(0, width, side)
-        ]
-        return last.run([activate(u, part) for u, part in zip(us, channels, strict=True)])
+    def rows(x: Array) -> Array:
+        return _join(_products([x], packed, plan.name, mask))
 
-    return _apply([*first, last], rows, x, width)
+    return over_tokens(rows, x, plan.tile) if _is_unrolled(plan.name) else rows(x)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """A product with its plan picked and its weights laid out for it.
-
-    Attributes:
-      run: of a tile's activations.
-      is_unrolled: whether it is a GEMM for each block row or column.
-    """
-
-    run: Callable[[Pieces], Pieces]
-    is_unrolled: bool = False
-
-
-def _product(tokens, channels, kernel, mask, implementation, dtype, lay_out, name) -> _Product:
-    if mask is None:
-        weights = lay_out(f"{name}_dense", lambda: kernel)
-        return _Product(lambda xs: [matmul(_join(xs), weights)])
-    if channels != mask.shape[0]:
-        raise ValueError(f"x has {channels} channels, but the mask covers {mask.shape[0]}")
+def _pick(
+    tokens: int,
+    kernel: Array,
+    mask: BlockMask,
+    platform: Platform,
+    implementation: str | None,
+) -> str:
     if kernel.shape != mask.kernel_shape:
         raise ValueError(f"kernel has shape {kernel.shape}, the mask needs {mask.kernel_shape}")
-    costs = planning.block_sparse_costs(
-        tokens,
-        mask.shape,
-        mask.block_shape,
-        mask.size,
-        (len(mask.live_rows), len(mask.live_columns)),
+    live = (len(mask.live_rows), len(mask.live_columns))
+    estimates = costs.block_sparse_costs(
+        tokens, mask.shape, mask.block_shape, mask.size, live, platform
     )
     refused = {}
-    if mask.is_outer:
+    if mask.is_structured:
         for plan in ("rows", "columns", "gather"):
             refused[plan] = "the mask is whole rows and columns, which 'slice' does in one GEMM"
     else:
         refused["slice"] = "the mask is not made of whole block rows and columns"
-        if dtype.itemsize < 4:
-            refused["rows"] = f"{dtype.name} would round the products before they are summed"
+        if kernel.dtype.itemsize < 4:
+            refused["rows"] = f"{kernel.dtype.name} would round the products before they are summed"
     for plan in refused:
-        costs.pop(plan)
-    problem = (tokens, *mask.shape, *mask.block_shape, mask.size, mask.is_outer, dtype.name)
-    plan = planning.pick("block_sparse_matmul", implementation, costs, refused, problem)
+        estimates.pop(plan)
+    problem = (
+        *(tokens, *mask.shape, *mask.block_shape),
+        *(mask.size, mask.is_structured, kernel.dtype.name),
+    )
+    return pick("block_sparse_matmul", implementation, estimates, refused, problem, platform)
+
+
+def _tile(tokens: int, token_bytes: int, platform: Platform, plans: Sequence[str]) -> int | None:
+    """Returns the tile of plans of which some are many small GEMMs; others take all tokens."""
+    if not any(map(_is_unrolled, plans)):
+        return None
+    return costs.token_tile("block_sparse", tokens, token_bytes, platform)
+
+
+def _is_unrolled(plan: str) -> bool:
+    return plan != _PLAIN and _PLANS[plan].is_unrolled
+
+
+def _products(xs: Pieces, packed: Any, plan: str, mask: BlockMask | None) -> Pieces:
+    if mask is None:
+        return [matmul(_join(xs), packed)]
     how = _PLANS[plan]
-    weights = lay_out(f"{name}_{plan}", lambda: how.lay_out(kernel, mask))
     if how.is_unrolled:
-        return _Product(lambda xs: how.apply(mask, _cut(xs, mask), weights), is_unrolled=True)
-    return _Product(lambda xs: [how.apply(mask, _join(xs), weights)])
+        return how.apply(mask, _cut(xs, mask), packed)
+    return [how.apply(mask, _join(xs), packed)]
 
 
-def _apply(products, rows: Callable[[Array], Pieces], x: Array, width: int) -> Array:
-    """Runs products on all tokens, or in tiles where some are of many small GEMMs."""
-    if not any(product.is_unrolled for product in products):
-        return _join(rows(x))
-    tile = planning.token_tile("block_sparse", width * x.dtype.itemsize)
-    y = over_tokens(lambda x: _join(rows(x)), x.reshape(-1, x.shape[-1]), tile)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+def _check_channels(x: Array, mask: BlockMask | None) -> None:
+    if mask is not None and x.shape[-1] != mask.shape[0]:
+        raise ValueError(f"x has {x.shape[-1]} channels, but the mask covers {mask.shape[0]}")
 
 
 def _join(xs: Pieces) -> Array:
@@ -283,29 +256,6 @@ def _cut(xs: Pieces, mask: BlockMask) -> tuple[Array, ...]:
     if len(xs) == mask.grid[0] and xs[0].shape[-1] == mask.block_shape[0]:
         return tuple(xs)
     return tuple(jnp.split(_join(xs), mask.grid[0], axis=-1))
-
-
-def decompress(kernel: Float[Array, "..."], mask: BlockMask) -> Float[Array, "i o"]:
-    """Returns the dense matrix, zeros where masked."""
-    bi, bo = mask.block_shape
-    dense = jnp.zeros((*mask.grid, bi, bo), kernel.dtype)
-    if mask.is_outer:
-        rows, columns = np.ix_(mask.live_rows, mask.live_columns)
-        live = kernel.reshape(rows.size, bi, columns.size, bo).transpose(0, 2, 1, 3)
-    else:
-        rows, columns = mask.coordinates()
-        live = kernel
-    return dense.at[rows, columns].set(live).transpose(0, 2, 1, 3).reshape(mask.shape)
-
-
-def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
-    """Returns ``x @ kernel`` in the dtype of ``x``, accumulated in float32 where that is narrower.
-
-    XLA accumulates half-precision products in float32 by itself. Asking for a float32 result and
-    casting it would say the same of the forward pass, but then the cotangent is cast up too, and
-    both products of the backward pass run in float32.
-    """
-    return jnp.matmul(x, kernel).astype(x.dtype)
 
 
 def _slice(mask, x, kernel):
@@ -429,12 +379,12 @@ class _Plan(NamedTuple):
     """How a block-sparse product runs.
 
     Attributes:
-      lay_out: of kernel and mask; what may be done once.
-      apply: of the mask, activations and what ``lay_out`` gave.
+      pack: stored kernel and mask to what ``apply`` takes; may be done once.
+      apply: mask, activations and packed kernel to the product.
       is_unrolled: whether it is a GEMM for each block row or column, on activations in blocks.
     """
 
-    lay_out: Callable[..., Any]
+    pack: Callable[..., Any]
     apply: Callable[..., Any]
     is_unrolled: bool = False
 
@@ -446,22 +396,3 @@ _PLANS = {
     "gather": _Plan(_by_group, _gather),
     "masked": _Plan(decompress, _masked),
 }
-
-
-def _as_block_shape(block_shape) -> tuple[int, int]:
-    sides = tuple(block_shape) if isinstance(block_shape, list | tuple) else ()
-    whole = all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in sides)
-    if len(sides) != 2 or not whole or min(sides) < 1:
-        raise ValueError(f"block_shape={block_shape!r}: expected two positive integers")
-    return int(sides[0]), int(sides[1])
-
-
-def _as_blocks(blocks) -> tuple[tuple[bool, ...], ...]:
-    # An array of objects: rows of unequal lengths make it one-dimensional, and types survive.
-    array = np.asarray(blocks, object)
-    booleans = all(isinstance(block, bool | np.bool_) for block in array.flat)
-    if array.ndim != 2 or not array.size or not booleans:
-        raise ValueError(
-            "the blocks of a mask must be rows of booleans, all of one and the same length"
-        )
-    return tuple(map(tuple, array.astype(bool).tolist()))

@@ -54,10 +54,24 @@ def sum_to(
     if not summed:
         return term(*arrays).reshape(target)
     together = summed[-1] - summed[0] == len(summed) - 1
-    is_last = summed[-1] == len(full) - 1
-    at_an_end = summed[0] == 0 or is_last
-    if jax.default_backend() != "cpu" or not (together and at_an_end):
+    at_an_end = summed[0] == 0 or summed[-1] == len(full) - 1
+
+    def plain(*arrays: Array) -> Array:
         return jnp.sum(term(*arrays), axis=summed).reshape(target)
+
+    if not (together and at_an_end):
+        return plain(*arrays)
+
+    def folded(*arrays: Array) -> Array:
+        return _fold(term, arrays, summed).reshape(target)
+
+    return jax.lax.platform_dependent(*arrays, cpu=folded, default=plain)
+
+
+def _fold(term: Callable[..., Array], arrays: Sequence[Array], summed: tuple[int, ...]) -> Array:
+    """Sums over leading or over trailing axes: elementwise first, then by a GEMM with ones."""
+    full = arrays[0].shape
+    is_last = summed[-1] == len(full) - 1
     if not is_last:
         arrays = tuple(array.reshape(-1, *full[len(summed) :]) for array in arrays)
     # The first axis, because what is left of it are the longest contiguous stretches.
@@ -65,9 +79,9 @@ def sum_to(
     folded = functools.reduce(jnp.add, itertools.starmap(term, slices))
     if is_last:
         rest = folded @ jnp.ones((folded.shape[-1], 1), folded.dtype)
-        return rest.sum(axis=summed).reshape(target)
-    rows = folded.reshape(len(folded), math.prod(target))
-    return (jnp.ones((1, len(rows)), rows.dtype) @ rows).reshape(target)
+        return rest.sum(axis=summed)
+    rows = folded.reshape(len(folded), math.prod(folded.shape[1:]))
+    return jnp.ones((1, len(rows)), rows.dtype) @ rows
 
 
 def _slices(array: Array, axis: int) -> list[Array]:

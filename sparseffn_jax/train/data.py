@@ -14,6 +14,8 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
+from sparseffn_jax.evaluate.windows import cut_windows
+
 STDLIB = "stdlib"
 # Not worth learning from: tests repeat themselves, the codecs are tables, topics.py is a manual.
 _STDLIB_SKIP = frozenset(
@@ -68,7 +70,7 @@ def load_windows(
     windows = {}
     for name, documents in (("train", train), ("validation", validation)):
         tokens = tokenize(documents, tokenizer)
-        windows[name] = pack(tokens, window)
+        windows[name] = cut_windows(tokens, window)
         if not len(windows[name]):
             raise ValueError(
                 f"the {name} split of {source!r} has {len(tokens)} tokens, too few for one "
@@ -163,32 +165,6 @@ def tokenize(documents: list[Document], tokenizer: Any) -> Int[np.ndarray, " n"]
     )
     end = [tokenizer.eos_token_id]
     return np.concatenate([np.array(e.ids + end, np.int32) for e in encodings])
-
-
-def pack(tokens: Int[np.ndarray, " n"], window: int) -> Int[np.ndarray, "k w"]:
-    """Cuts a row of tokens into windows of ``window + 1``, each sharing one token with the next.
-
-    Every token but the first is then the target of exactly one window; what does not fill the
-    last window is dropped.
-    """
-    count = max(0, (len(tokens) - 1) // window)
-    starts = window * np.arange(count)[:, None]
-    return tokens[starts + np.arange(window + 1)[None, :]]
-
-
-def check_window(window: int | None, n_positions: int) -> int:
-    """Returns the window's length, by default all that the model has positions for.
-
-    Raises:
-      ValueError: if the model has too few, or the window is empty.
-    """
-    if window is None:
-        return n_positions
-    if not 1 <= window <= n_positions:
-        raise ValueError(
-            f"window={window} must lie between 1 and the model's n_positions={n_positions}"
-        )
-    return window
 
 
 def make_batches(

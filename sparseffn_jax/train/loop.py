@@ -14,11 +14,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from sparseffn_jax.evaluate.losses import check_token_ids, make_evaluator
 from sparseffn_jax.train import guard, processes
 from sparseffn_jax.train.checkpoints import CheckpointStore, Position, Snapshot
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows, make_batches
-from sparseffn_jax.train.losses import check_token_ids, make_evaluator
 from sparseffn_jax.train.metrics import MetricsLog, Record
 from sparseffn_jax.train.recipes import combine, is_ffn, partition
 from sparseffn_jax.train.sharding import path_name

@@ -199,9 +199,9 @@ def _ffn_of(path: Path) -> Path:
 
 
 def _sparse_ffns(paths) -> set[Path]:
-    # A SparseFFN has a spectral branch or a core; no dense FFN has a part named like theirs.
+    # A SparseFFN has a spectral branch or a core; no other FFN has a part of that name.
     return {
         _ffn_of(path)
         for path in paths
-        if is_ffn(path) and path[path.index("mlp") + 1].startswith(("expand", "core_expand"))
+        if is_ffn(path) and path[path.index("mlp") + 1] in ("spectral", "core")
     }

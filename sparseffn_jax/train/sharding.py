@@ -43,26 +43,26 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"mlp/(fc_in|gate_proj|up_proj)/kernel", ("fsdp", "tensor")),
     (r"mlp/(fc_out|down_proj)/kernel", ("tensor", "fsdp")),
     (r"mlp/(c_fc|fc_in|gate_proj|up_proj)/bias", ("tensor",)),
-    # Sparse FFNs, klt: components are few, so no device waits for another's. Only the hidden
+    # Sparse FFNs, low rank: components are few, so no device waits for another's. Only the hidden
     # units are dealt out, and the sum over the axis has `rank` numbers a token instead of d_model.
-    (r"mlp/expand\w*/axes", ("fsdp", None)),
-    (r"mlp/expand\w*/filter", ("fsdp", "tensor")),
-    (r"mlp/contract/axes", ("tensor", "fsdp")),
-    (r"mlp/contract/filter", (None, "fsdp")),
-    # dft, (frequencies, p, q): no frequency meets another, and p and q are d_model and the hidden
-    # units in blocks. The transforms stay within a block, that is on one device.
-    (r"mlp/expand\w*/(real|imag)", (None, "fsdp", "tensor")),
-    (r"mlp/contract/(real|imag)", (None, "tensor", "fsdp")),
-    (r"mlp/\w*(expand|core)\w*bias", ("tensor",)),
-    (r"mlp/polynomial", ("tensor", None)),
-    # The core: dense, or a mask of whole rows and columns.
-    (r"mlp/core_expand\w*/kernel", ("fsdp", "tensor")),
-    (r"mlp/core_contract/kernel", ("tensor", "fsdp")),
-    (r"mlp/step_\d+/kernel", ("fsdp", "tensor")),
-    # Compressed blocks, (n, in, out), sorted by output block: a device holds some output blocks.
-    (r"mlp/core_expand\w*/kernel", ("tensor", "fsdp", None)),
-    (r"mlp/core_contract/kernel", ("tensor", None, "fsdp")),
-    (r"mlp/step_\d+/kernel", ("tensor", "fsdp", None)),
+    (r"mlp/spectral/(gate|up)/axes", ("fsdp", None)),
+    (r"mlp/spectral/(gate|up)/filter", ("fsdp", "tensor")),
+    (r"mlp/spectral/down/axes", ("tensor", "fsdp")),
+    (r"mlp/spectral/down/filter", (None, "fsdp")),
+    # Block-circulant, (frequencies, p, q): no frequency meets another, and p and q are d_model and
+    # the hidden units in blocks. The transforms stay within a block, that is on one device.
+    (r"mlp/spectral/(gate|up)/(real|imag)", (None, "fsdp", "tensor")),
+    (r"mlp/spectral/down/(real|imag)", (None, "tensor", "fsdp")),
+    (r"mlp/(spectral|core)/(gate|up)/bias", ("tensor",)),
+    (r"mlp/spectral/polynomial", ("tensor", None)),
+    # The core: dense, or a structured mask.
+    (r"mlp/core/(gate|up)/kernel", ("fsdp", "tensor")),
+    (r"mlp/core/down/kernel", ("tensor", "fsdp")),
+    (r"mlp/correction_\d+/kernel", ("fsdp", "tensor")),
+    # Living blocks, (n, in, out), sorted by output block: a device holds some output blocks.
+    (r"mlp/core/(gate|up)/kernel", ("tensor", "fsdp", None)),
+    (r"mlp/core/down/kernel", ("tensor", None, "fsdp")),
+    (r"mlp/correction_\d+/kernel", ("tensor", "fsdp", None)),
     # LoRA adapters, thin as they are.
     (r"kernel/a", ("fsdp", None)),
     (r"kernel/b", (None, "tensor")),

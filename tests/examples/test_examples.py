@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparseffn_jax.convert.checkpoint import load_pretrained
+from sparseffn_jax.checkpoints.pretrained import load_pretrained
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--steps", "2", "--window", "32", "--text", str(ROOT / "README.md")]

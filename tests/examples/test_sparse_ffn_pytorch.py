@@ -8,6 +8,7 @@ import pytest
 from tiny_models import D, make_config, make_model
 from transformers.activations import ACT2FN
 
+from sparseffn_jax.checkpoints.pretrained import save_pretrained
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -15,20 +16,19 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
-from sparseffn_jax.convert.checkpoint import save_pretrained
 from sparseffn_jax.ops.activations import ACTIVATIONS
-from sparseffn_jax.ops.block_sparse import BlockMask
+from sparseffn_jax.ops.masks import BlockMask
 
 torch = pytest.importorskip("torch")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sparse_ffn_pytorch.py"
 RNG = np.random.default_rng(0)
-FREE = BlockMask.from_array(RNG.random((4, 4)) < 0.5, (8, 8))
-FREE_IN = BlockMask.from_array(RNG.random((4, 6)) < 0.5, (8, 4))
+SCATTERED = BlockMask.from_array(RNG.random((4, 4)) < 0.5, (8, 8))
+SCATTERED_IN = BlockMask.from_array(RNG.random((4, 6)) < 0.5, (8, 4))
 # Units 8 to 15 are read by nothing: stored are 16 of the 24.
-FREE_OUT = BlockMask.from_array([[1, 0], [0, 0], [1, 1]], (8, 16))
-OUTER_IN = BlockMask.from_array(np.outer([1, 0, 1, 1], [1, 0, 1]), (8, 8))
-OUTER_OUT = BlockMask.from_array(np.outer([1, 1, 0], [0, 1, 1, 0]), (8, 8))
+SCATTERED_OUT = BlockMask.from_array([[1, 0], [0, 0], [1, 1]], (8, 16))
+STRUCTURED_IN = BlockMask.from_array(np.outer([1, 0, 1, 1], [1, 0, 1]), (8, 8))
+STRUCTURED_OUT = BlockMask.from_array(np.outer([1, 1, 0], [0, 1, 1, 0]), (8, 8))
 WHOLE_UNITS = BlockMask.from_array(np.outer([1, 0, 1, 1, 0, 1], np.ones(1)), (4, D))
 # The first 8 dead units go with the one mask's blocks, and with that mask; then 4 more can.
 HALF_READ = BlockMask.from_array(np.outer(np.ones(4), [1, 0, 1]), (8, 8))
@@ -36,37 +36,37 @@ COARSE_THEN_FINE = BlockMask.from_array(np.outer([1, 0, 0, 0, 1, 1], np.ones(1))
 SLOPE = PolynomialConfig(degree=3, degree_mask=(False, True, False, True), radius=0.4)
 
 
-def dft(b, *frequencies, width=64):
+def circulant(b, *frequencies, width=64):
     mask = tuple(f in frequencies for f in range(b // 2 + 1)) if frequencies else None
-    return SpectralConfig("dft", width, block_size=b, frequency_mask=mask)
+    return SpectralConfig("block_circulant", width, block_size=b, frequency_mask=mask)
 
 
-def micro(width=24, steps=(), **masks):
-    return MicroRefinementConfig(CoreConfig(width, **masks), steps)
+def micro(width=24, **masks):
+    return MicroRefinementConfig(CoreConfig(width, **masks))
 
 
 LAYERS = {
-    "klt, polynomial, core": SparseFFNConfig(
-        D, 128, spectral=SpectralConfig("klt", 48, rank=8, contract_rank=5),
+    "low rank, polynomial, core": SparseFFNConfig(
+        D, 128, spectral=SpectralConfig("low_rank", 48, rank=8, down_rank=5),
         polynomial=PolynomialConfig(degree=4, radius=0.5, groups=6), micro=micro(),
     ),
-    "dft, odd polynomial": SparseFFNConfig(D, 128, spectral=dft(8), polynomial=SLOPE),
-    "dft without DC and Nyquist": SparseFFNConfig(D, 128, "gelu", spectral=dft(8, 1, 3)),
-    "dft of DC and Nyquist alone": SparseFFNConfig(D, 128, "silu", spectral=dft(4, 0, 2)),
-    "odd dft": SparseFFNConfig(30, 120, spectral=dft(5, 0, 2, width=60), polynomial=SLOPE),
-    "free masks": SparseFFNConfig(
-        D, 128, "relu", micro=micro(expand_mask=FREE_IN, contract_mask=FREE_OUT)
+    "circulant, odd polynomial": SparseFFNConfig(D, 128, spectral=circulant(8), polynomial=SLOPE),
+    "circulant without DC and Nyquist": SparseFFNConfig(D, 128, "gelu", spectral=circulant(8, 1, 3)),
+    "circulant of DC and Nyquist alone": SparseFFNConfig(D, 128, "silu", spectral=circulant(4, 0, 2)),
+    "odd circulant": SparseFFNConfig(30, 120, spectral=circulant(5, 0, 2, width=60), polynomial=SLOPE),
+    "unstructured masks": SparseFFNConfig(
+        D, 128, "relu", micro=micro(up_mask=SCATTERED_IN, down_mask=SCATTERED_OUT)
     ),
-    "outer masks": SparseFFNConfig(
-        D, 128, micro=micro(expand_mask=OUTER_IN, contract_mask=OUTER_OUT)
+    "structured masks": SparseFFNConfig(
+        D, 128, micro=micro(up_mask=STRUCTURED_IN, down_mask=STRUCTURED_OUT)
     ),
-    "dead units alone": SparseFFNConfig(D, 128, micro=micro(contract_mask=WHOLE_UNITS)),
+    "dead units alone": SparseFFNConfig(D, 128, micro=micro(down_mask=WHOLE_UNITS)),
     "masks that fall away": SparseFFNConfig(
-        D, 128, micro=micro(expand_mask=HALF_READ, contract_mask=COARSE_THEN_FINE)
+        D, 128, micro=micro(up_mask=HALF_READ, down_mask=COARSE_THEN_FINE)
     ),
-    "steps": SparseFFNConfig(
-        D, 128, spectral=SpectralConfig("klt", 48, rank=8), bias=False,
-        micro=MicroRefinementConfig(steps=(FREE, BlockMask((D, D), ((True,),)))),
+    "corrections": SparseFFNConfig(
+        D, 128, spectral=SpectralConfig("low_rank", 48, rank=8), bias=False,
+        micro=MicroRefinementConfig(corrections=(SCATTERED, BlockMask((D, D), ((True,),)))),
     ),
 }  # fmt: skip
 
@@ -101,19 +101,19 @@ def test_logits(tmp_path, example, name):
 def test_other_families(tmp_path, example, family):
     spec = make_model(family)[0].spec
     layer = SparseFFNConfig(
-        D, spec.d_ff, spec.activation, spectral=SpectralConfig("klt", 48, rank=8),
-        polynomial=SLOPE, micro=micro(expand_mask=FREE_IN, contract_mask=FREE_OUT),
+        D, spec.d_ff, spec.activation, spectral=SpectralConfig("low_rank", 48, rank=8),
+        polynomial=SLOPE, micro=micro(up_mask=SCATTERED_IN, down_mask=SCATTERED_OUT),
         gated=spec.gated, bias=spec.ffn_bias,
     )  # fmt: skip
     check_logits(example, tmp_path, *make_model(family, (layer, layer)))
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path, example):
-    model, params = make_model("gpt2", (LAYERS["steps"], None))
+    model, params = make_model("gpt2", (LAYERS["corrections"], None))
     save_pretrained(tmp_path, model, params)
     text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace('"gated": false', '"gated": true'))
-    with pytest.raises(ValueError, match=r"lacks .*expand_gate\.axes.* and has .*expand\.axes"):
+    (tmp_path / "config.json").write_text(text.replace('"bias": false', '"bias": true'))
+    with pytest.raises(ValueError, match=r"lacks .*mlp\.bias.* and has \[\] besides"):
         example.load(tmp_path)
 
 

@@ -15,26 +15,36 @@ from sparseffn_jax.config import (
 )
 from sparseffn_jax.measure.roofline import Peak, layer_traffic, roofline
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
-from sparseffn_jax.ops.block_sparse import BlockMask
+from sparseffn_jax.ops.masks import BlockMask
 
 D, M, TOKENS = 8, 32, 100
 MASK = BlockMask.from_array([[1, 0], [0, 1]], (4, 4))
 DENSE = SparseFFNConfig(D, M, micro=MicroRefinementConfig(CoreConfig(M)))
-KLT = SparseFFNConfig(D, M, spectral=SpectralConfig("klt", M, rank=3, contract_rank=2))
-DFT = SparseFFNConfig(
+LOW_RANK = SparseFFNConfig(D, M, spectral=SpectralConfig("low_rank", M, rank=3, down_rank=2))
+CIRCULANT = SparseFFNConfig(
     D,
     M,
-    spectral=SpectralConfig("dft", 16, block_size=4, frequency_mask=(True, True, False)),
+    spectral=SpectralConfig(
+        "block_circulant", 16, block_size=4, frequency_mask=(True, True, False)
+    ),
     polynomial=PolynomialConfig(4, groups=2),
 )
-ALL = dataclasses.replace(DFT, micro=MicroRefinementConfig(CoreConfig(M), (MASK,)))
+ALL = dataclasses.replace(CIRCULANT, micro=MicroRefinementConfig(CoreConfig(M), (MASK,)))
 # Numbers that a token leaves between the products.
 HIDDEN = {
     "dense": (DENSE, 32),
-    "klt": (KLT, 3 + 32 + 2),
+    "low rank": (LOW_RANK, 3 + 32 + 2),
     # DC and one complex frequency of each of 2 + 4 blocks, at the inputs and outputs of both maps.
-    "dft": (DFT, 2 * 3 * (2 + 4) + 16),
+    "circulant": (CIRCULANT, 2 * 3 * (2 + 4) + 16),
     "all": (ALL, 2 * 3 * (2 + 4) + 16 + 32 + 8),
+    # Two maps into every hidden unit; a circulant branch transforms its inputs once for both.
+    "gated": (dataclasses.replace(DENSE, gated=True), 2 * 32),
+    "gated low rank": (dataclasses.replace(LOW_RANK, gated=True), 2 * 3 + 2 * 32 + 2),
+    "gated all": (
+        dataclasses.replace(ALL, gated=True),
+        3 * (2 + 2 * 4 + 4 + 2) + 2 * (16 + 32) + 8,
+    ),
+    "without biases": (dataclasses.replace(ALL, gated=True, bias=False), 3 * 16 + 2 * 48 + 8),
 }
 
 

@@ -37,11 +37,11 @@ def test_every_instruction_has_its_scopes():
 @pytest.mark.parametrize(
     ("path", "part"),
     [
-        ("jit(f)/SparseFFN/core/core_expand/dot_general", "core"),
-        ("jit(f)/transpose(jvp(core))/core_expand/dot_general", "core"),
+        ("jit(f)/SparseFFN/core/up/dot_general", "core"),
+        ("jit(f)/transpose(jvp(core))/up/dot_general", "core"),
         ("jit(f)/jvp(SparseFFN)/rematted_computation/polynomial/mul", "polynomial"),
-        ("jit(f)/core/steps/dot_general", "steps"),
-        ("jit(f)/core_expand/dot_general", "other"),
+        ("jit(f)/core/corrections/dot_general", "corrections"),
+        ("jit(f)/core_up/dot_general", "other"),
         ("", "other"),
     ],
 )

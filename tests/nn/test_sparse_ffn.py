@@ -27,10 +27,12 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
+from sparseffn_jax.measure.costs import flops_per_token
 from sparseffn_jax.measure.flops import count_flops
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
-from sparseffn_jax.ops import planning
-from sparseffn_jax.ops.block_sparse import BlockMask
+from sparseffn_jax.ops.masks import BlockMask
+from sparseffn_jax.ops.plans import costs
+from sparseffn_jax.ops.plans.choice import recorded
 
 D, M = 12, 24
 
@@ -39,44 +41,63 @@ def mask_of(*rows, block_shape):
     return BlockMask(block_shape, [[digit == "1" for digit in row] for row in rows])
 
 
-FREE = mask_of("1101", "0100", "1011", block_shape=(4, 6))
-FREE_BACK = mask_of("100", "011", "110", "010", block_shape=(6, 4))
+SCATTERED = mask_of("1101", "0100", "1011", block_shape=(4, 6))
+SCATTERED_BACK = mask_of("100", "011", "110", "010", block_shape=(6, 4))
 ROWS = mask_of("1010", "0000", "1010", block_shape=(4, 6))
 COLUMNS = mask_of("011", "000", "011", "000", block_shape=(6, 4))
-STEPS = (
+CORRECTIONS = (
     mask_of("100", "010", "100", block_shape=(4, 4)),
     mask_of("0110", "0110", block_shape=(6, 3)),
 )
-KLT = SpectralConfig("klt", M, rank=3, contract_rank=5)
-DFT = SpectralConfig("dft", M, block_size=6)
-MASKED_DFT = SpectralConfig("dft", M, block_size=6, frequency_mask=(False, True, False, True))
+LOW_RANK = SpectralConfig("low_rank", M, rank=3, down_rank=5)
+CIRCULANT = SpectralConfig("block_circulant", M, block_size=6)
+MASKED_CIRCULANT = SpectralConfig(
+    "block_circulant", M, block_size=6, frequency_mask=(False, True, False, True)
+)
 POLYNOMIAL = PolynomialConfig(4, (True, True, False, True, True), radius=1.5, groups=3)
 ALL = SparseFFNConfig(
     D,
     M,
     "silu",
-    MASKED_DFT,
+    MASKED_CIRCULANT,
     POLYNOMIAL,
-    MicroRefinementConfig(CoreConfig(M, FREE, FREE_BACK), STEPS),
+    MicroRefinementConfig(CoreConfig(M, SCATTERED, SCATTERED_BACK), CORRECTIONS),
 )
 
 CONFIGS = {
-    "klt": SparseFFNConfig(D, M, spectral=KLT),
-    "klt and polynomial": SparseFFNConfig(D, M, spectral=KLT, polynomial=POLYNOMIAL),
-    "dft": SparseFFNConfig(D, M, spectral=DFT),
-    "masked dft": SparseFFNConfig(D, M, spectral=MASKED_DFT),
+    "low rank": SparseFFNConfig(D, M, spectral=LOW_RANK),
+    "low rank and polynomial": SparseFFNConfig(D, M, spectral=LOW_RANK, polynomial=POLYNOMIAL),
+    "circulant": SparseFFNConfig(D, M, spectral=CIRCULANT),
+    "masked circulant": SparseFFNConfig(D, M, spectral=MASKED_CIRCULANT),
     "core": SparseFFNConfig(D, M, micro=MicroRefinementConfig(CoreConfig(M))),
-    "free core": SparseFFNConfig(D, M, micro=MicroRefinementConfig(CoreConfig(M, FREE, FREE_BACK))),
-    "outer core": SparseFFNConfig(D, M, micro=MicroRefinementConfig(CoreConfig(M, ROWS, COLUMNS))),
-    "steps": SparseFFNConfig(D, M, spectral=KLT, micro=MicroRefinementConfig(steps=STEPS)),
+    "unstructured core": SparseFFNConfig(
+        D, M, micro=MicroRefinementConfig(CoreConfig(M, SCATTERED, SCATTERED_BACK))
+    ),
+    "structured core": SparseFFNConfig(
+        D, M, micro=MicroRefinementConfig(CoreConfig(M, ROWS, COLUMNS))
+    ),
+    "corrections": SparseFFNConfig(
+        D, M, spectral=LOW_RANK, micro=MicroRefinementConfig(corrections=CORRECTIONS)
+    ),
     "all": ALL,
     # 24 is no multiple of 16, and no map has a bias.
-    "gated klt": SparseFFNConfig(
-        16, M, "silu", KLT, POLYNOMIAL, MicroRefinementConfig(CoreConfig(8)), gated=True, bias=False
+    "gated low rank": SparseFFNConfig(
+        16,
+        M,
+        "silu",
+        LOW_RANK,
+        POLYNOMIAL,
+        MicroRefinementConfig(CoreConfig(8)),
+        gated=True,
+        bias=False,
     ),
     "gated all": dataclasses.replace(ALL, gated=True),
     "gated core": SparseFFNConfig(
-        D, M, "silu", micro=MicroRefinementConfig(CoreConfig(M, FREE, FREE_BACK)), gated=True
+        D,
+        M,
+        "silu",
+        micro=MicroRefinementConfig(CoreConfig(M, SCATTERED, SCATTERED_BACK)),
+        gated=True,
     ),
 }
 
@@ -94,7 +115,7 @@ def reference(config, params, x):
     phi = {"gelu_new": gelu_new, "silu": lambda x: x * sigmoid(x)}[config.activation]
 
     def spectral_map(x, part):
-        if config.spectral.transform == "klt":
+        if config.spectral.transform == "low_rank":
             return x @ part["axes"] @ part["filter"]
         b, frequencies = config.spectral.block_size, config.spectral.frequencies
         _, p, q = part["real"].shape
@@ -105,42 +126,36 @@ def reference(config, params, x):
 
     def polynomial(u):
         degrees, radius = config.polynomial.degrees, config.polynomial.radius
-        groups = len(params["polynomial"])
+        groups = len(params["spectral"]["polynomial"])
         u = u.reshape(*u.shape[:-1], groups, u.shape[-1] // groups)
         y = sum(
             c[:, None] * tangent_chebyshev(u, k, radius)[0]
-            for k, c in zip(degrees, params["polynomial"].T, strict=True)
+            for k, c in zip(degrees, params["spectral"]["polynomial"].T, strict=True)
         )
         return y.reshape(*u.shape[:-2], config.spectral.width)
 
+    def up(part, apply):
+        """The hidden units' pre-activations: of the gate, if any, and of up."""
+        return [
+            apply(x, part[name]) + part[name].get("bias", 0.0)
+            for name in (("gate", "up") if config.gated else ("up",))
+        ]
+
+    def hidden(act, us):
+        return act(us[0]) * us[1] if config.gated else act(us[0])
+
     y = np.zeros_like(x) + params.get("bias", 0.0)
     if config.spectral is not None:
-        act = polynomial if config.polynomial else phi
-        if config.gated:
-            gate, up = (
-                spectral_map(x, params[f"expand_{part}"]) + params.get(f"expand_bias_{part}", 0.0)
-                for part in ("gate", "up")
-            )
-            hidden = act(gate) * up
-        else:
-            hidden = act(spectral_map(x, params["expand"]) + params["expand_bias"])
-        y = y + spectral_map(hidden, params["contract"])
+        branch = params["spectral"]
+        units = hidden(polynomial if config.polynomial else phi, up(branch, spectral_map))
+        y = y + spectral_map(units, branch["down"])
     core = config.micro and config.micro.core
     if core:
         core = core.without_dead_units()
-        if config.gated:
-            gate, up = (
-                linear(x, params[f"core_expand_{part}"]["kernel"], core.expand_mask)
-                + params.get(f"core_bias_{part}", 0.0)
-                for part in ("gate", "up")
-            )
-            hidden = phi(gate) * up
-        else:
-            kernel = params["core_expand"]["kernel"]
-            hidden = phi(linear(x, kernel, core.expand_mask) + params["core_bias"])
-        y = y + linear(hidden, params["core_contract"]["kernel"], core.contract_mask)
-    for i, mask in enumerate(config.micro.steps if config.micro else ()):
-        y = y + linear(y, params[f"step_{i}"]["kernel"], mask)
+        us = up(params["core"], lambda x, part: linear(x, part["kernel"], core.up_mask))
+        y = y + linear(hidden(phi, us), params["core"]["down"]["kernel"], core.down_mask)
+    for i, mask in enumerate(config.micro.corrections if config.micro else ()):
+        y = y + linear(y, params[f"correction_{i}"]["kernel"], mask)
     return y
 
 
@@ -197,7 +212,9 @@ def test_equals_float64(name):
         assert_close(bar, wanted[path], what=f"gradient of {path}")
 
 
-@pytest.mark.parametrize("name", ["klt and polynomial", "dft", "free core", "all"])
+@pytest.mark.parametrize(
+    "name", ["low rank and polynomial", "circulant", "unstructured core", "all"]
+)
 def test_half_precision(name):
     config = CONFIGS[name]
     params, params64 = random_params(config)
@@ -244,7 +261,7 @@ def test_under_transformations():
     assert_close(gradient(params, x, cotangent), expected)
 
 
-@pytest.mark.parametrize("name", ["klt and polynomial", "masked dft"])
+@pytest.mark.parametrize("name", ["low rank and polynomial", "masked circulant"])
 def test_inside_nnx(name):
     config = CONFIGS[name]
     (x,), _ = draw(4, (2, 3, D))
@@ -271,23 +288,23 @@ def test_inside_nnx(name):
 def test_all_hidden_units_in_the_core_are_the_dense_ffn():
     params, exact = random_params(CONFIGS["core"])
     (x,), (x64,) = draw(5, (7, D))
-    hidden = gelu_new(x64 @ exact["core_expand"]["kernel"] + exact["core_bias"])
-    dense = hidden @ exact["core_contract"]["kernel"] + exact["bias"]
+    hidden = gelu_new(x64 @ exact["core"]["up"]["kernel"] + exact["core"]["up"]["bias"])
+    dense = hidden @ exact["core"]["down"]["kernel"] + exact["bias"]
     assert_close(apply(CONFIGS["core"], params, x), dense)
 
 
-def test_linear_steps_start_as_the_identity():
+def test_corrections_start_as_the_identity():
     x = jax.random.normal(jax.random.key(1), (7, D))
-    params = jit(SparseFFN(CONFIGS["steps"]).init)(jax.random.key(0), x)["params"]
-    assert not any(np.any(params[f"step_{i}"]["kernel"]) for i in range(len(STEPS)))
+    params = jit(SparseFFN(CONFIGS["corrections"]).init)(jax.random.key(0), x)["params"]
+    assert not any(np.any(params[f"correction_{i}"]["kernel"]) for i in range(len(CORRECTIONS)))
     np.testing.assert_array_equal(
-        apply(CONFIGS["steps"], params, x), apply(CONFIGS["klt"], params, x)
+        apply(CONFIGS["corrections"], params, x), apply(CONFIGS["low rank"], params, x)
     )
 
 
 @pytest.mark.parametrize("plan", ["fft", "dft", "split", "dense"])
 def test_tokens_do_not_mix(plan):
-    spectral = dataclasses.replace(MASKED_DFT, implementation=plan)
+    spectral = dataclasses.replace(MASKED_CIRCULANT, implementation=plan)
     layer = SparseFFN(dataclasses.replace(ALL, spectral=spectral))
     params, _ = random_params(ALL)
     apply = jit(lambda x: layer.apply({"params": params}, x))
@@ -313,16 +330,16 @@ def with_plans(config, spectral=None, micro=None):
 FORCED = pytest.mark.parametrize(
     ("name", "spectral", "micro"),
     [
-        ("klt", "two_gemms", None),
-        ("klt", "merged", None),
+        ("low rank", "two_gemms", None),
+        ("low rank", "merged", None),
         ("all", "fft", "gather"),
         ("all", "dft", "masked"),
         ("all", "dense", "rows"),
         ("all", "split", "columns"),
         ("gated all", "dft", "columns"),
         ("gated core", None, "rows"),
-        ("outer core", None, "slice"),
-        ("outer core", None, "masked"),
+        ("structured core", None, "slice"),
+        ("structured core", None, "masked"),
         ("core", None, None),
     ],
 )
@@ -337,46 +354,46 @@ def test_forced_plans_reach_the_operators_and_agree(name, spectral, micro):
     assert_close(y, reference(config, params64, x64))
 
 
-def is_prepared(path):
+def is_packed(path):
     return not any("bias" in key.key or key.key == "polynomial" for key in path)
 
 
 @FORCED
-def test_prepared_weights_stand_for_the_parameters(name, spectral, micro):
+def test_packed_weights_stand_for_the_parameters(name, spectral, micro):
     config = CONFIGS[name]
     params, params64 = random_params(config)
-    # What was laid out is read from nowhere else.
+    # What was packed is read from nowhere else.
     gone = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.full_like(leaf, jnp.nan) if is_prepared(path) else leaf, params
+        lambda path, leaf: jnp.full_like(leaf, jnp.nan) if is_packed(path) else leaf, params
     )
     # Summing products, "rows" refuses half precision.
     for dtype in DTYPES[:1] if micro == "rows" else DTYPES:
         (x,), (x64,) = draw(6, (5, config.d_model), dtype=dtype)
         layer = SparseFFN(with_plans(config, spectral, micro), dtype=dtype)
-        variables = layer.prepare({"params": params}, 5)
+        variables = layer.pack({"params": params}, 5)
         y = jax.jit(layer.apply)({**variables, "params": gone}, x)
         assert_close(y, reference(config, params64, x64), dtype, factor=2.0)
-        leaves = jax.tree.leaves(variables["prepared"])
+        leaves = jax.tree.leaves(variables["packed"])
         assert {str(leaf.dtype) for leaf in leaves} <= {dtype, "complex64"}
 
 
-def test_a_call_with_another_plan_lays_out_its_own_weights():
-    config = SparseFFNConfig(48, 96, spectral=SpectralConfig("dft", 96, block_size=8))
+def test_a_call_with_another_plan_packs_its_own_weights():
+    config = SparseFFNConfig(48, 96, spectral=SpectralConfig("block_circulant", 96, block_size=8))
     layer = SparseFFN(config)
     (one, many), _ = draw(0, (1, 48), (3000, 48))
     params = layer.init(jax.random.key(0), one)
-    variables = layer.prepare(params, 1)
-    (name,) = {name.split("_")[-1] for name in variables["prepared"]}
-    with planning.recorded() as chosen:
+    variables = layer.pack(params, 1)
+    (name,) = variables["packed"]["spectral"]
+    with recorded() as chosen:
         y = layer.apply(variables, many)
-    assert chosen[0].plan != name
+    assert chosen[0].plan not in name
     assert_close(y, layer.apply(params, many))
-    both = layer.prepare(params, 1, 3000)
-    assert len(both["prepared"]) == 2 * len(variables["prepared"])
+    both = layer.pack(params, 1, 3000)
+    assert len(both["packed"]["spectral"]) == 2
     assert_close(layer.apply(both, many), y)
 
 
-def test_a_training_layer_has_no_prepared_weights():
+def test_a_training_layer_has_no_packed_weights():
     layer = SparseFFN(CONFIGS["all"])
     variables = layer.init(jax.random.key(0), jnp.ones((2, D)))
     assert set(variables) == {"params"}
@@ -388,40 +405,44 @@ def test_forced_plans_change_the_program():
         params, _ = random_params(CONFIGS[name])
         return count_flops(layer.apply, {"params": params}, jnp.ones((50, D))).dot // 2
 
-    assert multiply_adds("klt", "two_gemms") < multiply_adds("klt", "merged")
-    assert multiply_adds("dft", "dft") != multiply_adds("dft", "dense")
-    assert multiply_adds("outer core", micro="slice") < multiply_adds("outer core", micro="masked")
+    assert multiply_adds("low rank", "two_gemms") < multiply_adds("low rank", "merged")
+    assert multiply_adds("circulant", "dft") != multiply_adds("circulant", "dense")
+    assert multiply_adds("structured core", micro="slice") < multiply_adds(
+        "structured core", micro="masked"
+    )
     for plan in ("rows", "columns", "gather"):
-        assert multiply_adds("free core", micro=plan) < multiply_adds("free core", micro="masked")
+        assert multiply_adds("unstructured core", micro=plan) < multiply_adds(
+            "unstructured core", micro="masked"
+        )
 
 
 def test_a_forced_plan_that_cannot_run_says_why():
-    layer = SparseFFN(with_plans(CONFIGS["free core"], micro="slice"))
+    layer = SparseFFN(with_plans(CONFIGS["unstructured core"], micro="slice"))
     with pytest.raises(ValueError, match="cannot run as 'slice' here"):
         layer.init(jax.random.key(0), jnp.ones((2, D)))
 
 
-# Multiply-adds of one token, by hand: expansion + contraction, at D = 12 and M = 24.
+# Multiply-adds of one token, by hand: up + down, at D = 12 and M = 24.
 HAND_COUNTED = {
-    "klt": (3 * (12 + 24) + 5 * (24 + 12), 0),
-    "klt and polynomial": (3 * (12 + 24) + 5 * (24 + 12), 0),
+    "low rank": (3 * (12 + 24) + 5 * (24 + 12), 0),
+    "low rank and polynomial": (3 * (12 + 24) + 5 * (24 + 12), 0),
     # b = 6: 2 x 4 blocks; 4 products for the 2 complex frequencies each, 4 for DC and Nyquist
     # together; all 6 components in and out.
-    "dft": (2 * (2 * 4 * (4 + 4 + 4) + (12 + 24) * 6), 0),
+    "circulant": (2 * (2 * 4 * (4 + 4 + 4) + (12 + 24) * 6), 0),
     # Frequency 1 and Nyquist: 3 of 6 components.
-    "masked dft": (2 * (2 * 4 * (4 + 1) + (12 + 24) * 3), 0),
+    "masked circulant": (2 * (2 * 4 * (4 + 1) + (12 + 24) * 3), 0),
     "core": (0, 12 * 24 * 2),
-    "free core": (0, 7 * 4 * 6 + 6 * 6 * 4),
-    "outer core": (0, 8 * 12 + 12 * 8),
-    # Steps: 3 blocks of 4 x 4, and both rows of 2 columns of 3.
-    "steps": (3 * (12 + 24) + 5 * (24 + 12), 3 * 16 + 12 * 6),
+    "unstructured core": (0, 7 * 4 * 6 + 6 * 6 * 4),
+    "structured core": (0, 8 * 12 + 12 * 8),
+    # Corrections: 3 blocks of 4 x 4, and both rows of 2 columns of 3.
+    "corrections": (3 * (12 + 24) + 5 * (24 + 12), 3 * 16 + 12 * 6),
     "all": (
         2 * (2 * 4 * (4 + 1) + (12 + 24) * 3),
         7 * 4 * 6 + 6 * 6 * 4 + 3 * 16 + 12 * 6,
     ),
-    "gated klt": (2 * 3 * (16 + 24) + 5 * (24 + 16), 3 * 16 * 8),
+    "gated low rank": (2 * 3 * (16 + 24) + 5 * (24 + 16), 3 * 16 * 8),
     "gated all": (
-        # Both expansions share the transform of the inputs.
+        # Gate and up share the transform of the inputs.
         3 * 2 * 4 * (4 + 1) + (12 + 2 * 24 + 24 + 12) * 3,
         2 * 7 * 4 * 6 + 6 * 6 * 4 + 3 * 16 + 12 * 6,
     ),
@@ -432,16 +453,16 @@ HAND_COUNTED = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_by_hand_analytically_and_in_the_program(name, monkeypatch):
     # A plan that multiplies what lives alone, where the cost model would rather not.
-    monkeypatch.setattr(planning, "_SCATTERED", 1e6)
+    monkeypatch.setattr(costs, "_SCATTERED", 1e6)
     config = CONFIGS[name]
     spectral, micro = HAND_COUNTED[name]
-    flops = config.flops_per_token()
+    flops = flops_per_token(config)
     # One Clenshaw step is 3 operations, and degree 4 takes 4 of them for each of 24 units.
     polynomial = 3 * 4 * 24 if config.polynomial else 0
     assert flops == {"spectral": 2 * spectral, "polynomial": polynomial, "micro": 2 * micro}
-    plans = {"klt": "two_gemms", "dft": "dft"}
+    plans = {"low_rank": "two_gemms", "block_circulant": "dft"}
     forced = with_plans(config, config.spectral and plans[config.spectral.transform])
-    if name in ("free core", "all", "gated all", "gated core"):
+    if name in ("unstructured core", "all", "gated all", "gated core"):
         forced = with_plans(forced, forced.spectral and forced.spectral.implementation, "gather")
     params, _ = random_params(config)
     tokens = 5
@@ -451,17 +472,17 @@ def test_flops_by_hand_analytically_and_in_the_program(name, monkeypatch):
 
 
 PARAMETERS = {
-    "klt": 12 * 3 + 3 * 24 + 24 + 24 * 5 + 5 * 12 + 12,
-    "klt and polynomial": 12 * 3 + 3 * 24 + 24 + 24 * 5 + 5 * 12 + 12 + 3 * 4,
-    "dft": 2 * (2 * 4 * 6) + 24 + 12,
-    "masked dft": 2 * (2 * 4 * 3) + 24 + 12,
+    "low rank": 12 * 3 + 3 * 24 + 24 + 24 * 5 + 5 * 12 + 12,
+    "low rank and polynomial": 12 * 3 + 3 * 24 + 24 + 24 * 5 + 5 * 12 + 12 + 3 * 4,
+    "circulant": 2 * (2 * 4 * 6) + 24 + 12,
+    "masked circulant": 2 * (2 * 4 * 3) + 24 + 12,
     "core": 12 * 24 * 2 + 24 + 12,
-    "free core": 7 * 4 * 6 + 6 * 6 * 4 + 24 + 12,
+    "unstructured core": 7 * 4 * 6 + 6 * 6 * 4 + 24 + 12,
     # Half of the hidden units are read by no output.
-    "outer core": 8 * 12 + 12 * 8 + 12 + 12,
-    "steps": 12 * 3 + 3 * 24 + 24 + 24 * 5 + 5 * 12 + 12 + 3 * 16 + 12 * 6,
+    "structured core": 8 * 12 + 12 * 8 + 12 + 12,
+    "corrections": 12 * 3 + 3 * 24 + 24 + 24 * 5 + 5 * 12 + 12 + 3 * 16 + 12 * 6,
     "all": (2 * (2 * 4 * 3) + 24 + 3 * 4) + (7 * 4 * 6 + 6 * 6 * 4 + 24) + (3 * 16 + 12 * 6) + 12,
-    "gated klt": 2 * 3 * (16 + 24) + 5 * (24 + 16) + 3 * 4 + 3 * 16 * 8,
+    "gated low rank": 2 * 3 * (16 + 24) + 5 * (24 + 16) + 3 * 4 + 3 * 16 * 8,
     "gated all": 3 * (2 * 4 * 3)
     + 2 * 24
     + 3 * 4
@@ -482,9 +503,9 @@ def test_what_is_masked_has_no_parameter(name):
 
 @pytest.mark.parametrize(("b", "mask"), [(1, None), (2, None), (6, (True, False, False, True))])
 def test_real_frequencies_alone_have_no_imaginary_parameter(b, mask):
-    spectral = SpectralConfig("dft", M, block_size=b, frequency_mask=mask)
+    spectral = SpectralConfig("block_circulant", M, block_size=b, frequency_mask=mask)
     config = SparseFFNConfig(D, M, spectral=spectral)
-    assert set(shapes_of(config)["expand"]) == {"real"}
+    assert set(shapes_of(config)["spectral"]["up"]) == {"real", "bias"}
     params, params64 = random_params(config)
     (x,), (x64,) = draw(7, (3, D))
     assert_close(apply(config, params, x), reference(config, params64, x64))
@@ -494,11 +515,11 @@ def wide(**parts):
     return SparseFFNConfig(96, 384, **parts)
 
 
-def wide_core(expand, contract):
+def wide_core(up, down):
     core = CoreConfig(
         384,
-        BlockMask.from_array(expand, (8, 8)),
-        BlockMask.from_array(contract, (8, 8)),
+        BlockMask.from_array(up, (8, 8)),
+        BlockMask.from_array(down, (8, 8)),
     )
     return wide(micro=MicroRefinementConfig(core))
 
@@ -511,20 +532,25 @@ def scattered(rows, columns, density):
 @pytest.mark.parametrize(
     "config",
     [
-        wide(spectral=SpectralConfig("klt", 384, rank=24)),
-        wide(spectral=SpectralConfig("dft", 384, block_size=8)),
-        wide(spectral=SpectralConfig("dft", 384, block_size=3)),
-        wide(spectral=SpectralConfig("dft", 384, block_size=1)),
+        wide(spectral=SpectralConfig("low_rank", 384, rank=24)),
+        wide(spectral=SpectralConfig("block_circulant", 384, block_size=8)),
+        wide(spectral=SpectralConfig("block_circulant", 384, block_size=3)),
+        wide(spectral=SpectralConfig("block_circulant", 384, block_size=1)),
         wide(
             spectral=SpectralConfig(
-                "dft", 384, block_size=16, frequency_mask=(False, True, True) + (False,) * 6
+                "block_circulant",
+                384,
+                block_size=16,
+                frequency_mask=(False, True, True) + (False,) * 6,
             )
         ),
         wide(
-            spectral=SpectralConfig("dft", 384, block_size=4, frequency_mask=(True, False, False))
+            spectral=SpectralConfig(
+                "block_circulant", 384, block_size=4, frequency_mask=(True, False, False)
+            )
         ),
         wide(
-            spectral=SpectralConfig("klt", 384, rank=24),
+            spectral=SpectralConfig("low_rank", 384, rank=24),
             polynomial=PolynomialConfig(4, radius=100.0),
         ),
         wide(micro=MicroRefinementConfig(CoreConfig(384))),
@@ -535,16 +561,16 @@ def scattered(rows, columns, density):
         ),
     ],
     ids=[
-        "klt",
-        "dft",
-        "odd dft",
+        "low rank",
+        "circulant",
+        "odd circulant",
         "diagonal",
         "two frequencies",
         "only DC",
         "polynomial",
         "dense core",
-        "free core",
-        "outer core",
+        "unstructured core",
+        "structured core",
     ],
 )
 def test_a_fresh_layer_has_the_variance_of_a_dense_one(config):

@@ -9,29 +9,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import alive, assert_close, dense_of, dot_generals, draw, value_and_vjp
 
-from sparseffn_jax.ops import planning
-from sparseffn_jax.ops.block_sparse import (
-    BlockMask,
-    block_sparse_ffn,
-    block_sparse_matmul,
-    decompress,
-)
+from sparseffn_jax.ops import block_sparse
+from sparseffn_jax.ops.block_sparse import block_sparse_matmul
+from sparseffn_jax.ops.hidden import HiddenMaps
+from sparseffn_jax.ops.masks import BlockMask, decompress
+from sparseffn_jax.ops.plans import costs
 
-OUTER = {
+STRUCTURED = {
     "full": ["111", "111"],
     "rows": ["111", "000", "111"],
     "columns": ["1010", "1010"],
     "rows and columns": ["0110", "0000", "0110", "0000"],
     "one block": ["00", "01"],
 }
-FREE = {
+UNSTRUCTURED = {
     "diagonal": ["100", "010", "001"],
     "balanced": ["1100", "0110", "0011", "1001"],
     "unbalanced columns": ["1110", "0110", "0010"],
     "dead column": ["1001", "1000", "0001"],
     "dead row": ["101", "000", "010"],
 }
-MASKS = OUTER | FREE
+MASKS = STRUCTURED | UNSTRUCTURED
 
 
 def mask_of(rows, block_shape=(3, 2)):
@@ -42,7 +40,7 @@ UNROLLED = ("rows", "columns")
 
 
 def plans_of(mask):
-    return (*(("slice",) if mask.is_outer else (*UNROLLED, "gather")), "masked", None)
+    return (*(("slice",) if mask.is_structured else (*UNROLLED, "gather")), "masked", None)
 
 
 def check(mask, plan, dtype="float32", batch=(2, 3)):
@@ -129,49 +127,54 @@ def test_under_transformations(name):
         assert_close(summed, x64.T @ cotangent64 * alive(mask))
 
 
+def hidden_layer(x, weights, masks, activate, channel, implementation=None):
+    plan = block_sparse.choose(len(x), weights, masks, "cpu", implementation)
+    packed = block_sparse.pack(weights, plan, masks)
+    return block_sparse.apply(x, packed, plan, masks, activate, channel)
+
+
 @pytest.mark.parametrize("tile", [None, 16])
-@pytest.mark.parametrize("contract", ["free", "outer", "dense", "other blocks"])
-@pytest.mark.parametrize("expand", ["free", "outer", "dense"])
-def test_a_gated_ffn_equals_float64(expand, contract, tile, monkeypatch):
-    monkeypatch.setattr(planning, "token_tile", lambda *_: tile)
+@pytest.mark.parametrize("down", ["unstructured", "structured", "dense", "other blocks"])
+@pytest.mark.parametrize("up", ["unstructured", "structured", "dense"])
+def test_a_gated_ffn_equals_float64(up, down, tile, monkeypatch):
+    monkeypatch.setattr(costs, "token_tile", lambda *_: tile)
     # Here many small products are what the cost model takes, though it would not.
-    for constant in ("_ADDED", "_LAYOUT", "_CALL"):
-        monkeypatch.setattr(planning, constant, 0.0)
-    expand_mask = {
-        "free": mask_of(["1010", "0111", "0100"], (4, 6)),
-        "outer": mask_of(["1010", "0000", "1010"], (4, 6)),
+    for constant in ("_ADDED", "_COPIED"):
+        monkeypatch.setattr(costs, constant, 0.0)
+    monkeypatch.setattr(costs, "_CALL", {"cpu": 0.0, "gpu": 0.0})
+    up_mask = {
+        "unstructured": mask_of(["1010", "0111", "0100"], (4, 6)),
+        "structured": mask_of(["1010", "0000", "1010"], (4, 6)),
         "dense": None,
-    }[expand]
-    contract_mask = {
-        "free": mask_of(["110", "001", "101", "100"], (6, 4)),
-        "outer": mask_of(["101", "000", "101", "000"], (6, 4)),
+    }[up]
+    down_mask = {
+        "unstructured": mask_of(["110", "001", "101", "100"], (6, 4)),
+        "structured": mask_of(["101", "000", "101", "000"], (6, 4)),
         "dense": None,
         "other blocks": mask_of(["110", "001", "101"], (8, 4)),
-    }[contract]
+    }[down]
     kernel_shapes = [
-        (12, 24) if mask is None else mask.kernel_shape for mask in (expand_mask, contract_mask)
+        (12, 24) if mask is None else mask.kernel_shape for mask in (up_mask, down_mask)
     ]
-    if contract_mask is None:
+    if down_mask is None:
         kernel_shapes[1] = (24, 12)
     shapes = (2, 20, 12), kernel_shapes[0], kernel_shapes[0], (24,), kernel_shapes[1], (2, 20, 12)
     (*arguments, cotangent), exact = draw(0, *shapes, scale=0.3)
 
-    def layer(x, gate, up, bias, contract):
-        return block_sparse_ffn(
-            x,
-            [gate, up],
+    def layer(x, gate, up, bias, down):
+        return hidden_layer(
+            x.reshape(40, 12),
+            HiddenMaps((gate, up), down),
+            HiddenMaps((up_mask, up_mask), down_mask),
             lambda us, bias: jnp.tanh(us[0] + bias) * us[1],
             bias,
-            contract,
-            expand_mask=expand_mask,
-            contract_mask=contract_mask,
-        )
+        ).reshape(x.shape)
 
     def dense(kernel, mask):
         return kernel if mask is None else dense_of(kernel, mask)
 
     x, gate, up, bias, last, dy = exact
-    gate, up, last = dense(gate, expand_mask), dense(up, expand_mask), dense(last, contract_mask)
+    gate, up, last = dense(gate, up_mask), dense(up, up_mask), dense(last, down_mask)
     phi, linear = np.tanh(x @ gate + bias), x @ up
     d_hidden = dy @ last.T
     d_gate, d_up = d_hidden * linear * (1 - phi**2), d_hidden * phi
@@ -180,9 +183,9 @@ def test_a_gated_ffn_equals_float64(expand, contract, tile, monkeypatch):
     assert_close(dx, d_gate @ gate.T + d_up @ up.T, what="gradient of x")
     assert_close(d_weights[2], d_gate.sum((0, 1)), what="gradient of the bias")
     for gradient, inputs, outputs, mask in (
-        (d_weights[0], x, d_gate, expand_mask),
-        (d_weights[1], x, d_up, expand_mask),
-        (d_weights[3], phi * linear, dy, contract_mask),
+        (d_weights[0], x, d_gate, up_mask),
+        (d_weights[1], x, d_up, up_mask),
+        (d_weights[3], phi * linear, dy, down_mask),
     ):
         expected = np.einsum("bti,bto->io", inputs, outputs)
         if mask is not None:
@@ -193,16 +196,14 @@ def test_a_gated_ffn_equals_float64(expand, contract, tile, monkeypatch):
 def test_a_block_sparse_ffn_keeps_no_hidden_activations():
     mask, back = mask_of(["1010", "0111"], (8, 16)), mask_of(["10", "11", "01", "10"], (16, 8))
 
-    def layer(x, kernel, contract):
-        return block_sparse_ffn(
+    def layer(x, kernel, down):
+        return hidden_layer(
             x,
-            [kernel],
+            HiddenMaps((kernel,), down),
+            HiddenMaps((mask,), back),
             lambda us, _: jnp.tanh(us[0]),
             None,
-            contract,
-            expand_mask=mask,
-            contract_mask=back,
-            implementation="rows",
+            "rows",
         )
 
     arguments = [jnp.ones(shape) for shape in ((32, 16), mask.kernel_shape, back.kernel_shape)]
@@ -211,7 +212,7 @@ def test_a_block_sparse_ffn_keeps_no_hidden_activations():
 
 
 def test_slice_multiplies_only_the_smaller_matrix():
-    mask = mask_of(OUTER["rows and columns"])
+    mask = mask_of(STRUCTURED["rows and columns"])
     x, kernel = jnp.ones((7, mask.shape[0])), jnp.ones(mask.kernel_shape)
     (dot,) = dot_generals(lambda x, k: block_sparse_matmul(x, k, mask), x, kernel)
     lhs, rhs, multiply_adds = dot
@@ -226,9 +227,9 @@ def test_slice_multiplies_only_the_smaller_matrix():
 
 
 @pytest.mark.parametrize("plan", [*UNROLLED, "gather"])
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", UNSTRUCTURED)
 def test_only_living_blocks_are_multiplied(name, plan):
-    mask = mask_of(FREE[name])
+    mask = mask_of(UNSTRUCTURED[name])
     x, kernel = jnp.ones((7, mask.shape[0])), jnp.ones(mask.kernel_shape)
 
     def product(x, kernel):
@@ -264,22 +265,23 @@ def test_half_precision_products_stay_in_half_precision(name):
 
 
 def test_refuses_a_plan_that_cannot_run():
-    outer, free = mask_of(OUTER["rows"]), mask_of(FREE["diagonal"])
+    structured, scattered = mask_of(STRUCTURED["rows"]), mask_of(UNSTRUCTURED["diagonal"])
     x = jnp.ones((2, 9))
     with pytest.raises(ValueError, match=r"cannot run as 'gather' here: .*whole rows and columns"):
-        block_sparse_matmul(x, jnp.ones(outer.kernel_shape), outer, implementation="gather")
-    with pytest.raises(ValueError, match=r"cannot run as 'slice' here: .*not made of whole"):
-        block_sparse_matmul(x, jnp.ones(free.kernel_shape), free, implementation="slice")
-    with pytest.raises(ValueError, match=r"cannot run as 'rows' here: bfloat16 would round"):
         block_sparse_matmul(
-            x.astype(jnp.bfloat16), jnp.ones(free.kernel_shape), free, implementation="rows"
+            x, jnp.ones(structured.kernel_shape), structured, implementation="gather"
         )
+    with pytest.raises(ValueError, match=r"cannot run as 'slice' here: .*not made of whole"):
+        block_sparse_matmul(x, jnp.ones(scattered.kernel_shape), scattered, implementation="slice")
+    half = jnp.ones(scattered.kernel_shape, jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"cannot run as 'rows' here: bfloat16 would round"):
+        block_sparse_matmul(x.astype(jnp.bfloat16), half, scattered, implementation="rows")
     with pytest.raises(ValueError, match="no plan 'csr': use one of rows, columns, gather, masked"):
-        block_sparse_matmul(x, jnp.ones(free.kernel_shape), free, implementation="csr")
+        block_sparse_matmul(x, jnp.ones(scattered.kernel_shape), scattered, implementation="csr")
 
 
 def test_refuses_shapes_that_do_not_fit():
-    mask = mask_of(FREE["diagonal"])
+    mask = mask_of(UNSTRUCTURED["diagonal"])
     with pytest.raises(ValueError, match="x has 8 channels, but the mask covers 9"):
         block_sparse_matmul(jnp.ones((2, 8)), jnp.ones(mask.kernel_shape), mask)
     with pytest.raises(ValueError, match=r"kernel has shape .9, 6., the mask needs .3, 3, 2."):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from numerics import assert_close, dot_generals, draw, value_and_vjp
 
-from sparseffn_jax.ops import planning, spectral
+from sparseffn_jax.ops import block_circulant, low_rank
+from sparseffn_jax.ops.hidden import HiddenMaps
+from sparseffn_jax.ops.plans import costs
 from sparseffn_jax.ops.tiling import kept, over_tokens
 
 
@@ -42,27 +44,35 @@ def test_what_is_kept_is_not_computed_again():
     assert (products(lambda z: z), products(kept)) == (3, 2)
 
 
-@pytest.mark.parametrize("operator", ["klt", "dft"])
+@pytest.mark.parametrize("operator", ["low_rank", "block_circulant"])
 def test_spectral_branches_are_the_same_in_tiles(operator, monkeypatch):
     shapes = {
-        "klt": [(8, 3), (3, 16), (16, 3), (3, 8)],
-        "dft": [(3, 2, 4), (1, 2, 4), (3, 4, 2), (1, 4, 2)],
+        "low_rank": [(8, 3), (3, 16), (16, 3), (3, 8)],
+        "block_circulant": [(3, 2, 4), (1, 2, 4), (3, 4, 2), (1, 4, 2)],
     }[operator]
     (x, cotangent, bias, *factors), _ = draw(0, (100, 8), (100, 8), (16,), *shapes)
 
+    blocks = block_circulant.Blocks(4, (0, 1, 2))
+
     def layer(x, bias, *factors):
-        maps, settings = (spectral.KLTMap, {"implementation": "two_gemms"})
-        function = spectral.klt_ffn
-        if operator == "dft":
-            maps, function = spectral.CirculantMap, spectral.block_circulant_ffn
-            settings = {"block_size": 4, "frequencies": (0, 1, 2), "implementation": "dft"}
-        first, last = maps(*factors[:2]), maps(*factors[2:])
-        return function(x, [first], lambda us, b: jnp.tanh(us[0] + b), bias, last, **settings)
+        def activate(us, bias):
+            return jnp.tanh(us[0] + bias)
+
+        if operator == "block_circulant":
+            first, last = (block_circulant.Filter(*part) for part in (factors[:2], factors[2:]))
+            weights = HiddenMaps((first,), last)
+            plan = block_circulant.choose(len(x), weights, blocks, "cpu", "dft")
+            packed = block_circulant.pack(weights, plan, blocks)
+            return block_circulant.apply(x, packed, plan, blocks, activate, bias)
+        first, last = (low_rank.Factors(*part) for part in (factors[:2], factors[2:]))
+        weights = HiddenMaps((first,), last)
+        plan = low_rank.choose(len(x), weights, "cpu", "two_gemms")
+        return low_rank.apply(x, low_rank.pack(weights, plan), plan, activate, bias)
 
     whole = value_and_vjp(layer, (x, bias, *factors), cotangent)
     # JAX would give the program back that it traced before.
     jax.clear_caches()
-    monkeypatch.setattr(planning, "token_tile", lambda *_: 32)
+    monkeypatch.setattr(costs, "token_tile", lambda *_: 32)
     assert "scan" in str(jax.make_jaxpr(layer)(x, bias, *factors))
     tiled = value_and_vjp(layer, (x, bias, *factors), cotangent)
     for one, other in zip(jax.tree.leaves(tiled), jax.tree.leaves(whole), strict=True):

@@ -60,9 +60,9 @@ def fit(strategy, folder, steps=6, **changes):
 def one_process(out):
     import jax
     import numpy as np
+    from communication import bytes_sent
     from flax.traverse_util import flatten_dict
 
-    from sparseffn_jax.measure.communication import bytes_sent
     from sparseffn_jax.train.sharding import replicated_leaves
     from sparseffn_jax.train.strategies import MeshSharding, make_strategy
 

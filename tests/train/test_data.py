@@ -6,11 +6,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sparseffn_jax.evaluate.windows import cut_windows
 from sparseffn_jax.train.data import (
     Document,
     load_windows,
     make_batches,
-    pack,
     read_documents,
     split_documents,
     tokenize,
@@ -30,7 +30,7 @@ def tokenizer():
 
 @pytest.mark.parametrize(("length", "window"), [(41, 8), (47, 8), (9, 8), (30, 1)])
 def test_every_token_but_the_first_is_a_target_once(length, window):
-    windows = pack(np.arange(length, dtype=np.int32), window)
+    windows = cut_windows(np.arange(length, dtype=np.int32), window)
     assert windows.shape == ((length - 1) // window, window + 1)
     assert windows.dtype == np.int32
     np.testing.assert_array_equal(windows[:, 1:].ravel(), 1 + np.arange(windows[:, 1:].size))
@@ -39,7 +39,7 @@ def test_every_token_but_the_first_is_a_target_once(length, window):
 
 
 def test_pack_of_too_few_tokens_is_empty():
-    assert pack(np.arange(8, dtype=np.int32), 8).shape == (0, 9)
+    assert cut_windows(np.arange(8, dtype=np.int32), 8).shape == (0, 9)
 
 
 def test_documents_end_with_an_end_of_text_token(tokenizer):

@@ -12,12 +12,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from train_models import VOCAB_SIZE, WINDOW, make_model, make_windows, poison
 
+from sparseffn_jax.evaluate.losses import evaluate_loss
 from sparseffn_jax.train.checkpoints import restore_ffn
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows, make_batches
 from sparseffn_jax.train.guard import DivergenceError, GuardConfig
 from sparseffn_jax.train.loop import train
-from sparseffn_jax.train.losses import evaluate_loss
 
 CONFIG = TrainConfig(
     steps=12,

@@ -12,8 +12,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from train_models import make_model
 
-from sparseffn_jax.ops.block_sparse import matmul
-from sparseffn_jax.train import losses
+from sparseffn_jax.evaluate import losses
+from sparseffn_jax.ops.gemm import matmul
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.guard import DivergenceError, GuardConfig
 from sparseffn_jax.train.loop import train

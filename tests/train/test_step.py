@@ -17,8 +17,8 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
-from sparseffn_jax.nn.gpt2 import GPT2LMHeadModel
-from sparseffn_jax.train import losses
+from sparseffn_jax.evaluate import losses
+from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.step import (
     add_adapters,

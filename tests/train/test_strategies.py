@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from communication import data_parallel_bytes
 from jax.sharding import PartitionSpec as P
 
-from sparseffn_jax.measure.communication import data_parallel_bytes
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.processes import DistributedConfig
 from sparseffn_jax.train.sharding import leaf_sharding, make_mesh, parse_mesh
@@ -126,10 +126,10 @@ def mesh_of(**sizes):
         ("mlp/expand/real", (5, 4, 16), P(None, "fsdp", "tensor")),
         ("mlp/contract/imag", (3, 16, 4), P(None, "tensor", "fsdp")),
         ("mlp/expand_gate/filter", (8, 32), P("fsdp", "tensor")),
-        ("mlp/core_expand/kernel", (6, 16, 8), P("tensor", "fsdp", None)),
-        ("mlp/core_contract/kernel", (6, 16, 8), P("tensor", None, "fsdp")),
-        ("mlp/core_expand/kernel", (32, 64), P("fsdp", "tensor")),
-        ("mlp/step_0/kernel", (6, 8, 8), P("tensor", "fsdp", None)),
+        ("mlp/core/up/kernel", (6, 16, 8), P("tensor", "fsdp", None)),
+        ("mlp/core/down/kernel", (6, 16, 8), P("tensor", None, "fsdp")),
+        ("mlp/core/up/kernel", (32, 64), P("fsdp", "tensor")),
+        ("mlp/correction_0/kernel", (6, 8, 8), P("tensor", "fsdp", None)),
         ("self_attn/q_proj/kernel", (32, 32), P("fsdp", "tensor")),
         ("mlp/down_proj/kernel", (64, 32), P("tensor", "fsdp")),
         ("ln_1/scale", (32,), P()),

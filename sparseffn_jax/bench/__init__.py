@@ -1,0 +1,1 @@
+"""Comparisons: of layers, of models, of quality at equal time, with peers."""

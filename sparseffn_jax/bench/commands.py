@@ -1,0 +1,102 @@
+"""The commands of ``sparseffn bench``: what sparse FFNs gain, on the clock and in quality."""
+
+import dataclasses
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparseffn_jax.bench.layer import FFNBenchSettings, ffn_tables, run_ffn_bench
+from sparseffn_jax.bench.model import ModelBenchSettings, model_table, run_model_bench
+from sparseffn_jax.bench.quality import QualitySettings, run_quality
+from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL
+from sparseffn_jax.measure.records import make_folder, versions, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchFFN(FFNBenchSettings):
+    """One layer: a grid of configurations against the dense FFN, in turn, on the same activations.
+
+    Shows for each what its FLOPs promise, what the clock says, forward, in training and decoding
+    one token after the other, the memory that training takes, and what the chosen plan loses to
+    the best one.
+
+    Attributes:
+      json: Print what ffn.json holds instead of the tables.
+    """
+
+    json: bool = False
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        result = run_ffn_bench(self, Console(stderr=True))
+        if self.json:
+            print(json.dumps(result, indent=2))
+            return
+        for table in ffn_tables(result):
+            console.print(table)
+        console.print(f"wrote {self.out / 'ffn.json'} and pictures beside it")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchModel(ModelBenchSettings):
+    """A whole GPT-2 of random weights: forward pass, training step, decoding with the cache."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        console.print(model_table(run_model_bench(self, console)))
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchQuality(QualitySettings):
+    """Loss at equal measured FFN time: SparseFFN and other ways to thin an FFN, trained alike.
+
+    About 40 minutes on two CPU cores with the embedded model; --steps, --targets and --methods
+    shorten it. A stopped run goes on where it was.
+    """
+
+    model: str = str(EMBEDDED_MODEL)
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        run_quality(self, console)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchAll:
+    """The layer, the model and a short comparison of quality, in one dated file.
+
+    Attributes:
+      out: Folder for DATE-DEVICE.json; pictures and parts go to runs/bench.
+    """
+
+    out: Path = Path("campaigns/results")
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        make_folder(self.out)
+        work = Path("runs/bench")
+        ffn = run_ffn_bench(FFNBenchSettings(out=work, repeats=7, plans=False), console)
+        for table in ffn_tables(ffn):
+            console.print(table)
+        model = run_model_bench(ModelBenchSettings(out=work, repeats=3), console)
+        console.print(model_table(model))
+        quality = run_quality(
+            QualitySettings(
+                str(EMBEDDED_MODEL),
+                out=work / "quality",
+                targets=(2.0,),
+                methods=("SparseFFN", "narrow", "low-rank"),
+                steps=30,
+                distill_steps=30,
+            ),
+            console,
+        )
+        result: dict[str, Any] = {"ffn": ffn, "model": model, "quality": quality}
+        device = re.sub(r"[^a-z0-9]+", "-", versions()["device"].lower()).strip("-")
+        path = self.out / f"{datetime.date.today().isoformat()}-{device}.json"
+        write_json(path, result)
+        console.print(f"wrote {path}")

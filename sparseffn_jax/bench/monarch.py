@@ -1,0 +1,188 @@
+"""The Monarch FFN, a peer: both maps made of low-rank blocks, as a permuted pair of block GEMMs.
+
+A weight is cut into n x n blocks, each of rank r: with r = 1 and n the root of the width this is
+a Monarch matrix (Dao et al. 2022, 2204.00595), with larger ranks block low rank, the form that
+structured FFNs use (Wei et al. 2024, 2406.16450). Shape letters: T tokens, n blocks on a side, r
+rank, i and o channels of one input and output block.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Float
+
+from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.sparsify import closed_form
+from sparseffn_jax.sparsify.closed_form import Moments
+from sparseffn_jax.sparsify.dense import DenseFFN, Linear
+
+Dtype = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MonarchConfig:
+    """A Monarch FFN in the place of a dense ``d_model -> d_ff -> d_model`` one.
+
+    Attributes:
+      d_model: channels in and out.
+      d_ff: hidden units; all of them stay.
+      activation: by its Hugging Face name.
+      blocks: n, on each side of both maps; divides ``d_model`` and ``d_ff``.
+      rank: r of every block.
+
+    Raises:
+      ValueError: on construction, if the blocks do not fit.
+    """
+
+    d_model: int
+    d_ff: int
+    activation: str
+    blocks: int
+    rank: int
+
+    def __post_init__(self):
+        for name in ("d_model", "d_ff"):
+            if self.blocks < 1 or getattr(self, name) % self.blocks:
+                raise ValueError(f"blocks={self.blocks} do not divide {name}={getattr(self, name)}")
+        limit = min(self.d_model, self.d_ff) // self.blocks
+        if not 1 <= self.rank <= limit:
+            raise ValueError(f"rank={self.rank} must lie between 1 and {limit}, a block's side")
+
+    @property
+    def flops_ratio(self) -> float:
+        """Floating-point operations of both maps over the dense FFN's."""
+        return self.rank * self.blocks * (self.d_model + self.d_ff) / (self.d_model * self.d_ff)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready dict."""
+        return dataclasses.asdict(self)
+
+
+class MonarchLinear(nn.Module):
+    """One map of a Monarch FFN, without bias, on activations cut into blocks.
+
+    The blocks lead, so that both stages are batched GEMMs of whole matrices, and only what lies
+    between the stages, r numbers a pair of blocks, is ever rearranged.
+
+    Attributes:
+      features: output channels of one block.
+      rank: r.
+      dtype: of the computation.
+      param_dtype: of the parameters ``axes``, ``(n, i, n r)``, and ``filter``, ``(n, n r, o)``.
+    """
+
+    features: int
+    rank: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n t i"]) -> Float[Array, "n t o"]:
+        (n, tokens, channels), r = x.shape, self.rank
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
+        axes = self.param("axes", init, (n, channels, n * r), self.param_dtype)
+        filter = self.param("filter", init, (n, n * r, self.features), self.param_dtype)
+        x, axes, filter = promote_dtype(x, axes, filter, dtype=self.dtype)
+        z = jnp.einsum("nti,nir->ntr", x, axes).reshape(n, tokens, n, r)
+        # Input block i speaks to output block j through r numbers; regrouping them from i to j is
+        # the permutation between Monarch's two block-diagonal factors.
+        z = z.transpose(2, 1, 0, 3).reshape(n, tokens, n * r)
+        return jnp.einsum("ntr,nro->nto", z, filter)
+
+
+class MonarchFFN(nn.Module):
+    """Drops into the place of a dense FFN, as a :class:`SparseFFN` does."""
+
+    config: MonarchConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        config, n = self.config, self.config.blocks
+        blocks = x.reshape(-1, n, config.d_model // n).transpose(1, 0, 2)
+        u = self._linear("up", config.d_ff // n)(blocks)
+        bias = self._bias("up_bias", config.d_ff).reshape(n, 1, -1)
+        hidden = get_activation(config.activation)(u + bias)
+        y = self._linear("down", config.d_model // n)(hidden)
+        return y.transpose(1, 0, 2).reshape(x.shape) + self._bias("bias", config.d_model)
+
+    def _linear(self, name, features):
+        return MonarchLinear(features, self.config.rank, self.dtype, self.param_dtype, name=name)
+
+    def _bias(self, name, features):
+        bias = self.param(name, nn.initializers.zeros, (features,), self.param_dtype)
+        return bias.astype(self.dtype)
+
+
+def fit_monarch(
+    dense: DenseFFN, config: MonarchConfig, x: Float[np.ndarray, "n d"]
+) -> dict[str, Any]:
+    """Fits a Monarch FFN to a dense one on its inputs ``x``, in closed form.
+
+    Every block starts from its SVD, whitened by its own inputs' second moments: exact but for
+    what the blocks of one row share. The second factor is then regressed on what the first one
+    really outputs, the map out of the hidden units on the dense FFN's outputs.
+
+    Returns:
+      Float32 parameters of :class:`MonarchFFN`.
+    """
+    phi = jax.jit(get_activation(dense.activation))
+    (dense_up,) = dense.up_maps
+    u = dense_up(x)
+    slope = np.asarray(jax.jvp(phi, (u,), (jnp.ones_like(u),))[1])
+    # How strongly an error of each pre-activation moves the output, root mean square.
+    scale = np.sqrt(np.mean(np.square(slope), 0, dtype=np.float64))
+    scale *= np.linalg.norm(dense.down.weight, axis=1)
+    scale = np.maximum(scale, 1e-3 * scale.mean() + np.finfo(np.float64).tiny)
+
+    inputs = Moments.of(x, x[:, :0])
+    first = dense_up.weight
+    wanted = Moments(inputs.xx, inputs.xx @ first, inputs.x_mean, inputs.x_mean @ first)
+    up, weight = _regress(config, wanted, first, scale)
+    up_bias = dense_up.bias + inputs.x_mean @ (first - weight)
+
+    hidden = np.asarray(phi(Linear(weight, up_bias)(x)))
+    outputs = Moments.of(hidden, dense(x))
+    full = closed_form.ridge_solve(outputs.xx, outputs.xy)
+    down, weight = _regress(config, outputs, full, np.ones(config.d_model))
+    params = {
+        "up": up,
+        "up_bias": up_bias,
+        "down": down,
+        "bias": outputs.y_mean - outputs.x_mean @ weight,
+    }
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+
+
+def _regress(config, moments, weight, output_scale):
+    """Returns the factors nearest to ``weight``, and the matrix that they multiply out to."""
+    n, r = config.blocks, config.rank
+    blocks = weight.reshape(n, weight.shape[0] // n, n, weight.shape[1] // n)
+    _, i, _, o = blocks.shape
+    axes = np.zeros((n, i, n, r))
+    scale = output_scale.reshape(n, o)
+    for row in range(n):
+        rows = slice(row * i, (row + 1) * i)
+        for column in range(n):
+            axes[row, :, column], _ = closed_form.whitened_svd(
+                blocks[row, :, column], moments.xx[rows, rows], r, scale[column]
+            )
+    filter = np.zeros((n, n * r, o))
+    fitted = np.zeros_like(weight)
+    for column in range(n):
+        # Block-diagonal: from all inputs to the n r numbers that this output block sees.
+        first = np.zeros((n, i, n, r))
+        first[range(n), :, range(n)] = axes[:, :, column]
+        first = first.reshape(n * i, n * r)
+        outputs = slice(column * o, (column + 1) * o)
+        filter[column] = closed_form.ridge_solve(
+            first.T @ moments.xx @ first, first.T @ moments.xy[:, outputs]
+        )
+        fitted[:, outputs] = first @ filter[column]
+    return {"axes": axes.reshape(n, i, n * r), "filter": filter}, fitted

@@ -1,0 +1,347 @@
+"""Ways to spend an FFN's budget: configurations of SparseFFN, and what it competes with.
+
+Every method has one knob, its share of the dense FFN's FLOPs, and goes through the same closed
+forms, distillation and training. Most peers are corners of SparseFFN's configuration space; only
+Monarch needs a module of its own.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sparseffn_jax.bench.monarch import MonarchConfig, MonarchFFN, fit_monarch
+from sparseffn_jax.config import (
+    CoreConfig,
+    MicroRefinementConfig,
+    PolynomialConfig,
+    SparseFFNConfig,
+    SpectralConfig,
+)
+from sparseffn_jax.measure import costs
+from sparseffn_jax.models.decoder import Decoder, layers_of, replace_ffns
+from sparseffn_jax.ops.masks import BlockMask
+from sparseffn_jax.sparsify.calibration import collect_ffn_inputs
+from sparseffn_jax.sparsify.convert import sparsify
+from sparseffn_jax.sparsify.dense import DenseFFN
+from sparseffn_jax.sparsify.distill import distill_layers
+from sparseffn_jax.sparsify.sizing import affordable_rank, size_ffn
+
+Params = dict[str, Any]
+_BLOCK = 32
+_MONARCH_BLOCKS = 4
+_CORE_SHARES = (0.25, 0.5, 0.75, 0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNShape:
+    """The dense FFN that is to be replaced.
+
+    Attributes:
+      d_model: channels in and out.
+      d_ff: hidden units.
+      activation: by its Hugging Face name.
+    """
+
+    d_model: int
+    d_ff: int
+    activation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStart:
+    """How every method is started; see :func:`sparsify`.
+
+    Attributes:
+      calibration: (n, t) token ids.
+      distill_steps: of layer-wise distillation after the closed forms.
+      batch_size: windows in one forward pass of the dense model.
+      seed: of the distillation's batches.
+    """
+
+    calibration: Int[np.ndarray, "n t"]
+    distill_steps: int = 300
+    batch_size: int = 8
+    seed: int = 0
+
+
+class Method(Protocol):
+    """One way to replace dense FFNs, the same in every layer."""
+
+    def size(self, shape: FFNShape, flops_ratio: float) -> Any:
+        """Returns the largest configuration whose FLOPs are at most ``flops_ratio`` of dense.
+
+        It has ``to_dict()``.
+
+        Raises:
+          ValueError: if there is none so small.
+        """
+        ...
+
+    def flops_ratio(self, config: Any) -> float:
+        """Returns a configuration's floating-point operations over those of the dense FFN."""
+        ...
+
+    def ffn(self, config: Any) -> Any:
+        """Returns what :class:`Decoder` takes in ``ffns`` for a configuration."""
+        ...
+
+    def convert(
+        self, model: Decoder, params: Params, config: Any, start: WarmStart
+    ) -> tuple[Decoder, Params]:
+        """Replaces every dense FFN and fits what replaces it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseMethod:
+    """A line through SparseFFN's configuration space.
+
+    Attributes:
+      sizes: shape and FLOPs ratio to configuration; see :meth:`Method.size`.
+      place: says for one layer, from its dense FFN and the FFN's inputs, where the configuration's
+        blocks go; ``None`` leaves the configuration as it is.
+    """
+
+    sizes: Callable[[FFNShape, float], SparseFFNConfig]
+    place: Callable[[SparseFFNConfig, DenseFFN, np.ndarray], SparseFFNConfig] | None = None
+
+    def size(self, shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
+        """See :class:`Method`."""
+        return self.sizes(shape, flops_ratio)
+
+    def flops_ratio(self, config: SparseFFNConfig) -> float:
+        """See :class:`Method`."""
+        return costs.flops_ratio(config)
+
+    def ffn(self, config: SparseFFNConfig) -> SparseFFNConfig:
+        """See :class:`Method`."""
+        return config
+
+    def convert(
+        self, model: Decoder, params: Params, config: SparseFFNConfig, start: WarmStart
+    ) -> tuple[Decoder, Params]:
+        """See :class:`Method`."""
+        configs = [config] * model.spec.n_layer
+        if self.place is not None:
+            layers = _dense_layers(model, params, config.activation, start)
+            configs = [self.place(config, dense, x) for dense, x in layers]
+        return sparsify(
+            model,
+            params,
+            configs,
+            start.calibration,
+            distill_steps=start.distill_steps,
+            batch_size=start.batch_size,
+            seed=start.seed,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """The best of several methods at each target: a search over how a budget is shared out.
+
+    Attributes:
+      candidates: by name.
+    """
+
+    candidates: Mapping[str, Method]
+
+
+class MonarchMethod:
+    """Both maps of every layer as low-rank blocks; see :mod:`sparseffn_jax.bench.monarch`."""
+
+    def size(self, shape: FFNShape, flops_ratio: float) -> MonarchConfig:
+        """See :class:`Method`."""
+        blocks = math.gcd(shape.d_model, shape.d_ff, _MONARCH_BLOCKS)
+        one = MonarchConfig(shape.d_model, shape.d_ff, shape.activation, blocks, 1)
+        rank = int(flops_ratio / one.flops_ratio)
+        return dataclasses.replace(one, rank=_at_least_one(rank, flops_ratio))
+
+    def flops_ratio(self, config: MonarchConfig) -> float:
+        """See :class:`Method`."""
+        return config.flops_ratio
+
+    def ffn(self, config: MonarchConfig) -> Callable[..., MonarchFFN]:
+        """See :class:`Method`."""
+        return functools.partial(MonarchFFN, config)
+
+    def convert(
+        self, model: Decoder, params: Params, config: MonarchConfig, start: WarmStart
+    ) -> tuple[Decoder, Params]:
+        """See :class:`Method`."""
+        layers = _dense_layers(model, params, config.activation, start)
+        fitted = {i: fit_monarch(dense, config, x) for i, (dense, x) in enumerate(layers)}
+        if start.distill_steps:
+            fitted = distill_layers(
+                dict.fromkeys(fitted, MonarchFFN(config)),
+                fitted,
+                {i: x for i, (_, x) in enumerate(layers)},
+                {i: dense(x) for i, (dense, x) in enumerate(layers)},
+                steps=start.distill_steps,
+                seed=start.seed,
+            )
+        ffns = (self.ffn(config),) * len(layers)
+        return model.clone(ffns=ffns), replace_ffns(model, params, fitted)
+
+
+def default(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
+    """Returns what :func:`size_ffn` chooses."""
+    return size_ffn(shape.d_model, shape.d_ff, flops_ratio, shape.activation)
+
+
+def all_units(
+    shape: FFNShape, flops_ratio: float, polynomial: PolynomialConfig | None = None
+) -> SparseFFNConfig:
+    """Keeps all hidden units and thins both maps to low rank, with a polynomial or without."""
+    return mixed(shape, flops_ratio, 0.0, polynomial=polynomial)
+
+
+def mixed(
+    shape: FFNShape,
+    flops_ratio: float,
+    core_share: float,
+    polynomial: PolynomialConfig | None = None,
+) -> SparseFFNConfig:
+    """Spends a share of the budget on a core, the rest on a low-rank branch of all other units."""
+    d_model, d_ff = shape.d_model, shape.d_ff
+    core = int(core_share * flops_ratio * d_ff) // 16 * 16
+    width = d_ff - core
+    rank = affordable_rank(d_model, width, False, polynomial, d_model * (flops_ratio * d_ff - core))
+    return SparseFFNConfig(
+        *dataclasses.astuple(shape),
+        spectral=SpectralConfig("low_rank", width, _at_least_one(rank, flops_ratio)),
+        polynomial=polynomial,
+        micro=MicroRefinementConfig(CoreConfig(core)) if core else None,
+    )
+
+
+def narrow(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
+    """Keeps the most important hidden units: structured pruning, with output weights refitted."""
+    width = _at_least_one(int(flops_ratio * shape.d_ff), flops_ratio)
+    width = width // 16 * 16 or width
+    micro = MicroRefinementConfig(CoreConfig(width))
+    return SparseFFNConfig(*dataclasses.astuple(shape), micro=micro)
+
+
+def circulant(shape: FFNShape, flops_ratio: float, block_size: int) -> SparseFFNConfig:
+    """Spends on a block-circulant branch first, what it leaves of the budget on a core."""
+
+    def config(width: int, core: int) -> SparseFFNConfig:
+        return SparseFFNConfig(
+            *dataclasses.astuple(shape),
+            spectral=SpectralConfig("block_circulant", width, block_size=block_size),
+            polynomial=PolynomialConfig(4),
+            micro=MicroRefinementConfig(CoreConfig(core)) if core else None,
+        )
+
+    left = flops_ratio - costs.flops_ratio(config(shape.d_ff, 0))
+    core = max(0, int(left * shape.d_ff)) // 16 * 16
+    for width in range((shape.d_ff - core) // block_size * block_size, 0, -block_size):
+        if costs.flops_ratio(found := config(width, core)) <= flops_ratio:
+            return found
+    raise ValueError(f"flops_ratio={flops_ratio} is too small for block_size={block_size}")
+
+
+def unstructured(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
+    """Keeps blocks of both maps, equally many for every output block.
+
+    Which blocks those are does not change the time; :func:`place_blocks` decides it.
+    """
+    # At least 8 blocks on a side, or there would be little to choose.
+    side = math.gcd(shape.d_model, shape.d_ff, _BLOCK, max(1, shape.d_model // 8))
+    rows, columns = shape.d_model // side, shape.d_ff // side
+    up = min(rows, max(1, round(flops_ratio * rows)))
+    # The map out of the hidden units has the finer choice, so it takes what the other leaves.
+    down = min(columns, int((2 * flops_ratio - up / rows) * columns))
+    while down < 1 and up > 1:
+        up -= 1
+        down = min(columns, int((2 * flops_ratio - up / rows) * columns))
+    core = CoreConfig(
+        shape.d_ff,
+        _balanced_mask(np.random.default_rng(0).random((rows, columns)), up, side),
+        _balanced_mask(
+            np.random.default_rng(1).random((columns, rows)),
+            _at_least_one(down, flops_ratio),
+            side,
+        ),
+    )
+    return SparseFFNConfig(*dataclasses.astuple(shape), micro=MicroRefinementConfig(core))
+
+
+def place_blocks(
+    config: SparseFFNConfig, dense: DenseFFN, x: Float[np.ndarray, "n d"]
+) -> SparseFFNConfig:
+    """Puts the blocks of :func:`unstructured` where weights meet large activations.
+
+    A weight counts ``w^2 E[a^2]`` with the activation ``a`` that it multiplies (Sun et al. 2023,
+    Wanda, 2306.11695), a block the sum of its weights.
+    """
+    core: Any = config.micro and config.micro.core
+    (up,) = dense.up_maps
+    hidden, _ = dense.hidden([up(x)])
+    masks = {}
+    for name, mask, weight, a in (
+        ("up_mask", core.up_mask, up.weight, x),
+        ("down_mask", core.down_mask, dense.down.weight, hidden),
+    ):
+        energy = np.square(a).mean(0, dtype=np.float64).reshape(-1, 1) * weight**2
+        (rows, columns), (bi, bo) = mask.grid, mask.block_shape
+        scores = energy.reshape(rows, bi, columns, bo).sum((1, 3))
+        masks[name] = _balanced_mask(scores, int(np.array(mask.blocks)[:, 0].sum()), bi)
+    core = dataclasses.replace(core, **masks)
+    return dataclasses.replace(config, micro=MicroRefinementConfig(core))
+
+
+_QUARTIC = PolynomialConfig(4)
+SPARSE: Mapping[str, Method | Searched] = MappingProxyType(
+    {
+        "SparseFFN": SparseMethod(default),
+        "SparseFFN-low-rank": SparseMethod(functools.partial(all_units, polynomial=_QUARTIC)),
+        "SparseFFN-searched": Searched(
+            {
+                f"core {share:g}": SparseMethod(
+                    functools.partial(mixed, core_share=share, polynomial=_QUARTIC)
+                )
+                for share in _CORE_SHARES
+            }
+            | {"narrow": SparseMethod(narrow)}
+        ),
+        "SparseFFN-circulant8": SparseMethod(functools.partial(circulant, block_size=8)),
+        "SparseFFN-circulant16": SparseMethod(functools.partial(circulant, block_size=16)),
+    }
+)
+PEERS: Mapping[str, Method] = MappingProxyType(
+    {
+        "narrow": SparseMethod(narrow),
+        "low-rank": SparseMethod(all_units),
+        "Monarch": MonarchMethod(),
+        "block-sparse": SparseMethod(unstructured, place_blocks),
+    }
+)
+METHODS: Mapping[str, Method | Searched] = MappingProxyType({**SPARSE, **PEERS})
+
+
+def _dense_layers(model, params, activation, start) -> list[tuple[DenseFFN, np.ndarray]]:
+    inputs = collect_ffn_inputs(model, params, start.calibration, start.batch_size)
+    return [
+        (DenseFFN.from_params(layer["mlp"], model.ffn_layout, activation), x)
+        for layer, x in zip(layers_of(model, params), inputs, strict=True)
+    ]
+
+
+def _balanced_mask(scores, kept, side) -> BlockMask:
+    """Keeps the ``kept`` highest scores of every column: one batched GEMM then runs them all."""
+    ranks = np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0)
+    return BlockMask.from_array(ranks < kept, (side, side))
+
+
+def _at_least_one(count: int, flops_ratio: float) -> int:
+    if count < 1:
+        raise ValueError(f"flops_ratio={flops_ratio:g} is too small: it leaves nothing")
+    return count

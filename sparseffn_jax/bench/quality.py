@@ -1,0 +1,385 @@
+"""Quality at equal time: what loss each way to thin the FFNs leaves at a measured speed-up."""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sparseffn_jax.bench import pictures
+from sparseffn_jax.bench.fairness import Conditions, check_comparable, token_hash
+from sparseffn_jax.bench.peers import METHODS, FFNShape, Method, Searched, WarmStart
+from sparseffn_jax.bench.sizing import Sizer
+from sparseffn_jax.bench.stacks import ffn_stack, fresh_ffns, time_stacks
+from sparseffn_jax.checkpoints.pretrained import check_tokenizer, load_pretrained, load_tokenizer
+from sparseffn_jax.evaluate.losses import make_evaluator
+from sparseffn_jax.evaluate.windows import check_window
+from sparseffn_jax.measure import records
+from sparseffn_jax.models.decoder import Decoder
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.data import STDLIB, TokenWindows, load_windows
+from sparseffn_jax.train.loop import train
+
+_EVALUATION_BATCH = 16
+_SIZING_REPEATS, _FINAL_REPEATS = 5, 15
+# Calibration windows on which a search compares its candidates.
+_SEARCH_WINDOWS = 32
+# What may differ between the beginning of a run and its continuation.
+_FREE_SETTINGS = frozenset(("out", "targets", "methods"))
+
+
+@dataclasses.dataclass(frozen=True)
+class QualitySettings:
+    """What is compared, at which speed, and how long it trains.
+
+    Attributes:
+      model: Folder or hub name of a dense GPT-2.
+      text: "stdlib" (the source of Python's standard library), a text file, a folder of text
+        files, or a Hugging Face dataset with a "text" column.
+      out: Folder for quality.json and quality_at_equal_time.png. Points that are there already,
+        from the same settings, are kept.
+      targets: Speed-ups of the FFNs to compare at, as measured here.
+      methods: What to compare; all without it.
+      steps: Fine-tuning steps, for dense and sparse alike. Sparse models learn from the dense
+        one's predictions, the dense one from the text.
+      batch_size: Windows in a step.
+      window: Tokens in a window; at most the model's n_positions, which is the default.
+      learning_rate: Peak rate of sparse models.
+      dense_learning_rate: Peak rate of the dense model, which has less far to go.
+      calibration_windows: For the warm start.
+      distill_steps: Of layer-wise distillation.
+      evaluation_windows: Held-out windows behind every loss.
+      timed_tokens: Rows of activations that the FFNs are timed on.
+      seed: Of the data order and the choice of windows.
+
+    Raises:
+      ValueError: on construction, if a value is out of its range.
+    """
+
+    model: str
+    text: str = STDLIB
+    out: Path = Path("runs/quality")
+    targets: tuple[float, ...] = (1.5, 2.0, 4.0, 8.0)
+    methods: tuple[str, ...] = ()
+    steps: int = 100
+    batch_size: int = 8
+    window: int | None = None
+    learning_rate: float = 1e-3
+    dense_learning_rate: float = 3e-4
+    calibration_windows: int = 96
+    distill_steps: int = 60
+    evaluation_windows: int = 128
+    timed_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self):
+        for target in self.targets:
+            if not target > 1.0:
+                raise ValueError(f"a target speed-up of {target} must be above 1")
+        if not self.targets:
+            raise ValueError("targets is empty: give at least one speed-up")
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(
+                f"unknown methods {', '.join(sorted(unknown))}: expected some of "
+                f"{', '.join(METHODS)}"
+            )
+        for name in (
+            "steps",
+            "batch_size",
+            "calibration_windows",
+            "evaluation_windows",
+            "timed_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("learning_rate", "dense_learning_rate"):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("distill_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+def run_quality(settings: QualitySettings, console: Console) -> dict[str, Any]:
+    """Compares all methods at equal measured time; returns what it writes to ``quality.json``.
+
+    Every method is sized until its FFNs run at the target speed-up on this machine, or a little
+    above it; started in closed form, distilled layer by layer, fine-tuned on the same batches as
+    the dense model, and evaluated on the same held-out text. Losses are in nats a token. The
+    report is written after each point, so that the same call goes on where a stopped one was.
+
+    Raises:
+      CheckpointError, FileNotFoundError, ValueError: if model, text or settings do not fit, or
+        ``out`` holds a report of other settings.
+    """
+    records.make_folder(settings.out)
+    job = _Job(settings, console)
+    job.tune_dense()
+    for name in settings.methods or METHODS:
+        job.compare(name, METHODS[name])
+    return job.finish()
+
+
+class Settled(NamedTuple):
+    """A configuration that meets its target, and the times that say so."""
+
+    config: Any
+    times: dict[str, Any]
+
+
+class _Job:
+    """What is known so far."""
+
+    def __init__(self, settings: QualitySettings, console: Console):
+        self.settings, self.console = settings, console
+        self.path = settings.out / "quality.json"
+        self.report = self._start_report()
+        self.dense = load_pretrained(settings.model)
+        if self.dense.ffns:
+            raise ValueError(f"{settings.model} is sparse already: give a dense GPT-2")
+        self.model, spec = self.dense.model(), self.dense.spec
+        if spec.gated or not spec.ffn_bias:
+            raise ValueError(
+                f"{settings.model} has gated FFNs or FFNs without biases, which the peers are not "
+                "made for: give a GPT-2 or a GPT-J"
+            )
+        self.shape = FFNShape(spec.d_model, spec.d_ff, spec.activation)
+        tokenizer = load_tokenizer(settings.model)
+        check_tokenizer(tokenizer, self.dense.config)
+        windows = load_windows(
+            settings.text, tokenizer, check_window(settings.window, spec.n_positions)
+        )
+        rng = np.random.default_rng(settings.seed)
+        held_out = rng.permutation(len(windows.validation))[: settings.evaluation_windows]
+        self.windows = TokenWindows(windows.train, windows.validation[held_out])
+        chosen = rng.permutation(len(windows.train))[: settings.calibration_windows]
+        self.calibration = windows.train[chosen]
+        self.activations = jax.random.normal(
+            jax.random.key(settings.seed), (settings.timed_tokens, spec.d_model)
+        )
+        self.dense_stack = ffn_stack(self.model, self.dense.params)
+
+    def _start_report(self) -> dict[str, Any]:
+        fresh = {
+            "settings": dataclasses.asdict(self.settings) | {"out": str(self.settings.out)},
+            "versions": records.versions(),
+            "points": [],
+        }
+        # JSON knows no tuples: what is compared has gone through it on both sides.
+        fresh = json.loads(json.dumps(fresh))
+        if not self.path.exists():
+            return fresh
+        old = json.loads(self.path.read_text(encoding="utf-8"))
+        changed = [
+            name
+            for part in ("settings", "versions")
+            for name, value in fresh[part].items()
+            if name not in _FREE_SETTINGS and old[part].get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.path} was made with other settings ({', '.join(changed)}): give another "
+                "folder, or what it was made with"
+            )
+        return old | {"settings": fresh["settings"]}
+
+    def tune_dense(self) -> None:
+        """Fine-tunes the dense model, unless an earlier run has."""
+        if "dense" in self.report:
+            return
+        self.say(f"Fine-tuning the dense model for {self.settings.steps} steps")
+        pretrained = self.loss(self.model, self.dense.params)
+        loss, conditions = self.train("dense", self.model, self.dense.params)
+        self.report["dense"] = {
+            "pretrained_loss": pretrained,
+            "loss": loss,
+            "conditions": dataclasses.asdict(conditions),
+        }
+        self.save("dense")
+
+    def compare(self, name: str, method: Method | Searched) -> None:
+        """Measures one method at every target that the report lacks."""
+        done = {p["target"] for p in self.report["points"] if p["method"] == name}
+        if not (targets := [t for t in self.settings.targets if t not in done]):
+            return
+        candidates = method.candidates if isinstance(method, Searched) else {name: method}
+        sizers = {
+            candidate: Sizer(
+                lambda ratio, m=m: m.size(self.shape, ratio),
+                lambda config, m=m: self.speedup(m, config, _SIZING_REPEATS)["speedup"],
+            )
+            for candidate, m in candidates.items()
+        }
+        for target in targets:
+            started = time.perf_counter()
+            self.say(f"{name} at {target:g}x")
+            found = {
+                candidate: settled
+                for candidate, m in candidates.items()
+                if (settled := self.settle(m, sizers[candidate], target)) is not None
+            }
+            point: dict[str, Any] = {"method": name, "target": target}
+            if found:
+                candidate = self.best(candidates, found)
+                point["candidate"] = candidate
+                chosen = candidates[candidate]
+                point |= self.measure(_folder(name, target), chosen, *found[candidate])
+                self.console.print(
+                    f"  measured {point['speedup']:.2f}x at FLOPs {point['flops_ratio']:.3f}, loss "
+                    f"{point['converted_loss']:.4f}, tuned {point['loss']:.4f}"
+                )
+            else:
+                self.console.print("  is never that fast here")
+            point["seconds"] = round(time.perf_counter() - started, 1)
+            self.report["points"].append(point)
+            self.save(_folder(name, target))
+
+    def settle(self, method: Method, sizer: Sizer, target: float) -> Settled | None:
+        """Sizes a method, and measures the result again, longer; a smaller one if too slow."""
+        while (sized := sizer.meet(target)) is not None:
+            times = self.speedup(method, sized.config, _FINAL_REPEATS)
+            if times["speedup"] >= target:
+                return Settled(sized.config, times)
+            sizer.correct(sized, times["speedup"])
+        return None
+
+    def best(self, candidates: Mapping[str, Method], found: Mapping[str, Settled]) -> str:
+        """Returns the candidate with the lowest loss on calibration text after closed forms."""
+        if len(found) == 1:
+            return next(iter(found))
+        losses = {}
+        for candidate, settled in found.items():
+            model, params = candidates[candidate].convert(
+                self.model, self.dense.params, settled.config, self.warm_start(distill_steps=0)
+            )
+            losses[candidate] = make_evaluator(model)(
+                params, self.calibration[:_SEARCH_WINDOWS], _EVALUATION_BATCH
+            )
+            self.console.print(f"  candidate {candidate}: {losses[candidate]:.4f}")
+        return min(losses, key=losses.__getitem__)
+
+    def measure(
+        self, name: str, method: Method, config: Any, times: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Converts, fine-tunes and evaluates one sized configuration."""
+        start = self.warm_start(self.settings.distill_steps)
+        model, params = method.convert(self.model, self.dense.params, config, start)
+        converted = self.loss(model, params)
+        loss, conditions = self.train(name, model, params)
+        check_comparable(name, conditions, "dense", self.conditions_of_dense())
+        return {
+            "config": config.to_dict(),
+            "flops_ratio": method.flops_ratio(config),
+            **times,
+            "realised": times["speedup"] * method.flops_ratio(config),
+            "converted_loss": converted,
+            "loss": loss,
+            "loss_gap": loss - self.report["dense"]["loss"],
+            "conditions": dataclasses.asdict(conditions),
+        }
+
+    def conditions_of_dense(self) -> Conditions:
+        return Conditions(**self.report["dense"]["conditions"])
+
+    def warm_start(self, distill_steps: int) -> WarmStart:
+        return WarmStart(
+            self.calibration[:, :-1], distill_steps, _EVALUATION_BATCH, self.settings.seed
+        )
+
+    def speedup(self, method: Method, config: Any, repeats: int) -> dict[str, Any]:
+        """Times the FFNs of all layers against the dense ones."""
+        model = self.model.clone(ffns=(method.ffn(config),) * self.model.spec.n_layer)
+        stack = ffn_stack(model, fresh_ffns(model))
+        pair = time_stacks(self.dense_stack, stack, self.activations, repeats=repeats)
+        return pair.summary()
+
+    def train(self, name: str, model: Decoder, params: Any) -> tuple[float, Conditions]:
+        """Fine-tunes; returns the loss on held-out text and under which conditions it came."""
+        settings, is_dense = self.settings, name == "dense"
+        rate = settings.dense_learning_rate if is_dense else settings.learning_rate
+        config = TrainConfig(
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            recipe="full",
+            learning_rate=rate,
+            ffn_learning_rate=rate,
+            distill_weight=0.0 if is_dense else 1.0,
+            temperature=1.0,
+            seed=settings.seed,
+            log_every=max(1, settings.steps // 10),
+            eval_every=0,
+            save_every=settings.steps,
+        )
+        teacher = None if is_dense else (self.model, self.dense.params)
+        folder = settings.out / "training" / name
+        # What a stopped run left may be of another size: the clock is never quite the same.
+        shutil.rmtree(folder, ignore_errors=True)
+        result = train(model, params, self.windows, config, folder, teacher=teacher)
+        conditions = Conditions(
+            data_hash=result.data_hash,
+            evaluation_hash=token_hash(self.windows.validation),
+            batch_size=config.batch_size,
+            steps=config.steps,
+            precision=np.dtype(model.dtype).name,
+        )
+        return self.loss(model, result.params), conditions
+
+    def loss(self, model: Decoder, params: Any) -> float:
+        return make_evaluator(model)(params, self.windows.validation, _EVALUATION_BATCH)
+
+    def say(self, what: str) -> None:
+        self.console.print(f"[bold]> {what}[/bold]")
+
+    def save(self, training: str) -> None:
+        """Writes the report, and drops the checkpoints of what it now holds."""
+        records.write_json(self.path, self.report)
+        shutil.rmtree(self.settings.out / "training" / training, ignore_errors=True)
+
+    def finish(self) -> dict[str, Any]:
+        points = [point for point in self.report["points"] if "loss" in point]
+        picture = self.settings.out / "quality_at_equal_time.png"
+        pictures.plot_methods(picture, points, self.report["dense"]["loss"])
+        self.console.print(quality_table(self.report))
+        self.console.print(f"The report and the picture are in {self.settings.out}/.")
+        return self.report
+
+
+def quality_table(results: Mapping[str, Any]) -> Table:
+    """Returns the report of :func:`run_quality` as a table, by target and then by loss."""
+    dense = results["dense"]
+    table = Table(
+        title=f"Loss at equal FFN time, nats a token; dense: {dense['loss']:.4f} fine-tuned",
+        **pictures.NARROW_TABLE,
+    )
+    columns = ("target", "method", "measured", "FLOPs", "realised", "start", "tuned", "gap")
+    for name in columns:
+        is_name = name == "method"
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
+    points: Sequence[Mapping[str, Any]] = results["points"]
+    for target in sorted({point["target"] for point in points}):
+        here = [point for point in points if point["target"] == target]
+        for point in sorted(here, key=lambda point: point.get("loss", np.inf)):
+            cells = ["never"]
+            if "loss" in point:
+                cells = [
+                    f"{point['speedup']:.2f}x",
+                    f"{point['flops_ratio']:.3f}",
+                    f"{point['realised']:.2f}",
+                    f"{point['converted_loss']:.4f}",
+                    f"{point['loss']:.4f}",
+                    f"{point['loss_gap']:+.4f}",
+                ]
+            table.add_row(f"{target:g}x", point["method"], *cells)
+        table.add_section()
+    return table
+
+
+def _folder(name: str, target: float) -> str:
+    return f"{name}-{target:g}x"

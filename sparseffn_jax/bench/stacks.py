@@ -1,0 +1,63 @@
+"""The FFNs of all of a model's layers as one program, to be timed against another model's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseffn_jax.measure.timing import PairedTimes, time_pair
+from sparseffn_jax.models.decoder import Decoder, ffn_module, layers_of
+
+Stack = Callable[[Float[Array, "t d"]], Any]
+
+
+def ffn_stack(model: Decoder, params: Any, *, train: bool = False) -> Stack:
+    """Returns the model's FFNs, one after the other, as one jitted function of the activations.
+
+    Nothing else of the model is in it: what replacing the FFNs gains is seen undiluted.
+
+    Args:
+      model: a decoder.
+      params: its parameters, or those of its FFNs alone; see :func:`fresh_ffns`.
+      train: return the gradient of the squared outputs by parameters and activations instead of
+        the outputs.
+    """
+    modules = [ffn_module(model, i) for i in range(model.spec.n_layer)]
+    layers = [layer["mlp"] for layer in layers_of(model, params)]
+
+    def forward(layers: Any, x: Any) -> Any:
+        for module, leaves in zip(modules, layers, strict=True):
+            x = module.apply({"params": leaves}, x)
+        return x
+
+    run = jax.jit(forward)
+    if train:
+        run = jax.jit(jax.grad(lambda layers, x: jnp.sum(forward(layers, x) ** 2), argnums=(0, 1)))
+    layers = jax.device_put(layers)
+    return lambda x: run(layers, x)
+
+
+def fresh_ffns(model: Decoder, seed: int = 0) -> dict[str, Any]:
+    """Returns newly drawn parameters of the FFNs alone, at their places in the model's tree.
+
+    How long a layer takes does not depend on its weights: a configuration can be timed before
+    anything is fitted.
+    """
+    x = jnp.zeros((1, model.spec.d_model), model.dtype)
+    inits, layers = {}, {}
+    for i, key in enumerate(jax.random.split(jax.random.key(seed), model.spec.n_layer)):
+        module = ffn_module(model, i)
+        # Layers of one kind are compiled once.
+        init = inits.setdefault(module, jax.jit(module.init))
+        layers[str(i)] = {"mlp": init(key, x)["params"]}
+    body, collection = model.layer_path
+    return {body: {collection: layers}}
+
+
+def time_stacks(
+    baseline: Stack, candidate: Stack, x: Float[Array, "t d"], *, repeats: int = 15
+) -> PairedTimes:
+    """Times two stacks in turn on the same activations; see :func:`time_pair`."""
+    return time_pair(lambda: baseline(x), lambda: candidate(x), repeats=repeats)

@@ -1,0 +1,185 @@
+"""Losses on logits and hidden states, and the evaluation loss of a model on a text."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sparseffn_jax.evaluate.windows import cut_windows
+
+Params = dict[str, Any]
+Evaluator = Callable[[Params, Int[np.ndarray, "n w"], int], float]
+
+
+def cross_entropy(logits: Float[Array, "*b v"], targets: Int[Array, "*b"]) -> Float[Array, ""]:
+    """Next-token cross-entropy in float32: the mean over all targets, in nats a token."""
+    logits = logits.astype(jnp.float32)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def distillation_loss(
+    logits: Float[Array, "*b v"], teacher_logits: Float[Array, "*b v"], temperature: float
+) -> Float[Array, ""]:
+    """``temperature**2 * KL(teacher || student)``, the mean over tokens, in nats.
+
+    Both distributions are softened by ``temperature``; the square keeps the gradient's size
+    when it changes (Hinton et al. 2015, 1503.02531). The teacher gets no gradient.
+    """
+    student = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
+    teacher = jax.lax.stop_gradient(teacher)
+    kl = optax.losses.kl_divergence_with_log_targets(student, teacher)
+    return temperature**2 * kl.mean()
+
+
+def hidden_state_mse(
+    states: Sequence[Float[Array, "*b d"]], teacher_states: Sequence[Float[Array, "*b d"]]
+) -> Float[Array, ""]:
+    """Mean squared difference of the residual stream after each block, in float32.
+
+    Raises:
+      ValueError: if the two models have not the same number of blocks.
+    """
+    if len(states) != len(teacher_states):
+        raise ValueError(
+            f"hidden states of {len(states)} blocks cannot be compared with the teacher's "
+            f"{len(teacher_states)}: leave hidden_weight at 0"
+        )
+    errors = [
+        jnp.mean(jnp.square(x.astype(jnp.float32) - jax.lax.stop_gradient(y).astype(jnp.float32)))
+        for x, y in zip(states, teacher_states, strict=True)
+    ]
+    return jnp.mean(jnp.stack(errors))
+
+
+def forward(
+    model: nn.Module,
+    params: Params,
+    input_ids: Int[Array, "b t"],
+    *,
+    dropout_key: PRNGKeyArray | None = None,
+    with_hidden_states: bool = False,
+) -> tuple[Float[Array, "b t v"], list[Float[Array, "b t d"]]]:
+    """Applies a decoder; returns its logits and, on request, the residual stream after each block.
+
+    Args:
+      model: called as ``model.apply({"params": params}, input_ids, deterministic=...)``; sows
+        its residual stream as ``hidden_states`` under ``intermediates``.
+      params: its parameters.
+      input_ids: token ids.
+      dropout_key: switches dropout on.
+      with_hidden_states: otherwise the list is empty.
+    """
+    out: Any = model.apply(
+        {"params": params},
+        input_ids,
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        mutable=["intermediates"] if with_hidden_states else False,
+    )
+    if not with_hidden_states:
+        return out, []
+    logits, variables = out
+    sown: dict[tuple[str, ...], Any] = flatten_dict(variables["intermediates"])
+    return logits, [x for path, xs in sown.items() if path[-1] == "hidden_states" for x in xs]
+
+
+def evaluate_loss(
+    model: nn.Module, params: Params, windows: Int[np.ndarray, "n w"], batch_size: int
+) -> float:
+    """Returns the mean cross-entropy over all windows' targets, in nats a token.
+
+    Args:
+      model: a decoder.
+      params: its parameters.
+      windows: ``(n, window + 1)`` token ids, as :func:`sparseffn_jax.train.data.pack` cuts them.
+      batch_size: windows a step; does not change the result beyond rounding.
+
+    Raises:
+      ValueError: if there is no window, or a token id that the model does not know.
+    """
+    check_token_ids(model, params, windows)
+    return make_evaluator(model)(params, windows, batch_size)
+
+
+def evaluate_tokens(
+    model: nn.Module,
+    params: Params,
+    tokens: Int[np.ndarray, " n"],
+    window: int,
+    batch_size: int,
+) -> float:
+    """Returns the mean cross-entropy of a whole text, in nats a token.
+
+    The text is cut into non-overlapping windows of inputs; every token but the first is predicted
+    once, from what stands before it in its window.
+
+    Args:
+      model: a decoder.
+      params: its parameters.
+      tokens: the text's token ids, at least two.
+      window: tokens a window.
+      batch_size: windows a step; does not change the result beyond rounding.
+    """
+    windows = cut_windows(tokens, window)
+    rest = tokens[len(windows) * window :][None]
+    evaluate = make_evaluator(model)
+    total = 0.0
+    for part in (windows, rest):
+        if part[:, 1:].size:
+            total += evaluate(params, part, batch_size) * part[:, 1:].size
+    return total / (len(tokens) - 1)
+
+
+def make_evaluator(
+    model: nn.Module, place: Callable[[np.ndarray], Any] = lambda batch: batch
+) -> Evaluator:
+    """Returns :func:`evaluate_loss` for one model, compiled once for all its calls.
+
+    Its windows are not checked; see :func:`check_token_ids`.
+
+    Args:
+      model: a decoder.
+      place: puts a batch where the parameters are.
+    """
+
+    @jax.jit
+    def sum_losses(params, batch, real):
+        logits, _ = forward(model, params, batch[:, :-1])
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+        return jnp.sum(losses, where=jnp.arange(len(batch))[:, None] < real)
+
+    def evaluate(params, windows, batch_size):
+        batch_size = min(batch_size, len(windows))
+        total = 0.0
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            # A last batch of its own shape would compile the model a second time.
+            padded = np.resize(batch, (batch_size, batch.shape[1]))
+            total += float(sum_losses(params, place(padded), len(batch)))
+        return total / windows[:, 1:].size
+
+    return evaluate
+
+
+def check_token_ids(model: nn.Module, params: Params, windows: Int[np.ndarray, "n w"]) -> None:
+    """Raises ``ValueError`` if there is no window, or a token id beyond the model's vocabulary.
+
+    XLA would clamp such an id silently.
+    """
+    if not windows.size:
+        raise ValueError("there is no window to evaluate or train on: give more text")
+    ids = jax.ShapeDtypeStruct((1, windows.shape[1] - 1), jnp.int32)
+    logits, _ = jax.eval_shape(lambda p, i: forward(model, p, i), params, ids)
+    largest, vocab_size = int(windows.max()), logits.shape[-1]
+    if largest >= vocab_size:
+        raise ValueError(
+            f"token id {largest} is beyond the model's vocab_size={vocab_size}: the text was "
+            "tokenized for another model"
+        )

@@ -1,0 +1,106 @@
+"""How likely a model finds a text: log-probabilities of rows of tokens, loss with a stride."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Bool, Float, Int
+
+from sparseffn_jax.evaluate.losses import forward
+
+Params = dict[str, Any]
+Row = Sequence[int] | Int[np.ndarray, " n"]
+Scorer = Callable[
+    [Params, Sequence[Row], Sequence[int]],
+    tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]],
+]
+
+
+def make_scorer(model: nn.Module, window: int, batch_size: int) -> Scorer:
+    """Returns a function that scores how rows of tokens end.
+
+    It maps ``(params, rows, counts)`` to the log-probability, in nats, of the last ``counts[i]``
+    tokens of row i, each given all that stands before it in the row; and to whether all of these
+    tokens are the likeliest. A row has at most ``window + 1`` tokens, of which the first cannot be
+    counted. Rows are batched by length and padded to powers of two: a few programs, each compiled
+    once, serve all calls.
+
+    Args:
+      model: a decoder.
+      window: the longest input.
+      batch_size: rows computed at once; does not change the result beyond rounding.
+    """
+
+    @jax.jit
+    def score_batch(params, ids, counted):
+        targets = ids[:, 1:]
+        logits, _ = forward(model, params, ids[:, :-1])
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+        is_greedy = jnp.all(jnp.argmax(logits, -1) == targets, axis=1, where=counted)
+        return -jnp.sum(losses, axis=1, where=counted), is_greedy
+
+    def score(params, rows, counts):
+        lengths = np.array([len(row) for row in rows])
+        order = np.argsort(-lengths, kind="stable")
+        log_probs, is_greedy = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
+        for start in range(0, len(rows), batch_size):
+            batch = order[start : start + batch_size]
+            longest = int(lengths[batch[0]]) - 1
+            width = min(window, 1 << (longest - 1).bit_length())
+            ids = np.zeros((batch_size, width + 1), np.int32)
+            counted = np.zeros((batch_size, width), bool)
+            for i, row in enumerate(batch):
+                ids[i, : lengths[row]] = rows[row]
+                counted[i, lengths[row] - 1 - counts[row] : lengths[row] - 1] = True
+            sums, matches = score_batch(params, ids, counted)
+            log_probs[batch] = sums[: len(batch)]
+            is_greedy[batch] = matches[: len(batch)]
+        return log_probs, is_greedy
+
+    return score
+
+
+def strided_loss(
+    model: nn.Module,
+    params: Params,
+    tokens: Int[np.ndarray, " n"],
+    window: int,
+    stride: int,
+    batch_size: int,
+) -> float:
+    """Returns the mean cross-entropy of a text whose tokens all see much of it, in nats a token.
+
+    A window of tokens moves along the text by ``stride``. Each token but the text's first is
+    predicted once, in the first window that it is in: from at least ``window - stride`` tokens
+    before it, but for those of the first window. This is Hugging Face's method
+    (https://huggingface.co/docs/transformers/perplexity), where the tokens that a window shares
+    with the one before have the label -100; there a window weighs one token less than it predicts,
+    here all tokens weigh the same.
+
+    Args:
+      model: a decoder.
+      params: its parameters.
+      tokens: the text's token ids, at least two.
+      window: tokens in a window.
+      stride: from 1 to ``window - 1``.
+      batch_size: windows computed at once; does not change the result beyond rounding.
+
+    Raises:
+      ValueError: if the stride is out of its range.
+    """
+    if not 1 <= stride < window:
+        raise ValueError(f"stride={stride} must lie between 1 and window - 1 = {window - 1}")
+    rows, counts, predicted = [], [], 1
+    while predicted < len(tokens):
+        begin = stride * len(rows)
+        rows.append(tokens[begin : begin + window])
+        end = begin + len(rows[-1])
+        counts.append(end - predicted)
+        predicted = end
+    score = make_scorer(model, window - 1, batch_size)
+    log_probs, _ = score(params, rows, counts)
+    return -float(log_probs.sum(dtype=np.float64)) / (len(tokens) - 1)

@@ -1,0 +1,178 @@
+"""What a SparseFFN costs on paper: floating-point operations, weights, numbers between products.
+
+Operations are counted on nonzeros and a multiply-add counts as two. Biases, the core's activation
+and the product with the gate are left out, as they are in the dense FFN's count; the polynomial is
+counted. :func:`sparseffn_jax.measure.flops.count_flops` counts the same in a program.
+"""
+
+from typing import NamedTuple
+
+from sparseffn_jax.config import SparseFFNConfig, SpectralConfig
+from sparseffn_jax.ops.fourier import circulant_products, complex_frequencies
+
+
+def dense_flops(d_model: int, d_ff: int, gated: bool) -> int:
+    """Counts a dense FFN's floating-point operations for one token: two products, three if gated.
+
+    Example:
+      >>> dense_flops(768, 3072, gated=False)
+      9437184
+    """
+    return (6 if gated else 4) * d_model * d_ff
+
+
+def flops_per_token(config: SparseFFNConfig) -> dict[str, int]:
+    """Counts the floating-point operations of one token's forward pass.
+
+    Args:
+      config: configuration of the layer.
+
+    Returns:
+      Operations by part: ``"spectral"``, ``"polynomial"`` and ``"micro"``.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> core = sf.MicroRefinementConfig(core=sf.CoreConfig(width=384))
+      >>> sf.flops_per_token(sf.SparseFFNConfig(768, 3072, micro=core))
+      {'spectral': 0, 'polynomial': 0, 'micro': 1179648}
+    """
+    flops = {"spectral": 0, "polynomial": 0, "micro": 2 * micro_weights(config)}
+    if (branch := config.spectral) is None:
+        return flops
+    if config.polynomial is not None:
+        # One Clenshaw step is a multiply-add and a subtraction.
+        flops["polynomial"] = 3 * config.polynomial.degrees[-1] * branch.width
+    if branch.transform == "low_rank":
+        flops["spectral"] = 2 * _low_rank_weights(config, branch)
+    else:
+        flops["spectral"] = 2 * sum(_circulant_multiply_adds(config, branch))
+    return flops
+
+
+def flops_ratio(config: SparseFFNConfig) -> float:
+    """Returns a layer's floating-point operations over those of the dense FFN it stands for.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> core = sf.MicroRefinementConfig(core=sf.CoreConfig(width=384))
+      >>> sf.flops_ratio(sf.SparseFFNConfig(768, 3072, micro=core))
+      0.125
+    """
+    dense = dense_flops(config.d_model, config.d_ff, config.gated)
+    return sum(flops_per_token(config).values()) / dense
+
+
+def training_flops_per_token(config: SparseFFNConfig) -> dict[str, int]:
+    """Counts one token's forward and backward pass, by part, as :func:`flops_per_token` does.
+
+    A linear map costs three times its forward pass: the gradient of its inputs and that of its
+    weights are one more product of the same size each. The transforms of a block-circulant map
+    have no weights and cost twice. The spectral branch does not keep its hidden activations: the
+    backward pass computes them again; a low-rank map from the components it kept, a
+    block-circulant one from its inputs, and of the map out of the hidden units what comes before
+    the filter. The polynomial is then recomputed too and differentiated by its input, and every
+    coefficient's gradient takes its own term once more. Nor does a core with unstructured masks
+    keep its hidden activations, unless a plan of one product is forced.
+    """
+    training = {part: 3 * count for part, count in flops_per_token(config).items()}
+    maps = len(config.up_maps)
+    if config.micro is not None and (core := config.micro.core) is not None and core.runs_in_tiles:
+        mask = core.without_dead_units().up_mask
+        weights = config.d_model * core.width if mask is None else mask.size
+        training["micro"] += 2 * maps * weights
+    if (branch := config.spectral) is None:
+        return training
+    if config.polynomial is not None:
+        training["polynomial"] += 3 * sum(config.polynomial.degrees) * branch.width
+    if branch.transform == "low_rank":
+        training["spectral"] += 2 * maps * branch.rank * branch.width
+        return training
+    filters, transforms = _circulant_multiply_adds(config, branch)
+    # The transforms have no gradient of their own. Computed again are the maps into the hidden
+    # units, and of the map out of them the transform of its inputs: all but the last transform.
+    last = transforms * config.d_model // (2 * config.d_model + (maps + 1) * branch.width)
+    again = maps * filters // (maps + 1) + transforms - last
+    training["spectral"] += 2 * (again - transforms)
+    return training
+
+
+def micro_weights(config: SparseFFNConfig) -> int:
+    """Counts the kernels' entries of the core and the corrections, masked ones left out."""
+    if (micro := config.micro) is None:
+        return 0
+    weights = sum(mask.size for mask in micro.corrections)
+    if micro.core is not None:
+        core = micro.core.without_dead_units()
+        full = config.d_model * core.width
+        for mask in (*[core.up_mask] * len(config.up_maps), core.down_mask):
+            weights += full if mask is None else mask.size
+    return weights
+
+
+class Numbers(NamedTuple):
+    """How many numbers a layer's forward pass reads and writes, apart from input and output.
+
+    Attributes:
+      weights: stored weights, biases and coefficients, each read once.
+      between: numbers that one token leaves between the layer's products.
+    """
+
+    weights: int
+    between: int
+
+
+def count_numbers(config: SparseFFNConfig) -> Numbers:
+    """Counts a layer's stored numbers, and what one token leaves between its products.
+
+    Between products lie the hidden units of each branch, once for every map into them; of a
+    low-rank map its components; of a block-circulant map the kept frequencies of its inputs and
+    outputs; and the layer's output once for every correction. Elementwise work is taken to be
+    fused into the products beside it.
+    """
+    maps = len(config.up_maps)
+    weights, between = micro_weights(config), 0
+    if config.bias:
+        weights += config.d_model
+    if (branch := config.spectral) is not None:
+        weights += maps * branch.width * config.bias
+        between += maps * branch.width
+        if branch.transform == "low_rank":
+            weights += _low_rank_weights(config, branch)
+            between += maps * branch.rank + (branch.down_rank or branch.rank)
+        else:
+            components = _components(branch)
+            p, q = config.d_model // branch.block_size, branch.width // branch.block_size
+            weights += (maps + 1) * p * q * components
+            # The inputs' spectrum is shared by the maps into the hidden units.
+            between += (2 * p + (maps + 1) * q) * components
+    if config.polynomial is not None:
+        weights += config.polynomial.groups * len(config.polynomial.degrees)
+    if (micro := config.micro) is not None:
+        between += len(micro.corrections) * config.d_model
+        if micro.core is not None:
+            width = micro.core.without_dead_units().width
+            weights += maps * width * config.bias
+            between += maps * width
+    return Numbers(weights, between)
+
+
+def _low_rank_weights(config: SparseFFNConfig, branch: SpectralConfig) -> int:
+    ranks = len(config.up_maps) * branch.rank + (branch.down_rank or branch.rank)
+    return ranks * (config.d_model + branch.width)
+
+
+def _components(branch: SpectralConfig) -> int:
+    """Returns how many real components of a block's b are kept: DC and Nyquist are one each."""
+    frequencies = branch.frequencies
+    return len(frequencies) + len(complex_frequencies(frequencies, branch.block_size))
+
+
+def _circulant_multiply_adds(config: SparseFFNConfig, branch: SpectralConfig) -> tuple[int, int]:
+    """Returns those of the filters and those of the transforms, all maps together."""
+    b = branch.block_size
+    products = circulant_products(branch.frequencies, b)
+    p, q = config.d_model // b, branch.width // b
+    maps = len(config.up_maps) + 1
+    # Transformed are the inputs, once for all maps into the hidden units, what each of them gives,
+    # the hidden activations and the outputs.
+    return maps * p * q * products, (2 * p + maps * q) * b * _components(branch)

@@ -1,0 +1,45 @@
+"""What a measurement leaves behind: its folder, its JSON file and the versions it was taken with."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and proves, before any work, that results can be written to it.
+
+    Raises:
+      ValueError: if they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".sparseffn-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; give another") from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes indented JSON to ``path``, whole or not at all."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, str]:
+    """Returns the device and library versions that a measurement was taken with."""
+    import flax
+    import transformers
+
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu_count": str(os.cpu_count()),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "transformers": transformers.__version__,
+    }

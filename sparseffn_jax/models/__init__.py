@@ -1,0 +1,1 @@
+"""The decoders of every model family, and generation with them."""

@@ -1,0 +1,352 @@
+"""What all model families share: the pluggable feed-forward layer, the stack, the head, the cache.
+
+A family is a subclass of :class:`Decoder`. Its parameter tree has the names, shapes and layouts of
+transformers 4.57's Flax class, so that a tree from there applies unchanged. Shape letters in
+comments and names of this package: B batch, T tokens, S cached tokens, H heads, K head width, D
+``d_model``, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float, Int
+
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.nn.sparse_ffn import PACKED, SparseFFN
+from sparseffn_jax.ops.plans.costs import Platform
+
+Dtype = Any
+FFN = SparseFFNConfig | Callable[..., nn.Module] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec:
+    """What a model's config says, under one name in all families.
+
+    Attributes:
+      n_layer: blocks.
+      n_positions: tokens that a sequence can have.
+      d_model: channels in and out of the FFN.
+      d_ff: hidden units of the dense FFN.
+      activation: of the dense FFN, by its Hugging Face name.
+      gated: whether the dense FFN is ``W2 (phi(Wg x) * (Wu x))``.
+      ffn_bias: whether the dense FFN has biases.
+    """
+
+    n_layer: int
+    n_positions: int
+    d_model: int
+    d_ff: int
+    activation: str
+    gated: bool
+    ffn_bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNLayout:
+    """What a family calls the maps of its dense FFN, below ``mlp``.
+
+    Attributes:
+      up: name of W1 or, gated, of Wu.
+      down: name of W2.
+      gate: name of Wg, if gated.
+      transposed: whether kernels are stored as ``(out, in)``.
+    """
+
+    up: str
+    down: str
+    gate: str | None = None
+    transposed: bool = False
+
+    @property
+    def up_maps(self) -> tuple[str, ...]:
+        """Names of the maps into the hidden units, in the order of ``SparseFFNConfig.up_maps``."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+
+class Decoder(nn.Module):
+    """A decoder with a language-model head.
+
+    Attributes:
+      config: of the family; every field that changes numbers is honoured.
+      ffns: one entry a layer: ``None`` keeps the dense FFN, a ``SparseFFNConfig`` puts a
+        ``SparseFFN`` there, and any callable is called with ``name``, ``dtype`` and
+        ``param_dtype`` and returns the module to use, which maps ``(B, T, D)`` to ``(B, T, D)``.
+        The empty tuple keeps every layer dense.
+      dtype: of the computation. Norms' statistics, softmax and logits are float32 always.
+      param_dtype: of the parameters.
+      remat: recompute each block in the backward pass instead of storing its activations.
+    """
+
+    config: Any
+    ffns: tuple[FFN, ...] = ()
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    # What a family says of itself.
+    config_class: ClassVar[type]
+    # Where the blocks lie in parameters, cache and intermediates.
+    layer_path: ClassVar[tuple[str, str]]
+    ffn_layout: ClassVar[FFNLayout]
+    # The config's key for the dense FFN's hidden width.
+    d_ff_key: ClassVar[str]
+    block: ClassVar[type["Block"]]
+
+    @staticmethod
+    def spec_of(config: Any) -> DecoderSpec:
+        """Returns what a config of this family says; raises ``ValueError`` if it cannot be."""
+        raise NotImplementedError
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """What the model's config says, under one name in all families."""
+        return self.spec_of(self.config)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B S"] | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
+        deterministic: bool = True,
+        init_cache: bool = False,
+    ) -> Float[Array, "B T V"]:
+        """Returns next-token logits in float32.
+
+        Args:
+          input_ids: token ids below ``vocab_size``.
+          attention_mask: 1 for real tokens, 0 for padding; over the whole cache (S = its
+            length) when decoding, else S = T. ``None`` means no padding.
+          position_ids: positions below ``n_positions``. By default they count from 0, or from
+            the cache's end when there is one; left padding needs them given.
+          deterministic: ``False`` applies the config's dropout (needs an rng ``"dropout"``).
+          init_cache: create the key/value cache; see :func:`init_cache`.
+
+        Raises:
+          ValueError: if the config asks for what this model does not have, if ``ffns`` has not
+            one entry a layer, if the tokens exceed ``n_positions`` or the cache, or if
+            ``attention_mask`` does not cover the keys.
+        """
+        n_positions = self.spec.n_positions
+        if input_ids.shape[1] > n_positions:
+            raise ValueError(f"{input_ids.shape[1]} tokens do not fit n_positions={n_positions}")
+        if position_ids is None:
+            start = self._cached_tokens()
+            position_ids = jnp.broadcast_to(start + jnp.arange(input_ids.shape[1]), input_ids.shape)
+        body = getattr(self, self.layer_path[0])
+        x = body(input_ids, attention_mask, position_ids, deterministic, init_cache)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(x)
+        x, embedding = promote_dtype(x, body.token_embedding, dtype=self.dtype)
+        return _dot_general_f32(x, embedding, (((2,), (1,)), ((), ())))
+
+    def _cached_tokens(self) -> Int[Array, ""] | int:
+        # Every layer's cache holds the same positions.
+        cached: dict[Any, Any] = flatten_dict(self.variables.get("cache", {}))
+        return next((leaf for path, leaf in cached.items() if path[-1] == "cache_index"), 0)
+
+    def _body_settings(self) -> tuple[Any, tuple[FFN, ...], Dtype, Dtype, bool]:
+        n_layer = self.spec.n_layer
+        if self.ffns and len(self.ffns) != n_layer:
+            raise ValueError(
+                f"ffns has {len(self.ffns)} entries, but the model has n_layer={n_layer}: "
+                "give one entry a layer (None keeps a layer dense), or an empty tuple"
+            )
+        ffns = self.ffns or (None,) * n_layer
+        return self.config, ffns, self.dtype, self.param_dtype, self.remat
+
+    def _untied_head(self, use_bias: bool = False) -> nn.Dense:
+        return nn.Dense(
+            self.config.vocab_size,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.normal(self.config.initializer_range),
+            dot_general=_dot_general_f32,
+        )
+
+
+class Block(nn.Module):
+    """Base of the families' blocks: attention, and the layer's feed-forward module."""
+
+    config: Any
+    layer_index: int
+    ffn: FFN
+    dtype: Dtype
+    param_dtype: Dtype
+
+    # The dense FFN, made with (config, name=, dtype=, param_dtype=).
+    mlp: ClassVar[Callable[..., nn.Module]]
+
+    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Runs the layer's feed-forward module, where calibration and profiles can see it."""
+        # Costs nothing unless a caller makes the collection mutable (calibration does).
+        self.sow("intermediates", "ffn_input", x)
+        with jax.named_scope("ffn"):
+            return make_ffn(self.ffn, self.mlp, self.config, self.dtype, self.param_dtype)(x)
+
+
+class BlockCollection(nn.Module):
+    """The stack of a family's blocks, named ``0``, ``1``, ...
+
+    Attributes:
+      block: the family's.
+      config: of the model.
+      ffns: one a layer.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+      remat: whether to recompute each block in the backward pass.
+    """
+
+    block: type[Block]
+    config: Any
+    ffns: tuple[FFN, ...]
+    dtype: Dtype
+    param_dtype: Dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x, attention_mask, rotary_table, deterministic, init_cache):
+        # Static arguments are counted with `self` as number 0.
+        block = nn.remat(self.block, static_argnums=(4, 5)) if self.remat else self.block
+        for i, ffn in enumerate(self.ffns):
+            # Without it XLA's CPU compiler fuses the gradients of all later blocks' residual sums
+            # into every block anew: work that grows with the square of the depth.
+            x = jax.lax.optimization_barrier(x)
+            x = block(self.config, i, ffn, self.dtype, self.param_dtype, name=str(i))(
+                x, attention_mask, rotary_table, deterministic, init_cache
+            )
+            self.sow("intermediates", "hidden_states", x)
+        return x
+
+
+def make_ffn(
+    ffn: FFN, dense: Callable[..., nn.Module], config: Any, dtype: Dtype, param_dtype: Dtype
+) -> nn.Module:
+    """Returns a layer's feed-forward module, named ``mlp``: ``ffn``, or ``dense`` if it is None."""
+    settings = {"name": "mlp", "dtype": dtype, "param_dtype": param_dtype}
+    if ffn is None:
+        return dense(config, **settings)
+    if isinstance(ffn, SparseFFNConfig):
+        return SparseFFN(ffn, **settings)
+    return ffn(**settings)
+
+
+def init_cache(model: Decoder, batch_size: int, max_length: int) -> dict[str, Any]:
+    """Returns an empty key/value cache for ``batch_size`` sequences of ``max_length`` tokens.
+
+    Pass it as ``model.apply({"params": p, "cache": cache}, ..., mutable=["cache"])``. How many
+    positions are written is tracked inside; writing more than ``max_length`` in all is not
+    detected.
+
+    Raises:
+      ValueError: if ``max_length`` exceeds the model's ``n_positions``.
+    """
+    n_positions = model.spec.n_positions
+    if max_length > n_positions:
+        raise ValueError(
+            f"a cache of {max_length} tokens exceeds n_positions={n_positions}: "
+            "shorten the prompt or generate fewer tokens"
+        )
+    ids = jax.ShapeDtypeStruct((batch_size, max_length), jnp.int32)
+    shapes = jax.eval_shape(
+        lambda key, ids: model.init(key, ids, init_cache=True), jax.random.key(0), ids
+    )
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["cache"])
+
+
+def ffn_module(model: Decoder, layer: int) -> nn.Module:
+    """Returns one layer's FFN as a module of its own, to apply to that layer's ``mlp`` leaves."""
+    ffn = model.ffns[layer] if model.ffns else None
+    return make_ffn(ffn, model.block.mlp, model.config, model.dtype, model.param_dtype)
+
+
+def pack_ffns(
+    model: Decoder, params: Mapping[str, Any], tokens: int, platform: Platform
+) -> dict[str, Any]:
+    """Packs the weights of all sparse FFNs for calls of ``tokens`` tokens.
+
+    Args:
+      model: a decoder; its FFNs of other kinds have nothing to pack.
+      params: its parameters.
+      tokens: how many tokens a call has, all its sequences together.
+      platform: that the calls are compiled for.
+
+    Returns:
+      The model's collection ``packed``; :meth:`SparseFFN.pack` tells what it holds.
+    """
+    body, collection = model.layer_path
+    layers = layers_of(model, params)
+    packed = {}
+    for i, ffn in enumerate(model.ffns):
+        if isinstance(ffn, SparseFFNConfig):
+            variables = (
+                ffn_module(model, i)
+                .clone(name=None)
+                .pack({"params": layers[i]["mlp"]}, tokens, platform=platform)
+            )
+            packed[str(i)] = {"mlp": variables[PACKED]}
+    return {body: {collection: packed}} if packed else {}
+
+
+def layers_of(model: Decoder, tree: Mapping[str, Any]) -> list[Any]:
+    """Returns each layer's part of a tree of parameters, intermediates or caches."""
+    body, collection = model.layer_path
+    return [tree[body][collection][str(i)] for i in range(model.spec.n_layer)]
+
+
+def replace_ffns(
+    model: Decoder, params: Mapping[str, Any], ffns: Mapping[int, Any]
+) -> dict[str, Any]:
+    """Returns ``params`` with other ``mlp`` leaves in some layers; all other leaves are shared."""
+    body, collection = model.layer_path
+    layers = dict(params[body][collection])
+    layers |= {str(i): {**layers[str(i)], "mlp": leaves} for i, leaves in ffns.items()}
+    return {**params, body: {**params[body], collection: layers}}
+
+
+def dense(module: Any, name: str, features: int, use_bias: bool = False) -> nn.Dense:
+    """Returns a linear map for a part of a model, with that part's dtypes."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        kernel_init=nn.initializers.normal(module.config.initializer_range),
+        name=name,
+    )
+
+
+def embed(config: Any, dtype: Dtype, param_dtype: Dtype) -> nn.Embed:
+    """Returns the embedding of a model's tokens."""
+    return nn.Embed(
+        config.vocab_size,
+        config.hidden_size,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        embedding_init=nn.initializers.normal(config.initializer_range),
+    )
+
+
+def layer_norm(config: Any, name: str | None, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
+    """Returns the LayerNorm of GPT-2 and GPT-J."""
+    # The two-pass variance: GPT-2's outlier channels cancel badly in E[x^2] - E[x]^2.
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_epsilon,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def _dot_general_f32(lhs, rhs, dimension_numbers, precision=None, **_):
+    return jax.lax.dot_general(
+        lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=jnp.float32
+    )

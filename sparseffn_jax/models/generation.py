@@ -1,0 +1,373 @@
+"""Token generation with the key/value cache: prompts are read once, then one compiled loop decodes.
+
+The loop's program depends on shapes alone. How tokens are chosen is data to it, and so is how far
+it runs: calling it for one token at a time streams, with the same program and the same tokens.
+Shape letters: B prompts, T their padded length, N new tokens, V the vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from sparseffn_jax.models.decoder import Decoder, init_cache, pack_ffns
+from sparseffn_jax.nn.sparse_ffn import PACKED
+from sparseffn_jax.ops.plans.choice import platform_of
+
+# No token has this id: where nothing ends a row, the program is the same as where something does.
+_NO_TOKEN = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits.
+
+    The settings apply in this order, as in Hugging Face's ``generate``.
+
+    Attributes:
+      repetition_penalty: divides the positive and multiplies the negative logits of tokens that
+        the row holds already (Keskar et al. 2019, 1909.05858); 1 changes nothing.
+      temperature: 0 takes the likeliest token; otherwise the logits are divided by it and a token
+        is drawn.
+      top_k: draw from the k likeliest tokens only.
+      top_p: draw from the likeliest tokens only, as few as have this probability together
+        (Holtzman et al. 2019, 1904.09751).
+
+    Raises:
+      ValueError: on construction, if a value is out of its range; the message names it.
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if not self.repetition_penalty > 0.0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
+        if not self.temperature >= 0.0:
+            raise ValueError(f"temperature={self.temperature} must not be negative")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must lie above 0 and not above 1")
+
+
+class DecodeState(NamedTuple):
+    """Sequences that are being continued.
+
+    Attributes:
+      cache: the model's key/value cache, for T + N tokens.
+      tokens: the padded prompts, the new tokens, and anything for those to come.
+      length: of the sequences up to now, padding included; the same for all.
+      padding: how many places on the left hold no token.
+      seen: which tokens a row holds.
+      done: rows that have ended: their last token is repeated.
+      key: from which the random numbers to come are made.
+    """
+
+    cache: Any
+    tokens: Int[Array, "b t_plus_n"]
+    length: Int[Array, ""]
+    padding: Int[Array, " b"]
+    seen: Bool[Array, "b v"]
+    done: Bool[Array, " b"]
+    key: PRNGKeyArray
+
+
+def generate(
+    model: Decoder,
+    params: Any,
+    prompt: Int[Array | np.ndarray, "b t"] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    prompt_mask: Int[Array | np.ndarray, "b t"] | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Int[Array, "b t_plus_n"]:
+    """Continues prompts.
+
+    Compiled once for all calls with the same model and shapes, whatever the settings.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      prompt: ``(B, T)`` token ids; or B lists of ids of any lengths, which :func:`left_pad` pads.
+      max_new_tokens: how many tokens to add at most.
+      temperature: see :class:`Sampling`, as for the next three.
+      top_k: see there.
+      top_p: see there.
+      repetition_penalty: see there.
+      eos_token_id: the token, or tokens, that end a row; it is repeated to the row's end. ``None``
+        ends nothing.
+      prompt_mask: ``(B, T)``, 1 for tokens and 0 for padding, which is on the left.
+      key: for sampling; needed if ``temperature`` is above 0.
+
+    Returns:
+      ``(B, T + max_new_tokens)`` int32: the padded prompts and their continuations.
+
+    Raises:
+      ValueError: if a prompt is empty or padded on the right, or holds an unknown token; if prompt
+        and continuation exceed the model's positions; or if a setting is out of range.
+    """
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p)
+    state = start(
+        model, params, prompt, max_new_tokens, sampling,
+        eos_token_id=eos_token_id, prompt_mask=prompt_mask, key=key,
+    )  # fmt: skip
+    length = state.tokens.shape[1]
+    return advance(model, params, state, length, sampling, eos_token_id=eos_token_id).tokens
+
+
+def start(
+    model: Decoder,
+    params: Any,
+    prompt: Int[Array | np.ndarray, "b t"] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    eos_token_id: int | Sequence[int] | None = None,
+    prompt_mask: Int[Array | np.ndarray, "b t"] | None = None,
+    key: PRNGKeyArray | None = None,
+) -> DecodeState:
+    """Reads the prompts and chooses the first new token; see :func:`generate`."""
+    vocab_size: int = model.config.vocab_size
+    if isinstance(prompt, np.ndarray | jax.Array):
+        ids = np.asarray(prompt, np.int32)
+        mask = np.ones_like(ids) if prompt_mask is None else np.asarray(prompt_mask)
+    else:
+        ids, mask = left_pad(prompt)
+    _check_prompt(ids, mask, vocab_size)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if sampling.temperature > 0.0 and key is None:
+        raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
+    key = jax.random.key(0) if key is None else key
+    padding = np.sum(mask == 0, axis=1, dtype=np.int32)
+    return _prefill(
+        _ByValue(model), max_new_tokens, params, ids, padding, key,
+        _as_data(sampling, vocab_size), _as_ids(eos_token_id),
+    )  # fmt: skip
+
+
+def advance(
+    model: Decoder,
+    params: Any,
+    state: DecodeState,
+    length: int,
+    sampling: Sampling,
+    *,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> DecodeState:
+    """Decodes until the sequences are ``length`` long or every row is done.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      state: is donated: do not use it again.
+      length: padding included; at most T + N.
+      sampling: how tokens are chosen.
+      eos_token_id: see :func:`generate`.
+    """
+    data = _as_data(sampling, model.config.vocab_size)
+    return _decode(
+        _ByValue(model), platform_of(params), params, state, np.int32(length), data,
+        _as_ids(eos_token_id),
+    )  # fmt: skip
+
+
+def left_pad(
+    prompts: Sequence[Sequence[int]], length: int = 0
+) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b t"]]:
+    """Pads lists of token ids on the left to one length; returns ids and mask, int32.
+
+    Args:
+      prompts: B lists.
+      length: to pad to at least; else to the longest list.
+    """
+    length = max(length, *map(len, prompts)) if prompts else length
+    ids = np.zeros((len(prompts), length), np.int32)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        if len(prompt):
+            ids[row, -len(prompt) :] = prompt
+            mask[row, -len(prompt) :] = 1
+    return ids, mask
+
+
+def choose(
+    logits: Float[Array, "b v"],
+    seen: Bool[Array, "b v"],
+    settings: dict[str, Array],
+    key: PRNGKeyArray,
+) -> Int[Array, " b"]:
+    """Chooses a token a row; ``settings`` are :class:`Sampling`'s as arrays."""
+    logits = penalize(logits, seen, settings["repetition_penalty"])
+
+    def draw():
+        kept = truncate(logits / settings["temperature"], settings["top_k"], settings["top_p"])
+        return jax.random.categorical(key, kept).astype(jnp.int32)
+
+    return jax.lax.cond(
+        settings["temperature"] > 0.0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    )
+
+
+def penalize(
+    logits: Float[Array, "b v"], seen: Bool[Array, "b v"], penalty: Float[Array, ""]
+) -> Float[Array, "b v"]:
+    """Makes the tokens that were seen less likely; see :class:`Sampling`."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def truncate(
+    logits: Float[Array, "b v"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Float[Array, "b v"]:
+    """Sets the logits that top-k and then top-p leave out to -inf; equal logits stay together.
+
+    Args:
+      logits: divided by the temperature already.
+      top_k: from 1 to V, where V leaves out none.
+      top_p: above 0, where 1 leaves out none.
+    """
+
+    def smallest_kept():
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        rank = jnp.arange(logits.shape[-1])
+        ordered = jnp.where(rank < top_k, ordered, -jnp.inf)
+        probability = jax.nn.softmax(ordered, axis=-1)
+        # A token stays if those before it have not filled top_p: the likeliest always does.
+        before = jnp.cumsum(probability, axis=-1) - probability
+        is_kept = (rank < top_k) & ((before < top_p) | (top_p >= 1.0))
+        return jnp.min(ordered, axis=-1, keepdims=True, where=is_kept, initial=jnp.inf)
+
+    # Sorting a large vocabulary takes longer than all else that is done to the logits.
+    limit = jax.lax.cond(
+        (top_k < logits.shape[-1]) | (top_p < 1.0),
+        smallest_kept,
+        lambda: jnp.full((logits.shape[0], 1), -jnp.inf, logits.dtype),
+    )
+    return jnp.where(logits < limit, -jnp.inf, logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByValue:
+    """A model as a static argument of jit: equal to any other whose fields are equal.
+
+    Linen hashes a module by its fields, and configs of transformers compare by value but have no
+    hash.
+    """
+
+    model: Decoder
+
+    def __hash__(self):
+        return hash((type(self.model), self.model.ffns, str(self.model.dtype)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(static, max_new_tokens, params, prompt, padding, key, settings, ends):
+    batch_size, length = prompt.shape
+    is_token = jnp.arange(length) >= padding[:, None]
+    unseen = jnp.zeros((batch_size, static.model.config.vocab_size), bool)
+    state = DecodeState(
+        cache=init_cache(static.model, batch_size, length + max_new_tokens),
+        tokens=jnp.pad(prompt, ((0, 0), (0, max_new_tokens))),
+        length=jnp.int32(length),
+        padding=padding,
+        seen=unseen.at[jnp.arange(batch_size)[:, None], prompt].max(is_token),
+        done=jnp.zeros(batch_size, bool),
+        key=key,
+    )
+    return _append(static.model, params, state, prompt, settings, ends)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _decode(static, platform, params, state, length, settings, ends):
+    def goes_on(state):
+        return (state.length < length) & ~jnp.all(state.done)
+
+    # Once for all tokens: what a loop's body does to its constants, XLA does in every turn.
+    packed = pack_ffns(static.model, params, len(state.tokens), platform)
+
+    def step(state):
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
+        return _append(static.model, params, state, last, settings, ends, packed)
+
+    state = jax.lax.while_loop(goes_on, step, state)
+    last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
+    is_new = jnp.arange(state.tokens.shape[1]) < state.length
+    return state._replace(tokens=jnp.where(is_new, state.tokens, last))
+
+
+def _append(model, params, state, tokens, settings, ends, packed=None):
+    """Feeds the model the sequences' last tokens and appends the token that it chooses."""
+    count, capacity = tokens.shape[1], state.tokens.shape[1]
+    places = state.length - count + jnp.arange(count)
+    is_token = jnp.arange(capacity) >= state.padding[:, None]
+    logits, changed = model.apply(
+        {"params": params, "cache": state.cache, PACKED: packed or {}},
+        tokens,
+        attention_mask=is_token.astype(jnp.int32),
+        # What stands on padding is masked: any position will do.
+        position_ids=jnp.maximum(places - state.padding[:, None], 0),
+        mutable=["cache"],
+    )
+    key, now = jax.random.split(state.key)
+    chosen = choose(logits[:, -1], state.seen, settings, now)
+    chosen = jnp.where(state.done, tokens[:, -1], chosen)
+    return DecodeState(
+        cache=changed["cache"],
+        tokens=jax.lax.dynamic_update_slice_in_dim(
+            state.tokens, chosen[:, None], state.length, axis=1
+        ),
+        length=state.length + 1,
+        padding=state.padding,
+        seen=state.seen.at[jnp.arange(len(chosen)), chosen].set(True),
+        done=state.done | jnp.any(chosen[:, None] == ends, axis=1),
+        key=key,
+    )
+
+
+def _as_data(sampling: Sampling, vocab_size: int) -> dict[str, np.number]:
+    if sampling.top_k is not None and sampling.top_k > vocab_size:
+        raise ValueError(f"top_k={sampling.top_k} must lie between 1 and vocab_size={vocab_size}")
+    return {
+        "repetition_penalty": np.float32(sampling.repetition_penalty),
+        "temperature": np.float32(sampling.temperature),
+        "top_k": np.int32(sampling.top_k or vocab_size),
+        "top_p": np.float32(1.0 if sampling.top_p is None else sampling.top_p),
+    }
+
+
+def _as_ids(token_ids: int | Sequence[int] | None) -> Int[np.ndarray, " e"]:
+    return np.atleast_1d(np.asarray(_NO_TOKEN if token_ids is None else token_ids, np.int32))
+
+
+def _check_prompt(prompt: np.ndarray, mask: np.ndarray, vocab_size: int) -> None:
+    if prompt.ndim != 2 or not prompt.size:
+        raise ValueError(
+            f"the prompt is empty: give at least one token, not an array of shape {prompt.shape}"
+        )
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        wrong = prompt.min() if prompt.min() < 0 else prompt.max()
+        raise ValueError(f"the prompt holds token id {wrong}, vocab_size={vocab_size}")
+    if mask.shape != prompt.shape:
+        raise ValueError(f"prompt_mask has shape {mask.shape}, the prompt {prompt.shape}")
+    real = mask != 0
+    if not real[:, -1].all():
+        row = int(np.argmin(real[:, -1]))
+        raise ValueError(
+            f"prompt {row} is empty or padded on the right: give at least one token, and padding "
+            "on the left"
+        )
+    if (real[:, :-1] & ~real[:, 1:]).any():
+        raise ValueError("prompt_mask has a gap: padding belongs on the left of each prompt")

@@ -1,0 +1,194 @@
+"""GPT-2 (Radford et al. 2019) in Flax Linen; its tree is ``FlaxGPT2LMHeadModel``'s."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Float, Int
+from transformers import GPT2Config
+
+from sparseffn_jax.models.decoder import (
+    FFN,
+    Block,
+    BlockCollection,
+    Decoder,
+    DecoderSpec,
+    Dtype,
+    FFNLayout,
+    layer_norm,
+)
+from sparseffn_jax.nn.attention import CausalAttention
+from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.gemm import matmul
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear map with its kernel stored as ``(out, in)``, as ``FlaxConv1D`` stores it."""
+
+    features: int
+    init_range: float
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        kernel = self.param(
+            "kernel",
+            nn.initializers.normal(self.init_range),
+            (self.features, x.shape[-1]),
+            self.param_dtype,
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return matmul(x, kernel.T) + bias
+
+
+class GPT2MLP(nn.Module):
+    """The dense feed-forward network that a :class:`SparseFFN` replaces."""
+
+    config: GPT2Config
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T D"]:
+        config = self.config
+        common = (config.initializer_range, self.dtype, self.param_dtype)
+        hidden = Conv1D(gpt_spec(config).d_ff, *common, name="c_fc")(x)
+        hidden = get_activation(config.activation_function)(hidden)
+        return Conv1D(config.n_embd, *common, name="c_proj")(hidden)
+
+
+class GPT2Attention(CausalAttention):
+    """Causal self-attention with one projection for queries, keys and values."""
+
+    config: GPT2Config
+    layer_index: int
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        attention_mask: Int[Array, "B S"] | None,
+        deterministic: bool,
+        init_cache: bool,
+    ) -> Float[Array, "B T D"]:
+        config = self.config
+        common = (config.initializer_range, self.dtype, self.param_dtype)
+        qkv = Conv1D(3 * config.n_embd, *common, name="c_attn")(x)
+        heads = (*x.shape[:-1], config.n_head, config.n_embd // config.n_head)
+        query, key, value = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+        scale = query.shape[-1] ** -0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            scale /= self.layer_index + 1
+        out = self.attend(
+            query,
+            key,
+            value,
+            attention_mask,
+            deterministic,
+            init_cache,
+            scale=scale,
+            dropout_rate=config.attn_pdrop,
+        )
+        out = Conv1D(config.n_embd, *common, name="c_proj")(out)
+        return nn.Dropout(config.resid_pdrop)(out, deterministic=deterministic)
+
+
+class GPT2Block(Block):
+    """Pre-norm residual block: attention, then the layer's feed-forward module."""
+
+    mlp = GPT2MLP
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        attention_mask: Int[Array, "B S"] | None,
+        rotary_table: None,
+        deterministic: bool,
+        init_cache: bool,
+    ) -> Float[Array, "B T D"]:
+        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        normed = layer_norm(config, "ln_1", *dtypes)(x)
+        x = x + GPT2Attention(config, self.layer_index, *dtypes, name="attn")(
+            normed, attention_mask, deterministic, init_cache
+        )
+        y = self.feed_forward(layer_norm(config, "ln_2", *dtypes)(x))
+        return x + nn.Dropout(config.resid_pdrop)(y, deterministic=deterministic)
+
+
+class GPT2Model(nn.Module):
+    """Embeddings, blocks and the last LayerNorm; returns hidden states ``(B, T, D)``."""
+
+    config: GPT2Config
+    ffns: tuple[FFN, ...]
+    dtype: Dtype
+    param_dtype: Dtype
+    remat: bool
+
+    def setup(self):
+        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        embed_init = nn.initializers.normal(config.initializer_range)
+        embed = {"dtype": self.dtype, "param_dtype": self.param_dtype, "embedding_init": embed_init}
+        self.wte = nn.Embed(config.vocab_size, config.n_embd, **embed)
+        self.wpe = nn.Embed(config.n_positions, config.n_embd, **embed)
+        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.h = BlockCollection(GPT2Block, config, self.ffns, *dtypes, self.remat)
+        self.ln_f = layer_norm(config, None, *dtypes)
+
+    def __call__(self, input_ids, attention_mask, position_ids, deterministic, init_cache):
+        x = self.wte(input_ids) + self.wpe(position_ids)
+        x = self.dropout(x, deterministic=deterministic)
+        x = self.h(x, attention_mask, None, deterministic, init_cache)
+        return self.ln_f(x)
+
+    @property
+    def token_embedding(self) -> Float[Array, "V D"]:
+        """What a tied head shares."""
+        return self.wte.embedding
+
+
+class GPT2LMHeadModel(Decoder):
+    """GPT-2 with a language-model head; see :class:`Decoder`."""
+
+    config: GPT2Config
+
+    config_class = GPT2Config
+    layer_path = ("transformer", "h")
+    ffn_layout = FFNLayout(up="c_fc", down="c_proj", transposed=True)
+    d_ff_key = "n_inner"
+    block = GPT2Block
+
+    def setup(self):
+        self.transformer = GPT2Model(*self._body_settings())
+        if not self.config.tie_word_embeddings:
+            self.lm_head = self._untied_head()
+
+    @staticmethod
+    def spec_of(config: Any) -> DecoderSpec:
+        """See :meth:`Decoder.spec_of`."""
+        if config.add_cross_attention:
+            raise ValueError(
+                "add_cross_attention=True: this GPT-2 is a decoder alone, without an encoder to "
+                "attend to; set it to False"
+            )
+        return gpt_spec(config)
+
+
+def gpt_spec(config: Any) -> DecoderSpec:
+    """Checks and returns what a config with GPT-2's keys says; see :meth:`Decoder.spec_of`."""
+    if config.n_embd % config.n_head:
+        raise ValueError(f"n_head={config.n_head} does not divide n_embd={config.n_embd}")
+    return DecoderSpec(
+        n_layer=config.n_layer,
+        n_positions=config.n_positions,
+        d_model=config.n_embd,
+        d_ff=config.n_inner if config.n_inner is not None else 4 * config.n_embd,
+        activation=config.activation_function,
+        gated=False,
+        ffn_bias=True,
+    )

@@ -1,0 +1,158 @@
+"""GPT-J (Wang & Komatsuzaki 2021) in Flax Linen; its tree is ``FlaxGPTJForCausalLM``'s.
+
+Rotary positions turn neighbouring channels of a part of each head, attention and feed-forward
+module read the same LayerNorm and run side by side, and the head has weights and a bias of its own.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+from transformers import GPTJConfig
+
+from sparseffn_jax.models.decoder import (
+    FFN,
+    Block,
+    BlockCollection,
+    Decoder,
+    DecoderSpec,
+    Dtype,
+    FFNLayout,
+    dense,
+    embed,
+    layer_norm,
+)
+from sparseffn_jax.models.gpt2 import gpt_spec
+from sparseffn_jax.nn.attention import CausalAttention
+from sparseffn_jax.nn.rotary import Table, rotary_table, rotate
+from sparseffn_jax.ops.activations import get_activation
+
+
+class GPTJMLP(nn.Module):
+    """The dense feed-forward network that a :class:`SparseFFN` replaces."""
+
+    config: GPTJConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T D"]:
+        config = self.config
+        hidden = dense(self, "fc_in", gpt_spec(config).d_ff, use_bias=True)(x)
+        hidden = get_activation(config.activation_function)(hidden)
+        return dense(self, "fc_out", config.n_embd, use_bias=True)(hidden)
+
+
+class GPTJAttention(CausalAttention):
+    """Causal self-attention; rotary positions on the first ``rotary_dim`` channels of a head."""
+
+    config: GPTJConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        attention_mask: Int[Array, "B S"] | None,
+        table: Table,
+        deterministic: bool,
+        init_cache: bool,
+    ) -> Float[Array, "B T D"]:
+        config = self.config
+        heads = (*x.shape[:-1], config.n_head, config.n_embd // config.n_head)
+        query, key, value = (
+            dense(self, name, config.n_embd)(x).reshape(heads)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        out = self.attend(
+            rotate(query, table, interleaved=True),
+            rotate(key, table, interleaved=True),
+            value,
+            attention_mask,
+            deterministic,
+            init_cache,
+            dropout_rate=config.attn_pdrop,
+        )
+        return dense(self, "out_proj", config.n_embd)(out)
+
+
+class GPTJBlock(Block):
+    """Residual block: attention and feed-forward module side by side."""
+
+    mlp = GPTJMLP
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        attention_mask: Int[Array, "B S"] | None,
+        table: Table,
+        deterministic: bool,
+        init_cache: bool,
+    ) -> Float[Array, "B T D"]:
+        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        normed = layer_norm(config, "ln_1", *dtypes)(x)
+        attended = GPTJAttention(config, *dtypes, name="attn")(
+            normed, attention_mask, table, deterministic, init_cache
+        )
+        dropout = nn.Dropout(config.resid_pdrop, deterministic=deterministic)
+        return x + dropout(attended) + dropout(self.feed_forward(normed))
+
+
+class GPTJModel(nn.Module):
+    """Embedding, blocks and the last LayerNorm; returns hidden states ``(B, T, D)``."""
+
+    config: GPTJConfig
+    ffns: tuple[FFN, ...]
+    dtype: Dtype
+    param_dtype: Dtype
+    remat: bool
+
+    def setup(self):
+        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        self.wte = embed(config, *dtypes)
+        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.h = BlockCollection(GPTJBlock, config, self.ffns, *dtypes, self.remat)
+        self.ln_f = layer_norm(config, None, *dtypes)
+
+    def __call__(self, input_ids, attention_mask, position_ids, deterministic, init_cache):
+        table = rotary_table(position_ids, _rotary_channels(self.config))
+        x = self.dropout(self.wte(input_ids), deterministic=deterministic)
+        x = self.h(x, attention_mask, table, deterministic, init_cache)
+        return self.ln_f(x)
+
+
+class GPTJForCausalLM(Decoder):
+    """GPT-J with a language-model head; see :class:`Decoder`."""
+
+    config: GPTJConfig
+
+    config_class = GPTJConfig
+    layer_path = ("transformer", "h")
+    ffn_layout = FFNLayout(up="fc_in", down="fc_out")
+    d_ff_key = "n_inner"
+    block = GPTJBlock
+
+    def setup(self):
+        self.transformer = GPTJModel(*self._body_settings())
+        self.lm_head = self._untied_head(use_bias=True)
+
+    @staticmethod
+    def spec_of(config: Any) -> DecoderSpec:
+        """See :meth:`Decoder.spec_of`."""
+        if config.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings=True: GPT-J's head has weights of its own; set it to False"
+            )
+        spec = gpt_spec(config)
+        head = config.n_embd // config.n_head
+        if _rotary_channels(config) > head:
+            raise ValueError(
+                f"rotary_dim={config.rotary_dim} exceeds the {head} channels of a head"
+            )
+        return spec
+
+
+def _rotary_channels(config: GPTJConfig) -> int:
+    return config.rotary_dim or config.n_embd // config.n_head

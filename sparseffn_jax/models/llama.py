@@ -1,0 +1,212 @@
+"""LLaMA (Touvron et al. 2023) in Flax Linen; its tree is ``FlaxLlamaForCausalLM``'s.
+
+RMSNorm, rotary positions on halves of each head, grouped-query attention, and a gated feed-forward
+network (SwiGLU; Shazeer 2020, 2002.05202). Honours what the Flax class does not: ``rope_theta``,
+``rope_scaling``, ``head_dim``, ``mlp_bias`` and tied embeddings.
+"""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from transformers import LlamaConfig
+
+from sparseffn_jax.models.decoder import (
+    FFN,
+    Block,
+    BlockCollection,
+    Decoder,
+    DecoderSpec,
+    Dtype,
+    FFNLayout,
+    dense,
+    embed,
+)
+from sparseffn_jax.nn.attention import CausalAttention
+from sparseffn_jax.nn.rotary import Table, rope_positions, rotary_table, rotate
+from sparseffn_jax.ops.activations import get_activation
+
+
+class RMSNorm(nn.Module):
+    """Scales to a root mean square of one (Zhang & Sennrich 2019, 1910.07467), in float32."""
+
+    epsilon: float
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * weight).astype(self.dtype)
+
+
+class LlamaMLP(nn.Module):
+    """The dense gated feed-forward network that a gated :class:`SparseFFN` replaces."""
+
+    config: Any
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T D"]:
+        config, use_bias = self.config, self.use_bias
+        gate = dense(self, "gate_proj", config.intermediate_size, use_bias)(x)
+        up = dense(self, "up_proj", config.intermediate_size, use_bias)(x)
+        hidden = get_activation(config.hidden_act)(gate) * up
+        return dense(self, "down_proj", config.hidden_size, use_bias)(hidden)
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether its maps have biases."""
+        return self.config.mlp_bias
+
+
+class LlamaAttention(CausalAttention):
+    """Causal self-attention in which groups of heads share keys and values (2305.13245)."""
+
+    config: Any
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        attention_mask: Int[Array, "B S"] | None,
+        table: Table,
+        deterministic: bool,
+        init_cache: bool,
+    ) -> Float[Array, "B T D"]:
+        config, width = self.config, head_width(self.config)
+
+        def heads(name, count):
+            out = dense(self, name, count * width, self.use_bias)(x)
+            return out.reshape(*x.shape[:-1], count, width)
+
+        query = heads("q_proj", config.num_attention_heads)
+        key = heads("k_proj", config.num_key_value_heads)
+        value = heads("v_proj", config.num_key_value_heads)
+        out = self.attend(
+            rotate(query, table, interleaved=False),
+            rotate(key, table, interleaved=False),
+            value,
+            attention_mask,
+            deterministic,
+            init_cache,
+            dropout_rate=config.attention_dropout,
+            window=self.window,
+        )
+        return dense(self, "o_proj", config.hidden_size, self.use_bias)(out)
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether its projections have biases."""
+        return self.config.attention_bias
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a token sees, itself included."""
+        return None
+
+
+class LlamaBlock(Block):
+    """Pre-norm residual block: attention, then the layer's feed-forward module."""
+
+    attention: ClassVar[type[LlamaAttention]] = LlamaAttention
+    mlp = LlamaMLP
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        attention_mask: Int[Array, "B S"] | None,
+        table: Table,
+        deterministic: bool,
+        init_cache: bool,
+    ) -> Float[Array, "B T D"]:
+        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        normed = RMSNorm(config.rms_norm_eps, *dtypes, name="input_layernorm")(x)
+        x = x + self.attention(config, *dtypes, name="self_attn")(
+            normed, attention_mask, table, deterministic, init_cache
+        )
+        normed = RMSNorm(config.rms_norm_eps, *dtypes, name="post_attention_layernorm")(x)
+        return x + self.feed_forward(normed)
+
+
+class LlamaModel(nn.Module):
+    """Embedding, blocks and the last RMSNorm; returns hidden states ``(B, T, D)``."""
+
+    block: type[Block]
+    config: Any
+    ffns: tuple[FFN, ...]
+    dtype: Dtype
+    param_dtype: Dtype
+    remat: bool
+
+    def setup(self):
+        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        self.embed_tokens = embed(config, *dtypes)
+        self.layers = BlockCollection(self.block, config, self.ffns, *dtypes, self.remat)
+        self.norm = RMSNorm(config.rms_norm_eps, *dtypes)
+
+    def __call__(self, input_ids, attention_mask, position_ids, deterministic, init_cache):
+        table = rotary_table(position_ids, head_width(self.config), self.config)
+        x = self.embed_tokens(input_ids)
+        x = self.layers(x, attention_mask, table, deterministic, init_cache)
+        return self.norm(x)
+
+    @property
+    def token_embedding(self) -> Float[Array, "V D"]:
+        """What a tied head shares."""
+        return self.embed_tokens.embedding
+
+
+class LlamaForCausalLM(Decoder):
+    """LLaMA with a language-model head; see :class:`Decoder`."""
+
+    config: Any
+
+    config_class = LlamaConfig
+    layer_path = ("model", "layers")
+    ffn_layout = FFNLayout(up="up_proj", down="down_proj", gate="gate_proj")
+    d_ff_key = "intermediate_size"
+    block = LlamaBlock
+
+    def setup(self):
+        self.model = LlamaModel(self.block, *self._body_settings())
+        if not self.config.tie_word_embeddings:
+            self.lm_head = self._untied_head()
+
+    @staticmethod
+    def spec_of(config: Any) -> DecoderSpec:
+        """See :meth:`Decoder.spec_of`."""
+        return llama_spec(config, ffn_bias=config.mlp_bias)
+
+
+def llama_spec(config: Any, ffn_bias: bool) -> DecoderSpec:
+    """Checks and returns what a LLaMA-like config says; see :meth:`Decoder.spec_of`."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise ValueError(
+            f"num_key_value_heads={groups} does not divide num_attention_heads={heads}"
+        )
+    if head_width(config) % 2:
+        raise ValueError(f"head_dim={head_width(config)}: rotary positions need an even number")
+    return DecoderSpec(
+        n_layer=config.num_hidden_layers,
+        n_positions=rope_positions(config),
+        d_model=config.hidden_size,
+        d_ff=config.intermediate_size,
+        activation=config.hidden_act,
+        gated=True,
+        ffn_bias=ffn_bias,
+    )
+
+
+def head_width(config: Any) -> int:
+    """Returns K: ``head_dim``, or what the heads share out of ``hidden_size``."""
+    return config.head_dim or config.hidden_size // config.num_attention_heads

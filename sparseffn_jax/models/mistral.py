@@ -1,0 +1,64 @@
+"""Mistral (Jiang et al. 2023, 2310.06825): LLaMA without biases, attending to a sliding window.
+
+The tree is ``FlaxMistralForCausalLM``'s; its window is not: there a token sees ``sliding_window``
+tokens before itself, here, as in PyTorch and in the paper, itself and ``sliding_window - 1`` more.
+"""
+
+from typing import Any
+
+from transformers import MistralConfig
+
+from sparseffn_jax.models.decoder import DecoderSpec
+from sparseffn_jax.models.llama import (
+    LlamaAttention,
+    LlamaBlock,
+    LlamaForCausalLM,
+    LlamaMLP,
+    llama_spec,
+)
+
+
+class MistralMLP(LlamaMLP):
+    """LLaMA's, without biases."""
+
+    @property
+    def use_bias(self) -> bool:
+        """Never."""
+        return False
+
+
+class MistralAttention(LlamaAttention):
+    """LLaMA's, without biases, within ``sliding_window`` tokens."""
+
+    @property
+    def use_bias(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a token sees, itself included."""
+        return self.config.sliding_window
+
+
+class MistralBlock(LlamaBlock):
+    """LLaMA's, made of Mistral's parts."""
+
+    attention = MistralAttention
+    mlp = MistralMLP
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    """Mistral with a language-model head; see :class:`Decoder`."""
+
+    config_class = MistralConfig
+    block = MistralBlock
+
+    @staticmethod
+    def spec_of(config: Any) -> DecoderSpec:
+        """See :meth:`Decoder.spec_of`."""
+        if config.sliding_window is not None and config.sliding_window < 1:
+            raise ValueError(
+                f"sliding_window={config.sliding_window}: expected a positive integer, or null"
+            )
+        return llama_spec(config, ffn_bias=False)

@@ -1,0 +1,150 @@
+"""Text in, text out: prompts of any lengths, stop strings, and pieces of text as they come."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from sparseffn_jax.models.decoder import Decoder
+from sparseffn_jax.models.generation import Sampling, advance, left_pad, start
+
+# What decoders give for bytes that are no UTF-8, such as a character whose end is still to come.
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Between two looks at the text for a stop string: few enough to waste little, many enough to
+# hardly cost.
+_TOKENS_BETWEEN_LOOKS = 16
+
+
+def generate_text(
+    model: Decoder,
+    params: Any,
+    tokenizer: Any,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    stop: Sequence[str] = (),
+    key: PRNGKeyArray | None = None,
+    least_length: int = 0,
+) -> list[str]:
+    """Returns what the model writes after each prompt; see :func:`stream_text`."""
+    chunk = _TOKENS_BETWEEN_LOOKS if stop else max_new_tokens
+    pieces = stream_text(
+        model, params, tokenizer, prompts, max_new_tokens, sampling,
+        stop=stop, key=key, chunk=chunk, least_length=least_length,
+    )  # fmt: skip
+    return ["".join(row) for row in zip(*pieces, strict=True)]
+
+
+def stream_text(
+    model: Decoder,
+    params: Any,
+    tokenizer: Any,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    stop: Sequence[str] = (),
+    key: PRNGKeyArray | None = None,
+    chunk: int = 1,
+    least_length: int = 0,
+) -> Iterator[tuple[str, ...]]:
+    """Yields what the model writes after each prompt, piece by piece.
+
+    A piece ends with a whole character, and nothing is given out that may turn out to be the
+    beginning of a stop string.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      tokenizer: a transformers tokenizer; its end-of-text token ends a row.
+      prompts: one a row, as text or as token ids.
+      max_new_tokens: how many tokens a row gets at most.
+      sampling: how tokens are chosen; by default the likeliest.
+      stop: strings that end a row; neither they nor what follows is given out.
+      key: for sampling.
+      chunk: tokens between two pieces.
+      least_length: tokens to pad the prompts to at least: calls with different prompts then share
+        one compiled program.
+
+    Yields:
+      A piece for each prompt, which may be empty.
+
+    Raises:
+      ValueError: as :func:`sparseffn_jax.models.generation.generate`; also if a stop string is empty.
+    """
+    if "" in stop:
+        raise ValueError("a stop string is empty: it would stop before the first token")
+    sampling = Sampling() if sampling is None else sampling
+    end = tokenizer.eos_token_id
+    encoded = [tokenizer.encode(text) if isinstance(text, str) else text for text in prompts]
+    ids, mask = left_pad(encoded, least_length)
+    state = start(
+        model, params, ids, max_new_tokens, sampling, eos_token_id=end, prompt_mask=mask, key=key
+    )
+    rows = [
+        _Row(tokenizer, row[is_token == 1].tolist(), stop)
+        for row, is_token in zip(ids, mask, strict=True)
+    ]
+    read, capacity = ids.shape[1], state.tokens.shape[1]
+    while True:
+        # A copy: a view would keep the state's buffers from being donated.
+        tokens, length = np.array(state.tokens), int(state.length)
+        is_last = length == capacity
+        yield tuple(
+            row.add(new, is_last)
+            for row, new in zip(rows, tokens[:, read:length].tolist(), strict=True)
+        )
+        done = np.array([row.is_over for row in rows])
+        if is_last or done.all():
+            return
+        read = length
+        state = advance(
+            model, params, state._replace(done=done), min(length + chunk, capacity), sampling,
+            eos_token_id=end,
+        )  # fmt: skip
+
+
+class _Row:
+    """One prompt's continuation, and how much of it was given out."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int], stop: Sequence[str]):
+        self.is_over = False
+        self._tokenizer, self._stop = tokenizer, stop
+        # Decoded with the prompt: some tokenizers drop the space at a text's beginning.
+        self._ids = prompt
+        self._given = len(self._decode())
+
+    def add(self, ids: list[int], is_last: bool) -> str:
+        """Takes new tokens; returns the text that has become certain."""
+        if self.is_over:
+            return ""
+        end = self._tokenizer.eos_token_id
+        if end in ids:
+            ids, self.is_over = ids[: ids.index(end)], True
+        self._ids = self._ids + ids
+        text = self._decode()[self._given :]
+        found = [place for place in map(text.find, self._stop) if place >= 0]
+        if found:
+            self.is_over = True
+            return text[: min(found)]
+        if not (self.is_over or is_last):
+            text = text.rstrip(_REPLACEMENT)
+            text = text[: len(text) - _overlap(text, self._stop)]
+        self._given += len(text)
+        return text
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(
+            self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def _overlap(text: str, stop: Sequence[str]) -> int:
+    """Returns the length of the longest end of ``text`` with which a stop string begins."""
+    longest = max((len(string) - 1 for string in stop), default=0)
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(string.startswith(text[-size:]) for string in stop):
+            return size
+    return 0

@@ -1,0 +1,378 @@
+"""Block-circulant linear maps: matrices of circulant ``b x b`` blocks (CirCNN, Ding et al. 2017).
+
+Such a matrix is diagonal in the frequencies of a ``b``-point real DFT over channels; a static mask
+keeps some of them. The transform never runs over tokens: that would let a position see its future.
+
+:func:`choose` picks a plan, :func:`pack` brings filters into the form that the plan multiplies by,
+and :func:`apply` runs a hidden layer between two such maps, which is where the time goes: its
+hidden activations are many, and the arithmetic on them is little.
+
+Shape letters: T tokens, b block size, p and q input and output blocks, f kept frequencies, c those
+of them that are complex.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparseffn_jax.ops.fourier import (
+    Spectrum,
+    circulant_products,
+    complex_frequencies,
+    dft_basis,
+)
+from sparseffn_jax.ops.gemm import matmul
+from sparseffn_jax.ops.hidden import Activate, HiddenMaps, HiddenPlan
+from sparseffn_jax.ops.plans import costs
+from sparseffn_jax.ops.plans.choice import pick
+from sparseffn_jax.ops.plans.costs import Platform
+from sparseffn_jax.ops.tiling import over_tokens
+
+
+class Filter(NamedTuple):
+    """The weights of one map: its transfer function H at the kept frequencies, as real arrays.
+
+    Output block j is ``sum_i irfft(H[:, i, j] * rfft(x_i))`` with ``H = real + 1j imag`` at the
+    kept frequencies and zero elsewhere.
+
+    Attributes:
+      real: (f, p, q); the real part at every kept frequency.
+      imag: (c, p, q); the imaginary part at the kept frequencies that have one: DC and, for even
+        b, Nyquist have none.
+    """
+
+    real: Float[Array, "f p q"]
+    imag: Float[Array, "c p q"]
+
+
+class Blocks(NamedTuple):
+    """What is static about a block-circulant map.
+
+    Attributes:
+      size: b, the side of a block; any positive integer that divides the channels.
+      frequencies: the kept rFFT frequencies out of ``0 .. b // 2``, ascending.
+    """
+
+    size: int
+    frequencies: tuple[int, ...]
+
+
+def choose(
+    tokens: int,
+    weights: HiddenMaps,
+    blocks: Blocks,
+    platform: Platform,
+    implementation: str | None = None,
+) -> HiddenPlan:
+    """Picks the plan for a hidden layer between block-circulant maps, the same for all of them.
+
+    Args:
+      tokens: rows of the input.
+      weights: the maps' :class:`Filter`, or arrays of their shapes and dtype.
+      blocks: block size and kept frequencies.
+      platform: that the program is compiled for.
+      implementation: ``"fft"`` (jnp.fft, float32 inside: XLA has no half-precision FFT),
+        ``"dft"`` (the b-point DFT as a real orthonormal product, one real ``2q x 2p`` GEMM a
+        frequency), ``"split"`` (the same with the real and the imaginary part of the filter
+        multiplied apart, as they are stored: for few tokens), ``"dense"`` (the matrix
+        materialised, one GEMM; the reference), or ``None`` to choose.
+
+    Raises:
+      ValueError: if filters, block size and frequencies do not fit together, or there is no such
+        plan.
+    """
+    maps = (*weights.up, weights.down)
+    for filter in maps:
+        _check(filter, blocks)
+    size, frequencies = blocks
+    products = circulant_products(frequencies, size)
+    components = len(frequencies) + len(complex_frequencies(frequencies, size))
+    sides = [filter.real.shape[1:] for filter in maps]
+    each = [costs.block_circulant_costs(tokens, p, q, size, components, products) for p, q in sides]
+    estimates = {plan: sum(cost[plan] for cost in each) for plan in each[0]}
+    dtype = weights.down.real.dtype
+    problem = (
+        tokens,
+        size,
+        ",".join(map(str, frequencies)),
+        *itertools.chain.from_iterable(sides),
+        dtype.name,
+    )
+    plan = pick("block_circulant", implementation, estimates, None, problem, platform)
+    tile = None
+    if plan == "dft":
+        token_bytes = weights.down.real.shape[1] * size * dtype.itemsize
+        tile = costs.token_tile("block_circulant", tokens, token_bytes, platform)
+    return HiddenPlan((plan,) * len(weights.up), plan, tile)
+
+
+def pack(weights: HiddenMaps, plan: HiddenPlan, blocks: Blocks) -> HiddenMaps:
+    """Returns what each map multiplies by, in the dtype of its filter."""
+    return HiddenMaps(
+        tuple(pack_map(filter, plan.down, blocks) for filter in weights.up),
+        pack_map(weights.down, plan.down, blocks),
+    )
+
+
+def apply(
+    x: Float[Array, "t pb"],
+    packed: HiddenMaps,
+    plan: HiddenPlan,
+    blocks: Blocks,
+    activate: Activate,
+    channel: Any,
+) -> Float[Array, "t rb"]:
+    """Applies block-circulant maps, an elementwise function and another block-circulant map.
+
+    The ``"dft"`` plan keeps the hidden activations channel-major, ``(b, q, T)``: the frequencies
+    of a block come first and the tokens last, so that both transforms are one thin GEMM, every
+    frequency is one plain GEMM, and nothing is transposed but the narrow ends. It works in tiles
+    of tokens that the backward pass recomputes.
+
+    Args:
+      x: (tokens, p * b).
+      packed: filters as :func:`pack` returns them for ``plan``.
+      plan: as :func:`choose` picks it.
+      blocks: block size and kept frequencies.
+      activate: called with one array for each map of ``packed.up``, and ``channel``; the arrays
+        hold tokens and hidden channels in an order that depends on the plan.
+      channel: a tree of arrays whose last axis has the hidden width, or length 1; they are given
+        to ``activate`` so that they broadcast against the other arrays.
+
+    Returns:
+      (tokens, r * b) in the dtype of ``x``.
+
+    Raises:
+      ValueError: if ``x`` has not the maps' channels.
+    """
+    if plan.down == "dft":
+        run = _channel_major(packed, blocks, activate, channel)
+        return over_tokens(run, x, plan.tile)
+    with jax.named_scope("spectral_up"):
+        us = [multiply(x, weights, plan.down, blocks) for weights in packed.up]
+    with jax.named_scope("polynomial"):
+        hidden = activate(us, channel)
+    with jax.named_scope("spectral_down"):
+        return multiply(hidden, packed.down, plan.down, blocks)
+
+
+def pack_map(filter: Filter, plan: str, blocks: Blocks) -> Any:
+    """Returns what one map multiplies by; see :func:`multiply`."""
+    return _PLANS[plan].pack(filter, blocks)
+
+
+def multiply(x: Float[Array, "t pb"], packed: Any, plan: str, blocks: Blocks) -> Array:
+    """Applies one block-circulant map to (tokens, p * b) by a plan, with weights packed for it."""
+    return _PLANS[plan].multiply(x, packed, blocks)
+
+
+def circulant_matrix(
+    real: Float[Array, "f p q"],
+    imag: Float[Array, "c p q"],
+    block_size: int,
+    frequencies: Sequence[int],
+) -> Float[Array, "pb qb"]:
+    """Returns the block-circulant matrix C of the map ``y = x C``, in float32."""
+    pair, single = (part.astype(np.float32) for part in dft_basis(block_size, frequencies))
+    at_complex, at_real = _by_kind(real, block_size, frequencies)
+    h = jnp.stack([jnp.stack([at_complex, imag], -1), jnp.stack([-imag, at_complex], -1)], -2)
+    highest = jax.lax.Precision.HIGHEST
+    c = jnp.einsum("nci,cpqij,mcj->pnqm", pair, h.astype(jnp.float32), pair, precision=highest)
+    c += jnp.einsum("nf,fpq,mf->pnqm", single, at_real, single, precision=highest)
+    _, p, q = real.shape
+    return c.reshape(p * block_size, q * block_size)
+
+
+def _by_kind(real, block_size, frequencies):
+    """Splits the real part into that of complex frequencies and that of DC and Nyquist."""
+    # DC comes first and Nyquist last, so both parts are slices.
+    first = int(frequencies[0] == 0)
+    last = first + len(complex_frequencies(frequencies, block_size))
+    return real[first:last], jnp.concatenate([real[:first], real[last:]])
+
+
+class _Matrices(NamedTuple):
+    """One matrix a frequency, in both orders: each direction then reads its rows as they lie."""
+
+    weights: Float[Array, "k i o"]
+    transposed: Float[Array, "k o i"]
+
+    @classmethod
+    def of(cls, weights: Float[Array, "k i o"]) -> "_Matrices":
+        return cls(weights, weights.mT)
+
+
+@jax.custom_vjp
+def _mix(
+    weights: Float[Array, "k i o"], transposed: Float[Array, "k o i"], x: Float[Array, "k i T"]
+) -> Float[Array, "k o T"]:
+    """Multiplies every frequency's components by its matrix."""
+    return jnp.matmul(transposed, x).astype(x.dtype)
+
+
+def _mix_backward(stored, dy):
+    weights, x = stored
+    dw = jnp.einsum("kit,kot->kio", x, dy).astype(weights.dtype)
+    return dw, None, jnp.matmul(weights, dy).astype(x.dtype)
+
+
+_mix.defvjp(
+    lambda weights, transposed, x: (_mix(weights, transposed, x), (weights, x)), _mix_backward
+)
+
+
+def _spectral_matrices(filter: Filter, blocks: Blocks) -> tuple[_Matrices | None, _Matrices | None]:
+    """Returns the real matrices of the pairs, 2q x 2p, and of a single component, q x p."""
+    real, at_real = _by_kind(filter.real, *blocks)
+    imag = filter.imag
+    # As filters are stored: this copies rows, and transposes nothing.
+    pairs = jnp.block([[real, imag], [-imag, real]])
+    if len(at_real) == 2:
+        zero = jnp.zeros_like(at_real[:1])
+        ends = jnp.block([[at_real[:1], zero], [zero, at_real[1:]]])
+        return _Matrices.of(jnp.concatenate([ends, pairs])), None
+    return _Matrices.of(pairs), _Matrices.of(at_real) if len(at_real) else None
+
+
+def _mix_all(
+    weights: tuple[_Matrices | None, _Matrices | None],
+    components: tuple[Array | None, Array | None],
+) -> tuple[Array | None, Array | None]:
+    pairs, single = (
+        None if w is None or x is None else _mix(*w, x)
+        for w, x in zip(weights, components, strict=True)
+    )
+    return pairs, single
+
+
+def _channel_major(
+    packed: HiddenMaps, blocks: Blocks, activate: Activate, channel: Any
+) -> Callable[[Float[Array, "t pb"]], Float[Array, "t rb"]]:
+    spectrum = Spectrum.of(*blocks)
+    channel = jax.tree.map(lambda leaf: _channels_first(leaf, blocks.size), channel)
+
+    def rows(x):
+        with jax.named_scope("spectral_up"):
+            components = spectrum.enter(x)
+            us = [spectrum.synthesise(_mix_all(weights, components)) for weights in packed.up]
+        with jax.named_scope("polynomial"):
+            hidden = activate(us, channel)
+        with jax.named_scope("spectral_down"):
+            return spectrum.leave(_mix_all(packed.down, spectrum.analyse(hidden)))
+
+    return rows
+
+
+def _channels_first(leaf: Array, block_size: int) -> Array:
+    """Lays an array out so that its last axis runs along ``(b, n, T)`` arrays."""
+    if leaf.shape[-1] == 1:
+        return leaf[..., None, None]
+    blocks = leaf.reshape(*leaf.shape[:-1], -1, block_size)
+    return jnp.swapaxes(blocks, -1, -2)[..., None]
+
+
+def _as_stored(filter: Filter, blocks: Blocks) -> Filter:
+    del blocks
+    return filter
+
+
+def _split(x: Array, filter: Filter, blocks: Blocks) -> Array:
+    (real, imag), (block_size, frequencies) = filter, blocks
+    basis = _split_basis(block_size, frequencies).astype(x.dtype)
+    count, p, q = real.shape
+    tokens = len(x)
+    # Filters are multiplied as they are stored, none of it copied: the few tokens are padded.
+    spectrum = jnp.einsum("tpb,bfj->fjtp", x.reshape(tokens, p, block_size), basis)
+    spectrum = spectrum.reshape(count, 2 * tokens, p)
+    out = matmul(spectrum, real).reshape(count, 2, tokens, q)
+    if len(imag):
+        first = int(frequencies[0] == 0)
+        last = first + len(imag)
+        turned = matmul(spectrum[first:last], imag).reshape(len(imag), 2, tokens, q)
+        turned = jnp.stack([-turned[:, 1], turned[:, 0]], axis=1)
+        out += jnp.pad(turned, ((first, count - last), (0, 0), (0, 0), (0, 0)))
+    y = jnp.einsum("fjtq,bfj->tqb", out, basis)
+    return y.reshape(tokens, q * block_size)
+
+
+def _split_basis(block_size: int, frequencies: Sequence[int]) -> np.ndarray:
+    """Returns :func:`dft_basis` by frequency, ``(b, f, 2)``; DC and Nyquist have zeros."""
+    pair, single = dft_basis(block_size, frequencies)
+    basis = np.zeros((block_size, len(frequencies), 2))
+    is_complex = np.isin(frequencies, complex_frequencies(frequencies, block_size))
+    basis[:, is_complex] = pair
+    basis[:, ~is_complex, 0] = single
+    return basis
+
+
+def _transfer_function(filter: Filter, blocks: Blocks) -> Array:
+    real, imag = (part.astype(jnp.float32) for part in filter)
+    before = int(blocks.frequencies[0] == 0)
+    after = len(real) - before - len(imag)
+    return jax.lax.complex(real, jnp.pad(imag, ((before, after), (0, 0), (0, 0))))
+
+
+def _fft(x: Array, h: Array, blocks: Blocks) -> Array:
+    block_size, kept = blocks.size, np.array(blocks.frequencies)
+    _, p, q = h.shape
+    parts = x.reshape(len(x), p, block_size).astype(jnp.float32)
+    spectrum = jnp.fft.rfft(parts, axis=-1)[..., kept]
+    out = jnp.einsum("tpf,fpq->tqf", spectrum, h, precision=jax.lax.Precision.HIGHEST)
+    full = jnp.zeros((*out.shape[:-1], block_size // 2 + 1), out.dtype).at[..., kept].set(out)
+    y = jnp.fft.irfft(full, n=block_size, axis=-1)
+    return y.reshape(len(x), q * block_size).astype(x.dtype)
+
+
+def _dft(x: Array, weights: tuple[_Matrices | None, _Matrices | None], blocks: Blocks) -> Array:
+    spectrum = Spectrum.of(*blocks)
+    return spectrum.leave(_mix_all(weights, spectrum.enter(x)))
+
+
+def _materialised(filter: Filter, blocks: Blocks) -> Array:
+    return circulant_matrix(*filter, *blocks).astype(filter.real.dtype)
+
+
+def _dense(x: Array, matrix: Array, blocks: Blocks) -> Array:
+    del blocks
+    return matmul(x, matrix)
+
+
+class _Plan(NamedTuple):
+    """How a block-circulant map runs.
+
+    Attributes:
+      pack: filter and blocks to what ``multiply`` takes; may be done once.
+      multiply: rows, packed filter and blocks to the map's outputs.
+    """
+
+    pack: Callable[[Filter, Blocks], Any]
+    multiply: Callable[[Array, Any, Blocks], Array]
+
+
+_PLANS = {
+    "fft": _Plan(_transfer_function, _fft),
+    "dft": _Plan(_spectral_matrices, _dft),
+    "split": _Plan(_as_stored, _split),
+    "dense": _Plan(_materialised, _dense),
+}
+
+
+def _check(filter: Filter, blocks: Blocks) -> None:
+    size, frequencies = blocks
+    if not frequencies or any(a >= b for a, b in itertools.pairwise((-1, *frequencies))):
+        raise ValueError(f"frequencies={frequencies}: expected non-negative integers, ascending")
+    if frequencies[-1] > size // 2:
+        raise ValueError(
+            f"frequency {frequencies[-1]} does not exist: block_size={size} has 0 .. {size // 2}"
+        )
+    _, p, q = filter.real.shape
+    count = len(complex_frequencies(frequencies, size))
+    expected = ((len(frequencies), p, q), (count, p, q))
+    for name, array, shape in zip(Filter._fields, filter, expected, strict=True):
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")

@@ -1,0 +1,151 @@
+"""The kept part of a real DFT of blocks of channels: its basis and its transforms.
+
+Shape letters: T tokens, b block size, n blocks, k pairs of components.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparseffn_jax.ops.gemm import contract_first, matmul
+
+
+def complex_frequencies(frequencies: Sequence[int], block_size: int) -> tuple[int, ...]:
+    """Returns those frequencies whose component has an imaginary part."""
+    return tuple(f for f in frequencies if f != 0 and 2 * f != block_size)
+
+
+def circulant_products(frequencies: Sequence[int], block_size: int) -> int:
+    """Returns the real products behind one entry of the filter, summed over kept frequencies.
+
+    Four for a complex product; one for DC or Nyquist, four for both of them together, which share
+    one real ``2q x 2p`` GEMM as a complex frequency's parts do.
+    """
+    complex_count = len(complex_frequencies(frequencies, block_size))
+    alone = len(frequencies) - complex_count
+    return 4 * complex_count + (4 if alone == 2 else alone)
+
+
+def dft_basis(block_size: int, frequencies: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the orthonormal real DFT, split by kind of component, in float64.
+
+    Returns:
+      ``(b, c, 2)`` real and imaginary analysis vectors of the complex frequencies, and
+      ``(b, f - c)`` those of DC and Nyquist. Synthesis is the transpose.
+    """
+    complex_ones = complex_frequencies(frequencies, block_size)
+    real_ones = [f for f in frequencies if f not in complex_ones]
+    n = np.arange(block_size)[:, None]
+    angle = 2.0 * np.pi * n * np.array(complex_ones, int)[None, :] / block_size
+    pair = np.stack([np.cos(angle), -np.sin(angle)], axis=-1) * np.sqrt(2.0 / block_size)
+    single = np.cos(2.0 * np.pi * n * np.array(real_ones, int)[None, :] / block_size)
+    return pair, single / np.sqrt(block_size)
+
+
+class Spectrum(NamedTuple):
+    """The kept part of a b-point real DFT along the first axis of channel-major arrays.
+
+    Components come in *pairs* that one GEMM mixes: the real and the imaginary part of a frequency,
+    or DC and Nyquist. A DC or Nyquist without the other is *single*.
+
+    Attributes:
+      pairs: orthonormal basis, ``(b, 2 k)``: the first and the second component of every pair.
+      single: basis of the single component, ``(b, 1)``; ``None`` where there is none.
+    """
+
+    pairs: np.ndarray
+    single: np.ndarray | None
+
+    @classmethod
+    def of(cls, block_size: int, frequencies: Sequence[int]) -> "Spectrum":
+        """Returns the transform that keeps some frequencies of a ``block_size``-point DFT."""
+        pair, single = dft_basis(block_size, frequencies)
+        pairs = pair.reshape(block_size, -1)
+        if single.shape[1] == 2:
+            return cls(np.concatenate([single, pairs], axis=1), None)
+        return cls(pairs, single if single.shape[1] else None)
+
+    def analyse(self, x: Float[Array, "b n T"]) -> tuple[Array | None, Array | None]:
+        """Returns the components of the pairs ``(k, 2 n, T)`` and the single one ``(1, n, T)``."""
+        return self._split(_transform, x)
+
+    def enter(self, x: Float[Array, "T nb"]) -> tuple[Array | None, Array | None]:
+        """Analyses token-major channels, as :meth:`analyse` does channel-major ones."""
+        return self._split(_enter, x)
+
+    def synthesise(self, components: tuple[Array | None, Array | None]) -> Float[Array, "b n T"]:
+        """Returns what :meth:`analyse` would take apart; it is its transpose."""
+        return self._join(_transform, components)
+
+    def leave(self, components: tuple[Array | None, Array | None]) -> Float[Array, "T nb"]:
+        """Returns what :meth:`enter` would take apart; it is its transpose."""
+        return self._join(_leave, components)
+
+    def _split(self, transform: Callable[..., Any], x: Array) -> tuple[Array | None, Array | None]:
+        pairs = single = None
+        if self.pairs.size:
+            parts = transform(self.pairs, x)
+            pairs = parts.reshape(len(parts) // 2, 2 * parts.shape[1], parts.shape[2])
+        if self.single is not None:
+            single = transform(self.single, x)
+        return pairs, single
+
+    def _join(self, transform: Callable[..., Any], components: Sequence[Array | None]) -> Array:
+        pairs, single = components
+        parts = []
+        if pairs is not None:
+            split = pairs.reshape(2 * len(pairs), pairs.shape[1] // 2, pairs.shape[2])
+            parts.append(transform(self.pairs.T, split))
+        if single is not None and self.single is not None:
+            parts.append(transform(self.single.T, single))
+        return sum(parts[1:], parts[0])
+
+
+# What follows has its backward pass written out, because autodiff's transposes the wide arrays
+# on their way into a GEMM. The basis is contracted along its first axis: XLA's CPU kernels read
+# the wide operand of such a product in place.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _transform(basis: np.ndarray, x: Float[Array, "b n T"]) -> Float[Array, "k n T"]:
+    """Applies ``basis`` (b, k) along the first axis."""
+    basis = np.ascontiguousarray(basis).astype(x.dtype)
+    b, n, tokens = x.shape
+    y = contract_first(basis, x.reshape(b, n * tokens)).astype(x.dtype)
+    return y.reshape(len(y), n, tokens)
+
+
+_transform.defvjp(
+    lambda basis, x: (_transform(basis, x), None),
+    lambda basis, _, dy: (_transform(basis.T, dy),),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _enter(basis: np.ndarray, x: Float[Array, "T nb"]) -> Float[Array, "k n T"]:
+    """Applies ``basis`` (b, k) to every block of channels; the tokens come last."""
+    tokens, channels = x.shape
+    b = len(basis)
+    return _transform(basis, x.reshape(tokens, channels // b, b).transpose(2, 1, 0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _leave(basis: np.ndarray, x: Float[Array, "k n T"]) -> Float[Array, "T nb"]:
+    """Applies ``basis`` (k, b) along the first axis; the tokens come first."""
+    k, n, tokens = x.shape
+    # The product comes last: what a loop writes into its result can then be written as it is.
+    rows = x.transpose(2, 1, 0).reshape(tokens * n, k)
+    return matmul(rows, jnp.asarray(basis, x.dtype)).reshape(tokens, n * basis.shape[1])
+
+
+_enter.defvjp(
+    lambda basis, x: (_enter(basis, x), None), lambda basis, _, dy: (_leave(basis.T, dy),)
+)
+_leave.defvjp(
+    lambda basis, x: (_leave(basis, x), None), lambda basis, _, dy: (_enter(basis.T, dy),)
+)

@@ -1,0 +1,143 @@
+"""Low-rank linear maps ``(x axes) filter``: the activations' own axes, of which few are kept.
+
+With axes from the activations' second moments this is the Karhunen-Loeve transform: a spectral map
+whose transform is learned from data instead of being Fourier's. It is two plain GEMMs.
+
+:func:`choose` picks a plan, :func:`pack` brings weights into the form that the plan multiplies by,
+and :func:`apply` runs a hidden layer between two such maps.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from sparseffn_jax.ops.gemm import contract_first, matmul
+from sparseffn_jax.ops.hidden import Activate, HiddenMaps, HiddenPlan
+from sparseffn_jax.ops.plans import costs
+from sparseffn_jax.ops.plans.choice import pick
+from sparseffn_jax.ops.plans.costs import Platform
+from sparseffn_jax.ops.tiling import kept, over_tokens
+
+
+class Factors(NamedTuple):
+    """The weights of one map.
+
+    Attributes:
+      axes: (d_in, rank); the axes of the kept components, as columns.
+      filter: (rank, d_out); what each component contributes to each output.
+    """
+
+    axes: Float[Array, "i r"]
+    filter: Float[Array, "r o"]
+
+
+def choose(
+    tokens: int,
+    weights: HiddenMaps,
+    platform: Platform,
+    implementation: str | None = None,
+) -> HiddenPlan:
+    """Picks the plans for a hidden layer between low-rank maps.
+
+    Args:
+      tokens: rows of the input.
+      weights: the maps' :class:`Factors`, or arrays of their shapes and dtype.
+      platform: that the program is compiled for.
+      implementation: ``"two_gemms"``, or ``"merged"``, one GEMM with the factors multiplied out;
+        ``None`` chooses.
+
+    Raises:
+      ValueError: if there is no such plan.
+    """
+
+    def plan(factors: Factors) -> str:
+        (d_in, rank), d_out = factors.axes.shape, factors.filter.shape[1]
+        problem = (tokens, d_in, rank, d_out, factors.axes.dtype.name)
+        estimates = costs.low_rank_costs(tokens, d_in, rank, d_out)
+        return pick("low_rank", implementation, estimates, None, problem, platform)
+
+    first = tuple(map(plan, weights.up))
+    last = plan(weights.down)
+    axes = weights.down.axes
+    tile = costs.token_tile("low_rank", tokens, len(axes) * axes.dtype.itemsize, platform)
+    return HiddenPlan(first, last, tile)
+
+
+def pack(weights: HiddenMaps, plan: HiddenPlan) -> HiddenMaps:
+    """Returns the matrices that each map multiplies by, one after the other."""
+    return HiddenMaps(
+        tuple(pack_map(factors, name) for factors, name in zip(weights.up, plan.up, strict=True)),
+        pack_map(weights.down, plan.down),
+    )
+
+
+def apply(
+    x: Float[Array, "t i"],
+    packed: HiddenMaps,
+    plan: HiddenPlan,
+    activate: Activate,
+    channel: Any,
+) -> Float[Array, "t o"]:
+    """Applies low-rank maps, an elementwise function and another low-rank map.
+
+    It works in tiles of tokens that the backward pass recomputes: nothing as wide as the hidden
+    layer is kept.
+
+    Args:
+      x: (tokens, d_in).
+      packed: weights as :func:`pack` returns them for ``plan``.
+      plan: as :func:`choose` picks it.
+      activate: called with one (tokens, width) array for each map of ``packed.up``, and
+        ``channel``.
+      channel: a tree of arrays whose last axis has the hidden width, or length 1.
+
+    Returns:
+      (tokens, d_out) in the dtype of ``x``, accumulated in float32.
+    """
+
+    def rows(x):
+        with jax.named_scope("spectral_up"):
+            us = [multiply(x, matrices) for matrices in packed.up]
+        with jax.named_scope("polynomial"):
+            hidden = activate(us, channel)
+        with jax.named_scope("spectral_down"):
+            return multiply(hidden, packed.down)
+
+    return over_tokens(rows, x, plan.tile)
+
+
+def pack_map(factors: Factors, plan: str) -> tuple[Array, ...]:
+    """Returns the matrices of one map: both factors, or ``"merged"`` their product."""
+    return (matmul(*factors),) if plan == "merged" else tuple(factors)
+
+
+def multiply(x: Float[Array, "*batch i"], matrices: tuple[Array, ...]) -> Float[Array, "*batch o"]:
+    """Multiplies by the matrices of one map in turn."""
+    if len(matrices) == 1:
+        return matmul(x, *matrices)
+    axes, filter = matrices
+    # A few components a token: kept for the backward pass, they save it the GEMM behind them.
+    return _project(kept(_project(x, axes)), filter)
+
+
+@jax.custom_vjp
+def _project(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
+    """:func:`matmul` whose kernel's gradient is computed with its longer side last.
+
+    On CPU a product of few columns and many rows takes several times as long as its transpose.
+    """
+    return matmul(x, kernel)
+
+
+def _project_backward(stored, dy):
+    x, kernel = stored
+    rows, grads = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
+    if kernel.shape[0] <= kernel.shape[1]:
+        dk = contract_first(rows, grads)
+    else:
+        dk = contract_first(grads, rows).T
+    return matmul(dy, kernel.T), dk.astype(kernel.dtype)
+
+
+_project.defvjp(lambda x, kernel: (_project(x, kernel), (x, kernel)), _project_backward)

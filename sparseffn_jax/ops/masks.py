@@ -1,0 +1,140 @@
+"""Static block masks: which blocks of a weight matrix are stored and multiplied.
+
+Storage follows the mask's structure, which is known when the program is traced:
+
+- *structured* (whole block rows and columns live): one dense matrix of the live rows and columns,
+  so that the product is a plain smaller GEMM;
+- *unstructured*: the live blocks, ``(n, bi, bo)``, sorted by output block, then by input block.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockMask:
+    """Which blocks of a weight matrix live; hashable, so that it can be static under jit.
+
+    Attributes:
+      block_shape: ``(bi, bo)``, the rows (inputs) and columns (outputs) of one block.
+      blocks: one tuple of booleans for each block row; ``True`` keeps the block.
+    """
+
+    block_shape: tuple[int, int]
+    blocks: tuple[tuple[bool, ...], ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "block_shape", _as_block_shape(self.block_shape))
+        object.__setattr__(self, "blocks", _as_blocks(self.blocks))
+        if not any(map(any, self.blocks)):
+            raise ValueError("the block mask keeps no block: leave the part out instead")
+
+    @classmethod
+    def from_array(cls, blocks: np.ndarray, block_shape: tuple[int, int]) -> "BlockMask":
+        """Builds a mask from a two-dimensional array of booleans, or of 0 and 1, one a block."""
+        blocks = np.asarray(blocks)
+        if not np.isin(blocks, (0, 1)).all():
+            raise ValueError("blocks must be booleans, or 0 and 1")
+        return cls(block_shape, blocks.astype(bool).tolist())
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Block rows and block columns."""
+        return len(self.blocks), len(self.blocks[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(inputs, outputs)`` of the weight matrix that the mask covers."""
+        return self.grid[0] * self.block_shape[0], self.grid[1] * self.block_shape[1]
+
+    @property
+    def size(self) -> int:
+        """Entries that live: the number of parameters stored."""
+        return sum(map(sum, self.blocks)) * math.prod(self.block_shape)
+
+    @property
+    def density(self) -> float:
+        """Share of the entries that live."""
+        return self.size / math.prod(self.shape)
+
+    @functools.cached_property
+    def live_rows(self) -> tuple[int, ...]:
+        """Block rows with a living block."""
+        return tuple(i for i, row in enumerate(self.blocks) if any(row))
+
+    @functools.cached_property
+    def live_columns(self) -> tuple[int, ...]:
+        """Block columns with a living block."""
+        return tuple(j for j, column in enumerate(zip(*self.blocks, strict=True)) if any(column))
+
+    @functools.cached_property
+    def is_structured(self) -> bool:
+        """Whether whole block rows and columns live, so that one smaller GEMM does the product."""
+        return sum(map(sum, self.blocks)) == len(self.live_rows) * len(self.live_columns)
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of the stored weights; see the module's docstring."""
+        bi, bo = self.block_shape
+        if self.is_structured:
+            return len(self.live_rows) * bi, len(self.live_columns) * bo
+        return sum(map(sum, self.blocks)), bi, bo
+
+    def compress(self, dense: np.ndarray) -> np.ndarray:
+        """Takes a dense ``shape`` matrix to its stored form; what is masked is dropped."""
+        bi, bo = self.block_shape
+        blocks = np.asarray(dense).reshape(self.grid[0], bi, self.grid[1], bo)
+        if self.is_structured:
+            live = blocks[np.ix_(self.live_rows, range(bi), self.live_columns, range(bo))]
+            return live.reshape(self.kernel_shape)
+        rows, columns = self.coordinates()
+        return blocks.transpose(0, 2, 1, 3)[rows, columns]
+
+    @functools.cached_property
+    def stored_in_row(self) -> Mapping[int, tuple[int, ...]]:
+        """For every live block row the places of its blocks in the stored order."""
+        rows, _ = self.coordinates()
+        return {int(i): tuple(np.flatnonzero(rows == i).tolist()) for i in self.live_rows}
+
+    def coordinates(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns block row and block column of every living block, in the stored order."""
+        columns, rows = np.nonzero(np.array(self.blocks).T)
+        return rows, columns
+
+
+def decompress(kernel: Float[Array, "..."], mask: BlockMask) -> Float[Array, "i o"]:
+    """Returns the dense matrix, zeros where masked."""
+    bi, bo = mask.block_shape
+    dense = jnp.zeros((*mask.grid, bi, bo), kernel.dtype)
+    if mask.is_structured:
+        rows, columns = np.ix_(mask.live_rows, mask.live_columns)
+        live = kernel.reshape(rows.size, bi, columns.size, bo).transpose(0, 2, 1, 3)
+    else:
+        rows, columns = mask.coordinates()
+        live = kernel
+    return dense.at[rows, columns].set(live).transpose(0, 2, 1, 3).reshape(mask.shape)
+
+
+def _as_block_shape(block_shape) -> tuple[int, int]:
+    sides = tuple(block_shape) if isinstance(block_shape, list | tuple) else ()
+    whole = all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in sides)
+    if len(sides) != 2 or not whole or min(sides) < 1:
+        raise ValueError(f"block_shape={block_shape!r}: expected two positive integers")
+    return int(sides[0]), int(sides[1])
+
+
+def _as_blocks(blocks) -> tuple[tuple[bool, ...], ...]:
+    # An array of objects: rows of unequal lengths make it one-dimensional, and types survive.
+    array = np.asarray(blocks, object)
+    booleans = all(isinstance(block, bool | np.bool_) for block in array.flat)
+    if array.ndim != 2 or not array.size or not booleans:
+        raise ValueError(
+            "the blocks of a mask must be rows of booleans, all of one and the same length"
+        )
+    return tuple(map(tuple, array.astype(bool).tolist()))

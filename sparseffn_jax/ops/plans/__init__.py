@@ -1,0 +1,1 @@
+"""Which implementation runs an operator: costs by platform, tables of measurements, the choice."""

@@ -1,0 +1,209 @@
+"""How a plan is picked: a forced name, a table of measured plans, or the cost model.
+
+An operator's plan depends on the platform that the program is compiled for, which JAX knows only
+when it lowers the program. :func:`by_platform` therefore traces the operator for each platform
+whose plan differs, and lowering keeps the one that is right.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import json
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import jax
+
+from sparseffn_jax.ops.plans.costs import Platform
+
+P = TypeVar("P")
+T = TypeVar("T")
+Problem = tuple[int | str | bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One plan that was picked.
+
+    Attributes:
+      operator: name of the operator.
+      problem: the shapes and dtype that the plan was picked for.
+      platform: the platform that it was picked for.
+      plan: name of the plan.
+      costs: estimate for every plan that could have run, in multiply-adds of a large GEMM.
+      is_forced: whether the configuration named the plan.
+    """
+
+    operator: str
+    problem: Problem
+    platform: Platform
+    plan: str
+    costs: Mapping[str, float]
+    is_forced: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanTable:
+    """The fastest plans as measured on one kind of device; a value to save, load and :func:`use`.
+
+    Attributes:
+      device: kind of the device that they were measured on, as JAX names it.
+      plans: plan by operator and problem.
+    """
+
+    device: str
+    plans: Mapping[tuple[str, Problem], str] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table as JSON."""
+        rows = [
+            {"operator": operator, "problem": problem, "plan": plan}
+            for (operator, problem), plan in self.plans.items()
+        ]
+        text = json.dumps({"device": self.device, "plans": rows}, indent=2)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a table that :meth:`save` wrote.
+
+        Raises:
+          ValueError: if the file is not one.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            plans = {
+                (row["operator"], tuple(row["problem"])): str(row["plan"])
+                for row in values["plans"]
+            }
+            return cls(str(values["device"]), plans)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a table of plans: write one with sparseffn inspect --autotune"
+            ) from error
+
+
+_recording: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
+    "recording", default=None
+)
+_tables: contextvars.ContextVar[Mapping[Platform, PlanTable]] = contextvars.ContextVar(
+    "tables", default=types.MappingProxyType({})
+)
+
+
+def pick(
+    operator: str,
+    implementation: str | None,
+    costs: Mapping[str, float],
+    refused: Mapping[str, str] | None = None,
+    problem: Problem = (),
+    platform: Platform = "cpu",
+) -> str:
+    """Returns the plan to run: the forced one, or the one measured to be best, or the cheapest.
+
+    Args:
+      operator: name of the operator.
+      implementation: a plan's name, or ``None`` to choose.
+      costs: estimated cost of every plan that can run here.
+      refused: why each of the other plans cannot run here.
+      problem: shapes and dtype, to look up in the :class:`PlanTable` that is in use.
+      platform: that the program is compiled for.
+
+    Raises:
+      ValueError: if the forced plan is unknown or cannot run here; the message says why.
+    """
+    refused = refused or {}
+    if implementation is None:
+        cheapest = min(costs, key=costs.__getitem__)
+        measured = _tables.get().get(platform)
+        plan = measured.plans.get((operator, problem), cheapest) if measured else cheapest
+        plan = plan if plan in costs else cheapest
+    elif implementation in refused:
+        raise ValueError(
+            f"{operator} cannot run as {implementation!r} here: {refused[implementation]}; "
+            f"use one of {', '.join(costs)}, or None"
+        )
+    elif implementation not in costs:
+        raise ValueError(
+            f"{operator} has no plan {implementation!r}: use one of {', '.join(costs)}, or None"
+        )
+    else:
+        plan = implementation
+    if (recording := _recording.get()) is not None:
+        forced = implementation is not None
+        recording.append(Choice(operator, problem, platform, plan, costs, forced))
+    return plan
+
+
+def by_platform(choose: Callable[[Platform], P], run: Callable[..., T], *operands: Any) -> T:
+    """Runs an operator by the plan for the platform that the program is compiled for.
+
+    Args:
+      choose: gives the plan for a platform.
+      run: called with the plan and the operands.
+      *operands: trees of arrays.
+    """
+    on_cpu, on_gpu = choose("cpu"), choose("gpu")
+    if on_cpu == on_gpu:
+        return run(on_cpu, *operands)
+    return jax.lax.platform_dependent(
+        *operands, cpu=functools.partial(run, on_cpu), default=functools.partial(run, on_gpu)
+    )
+
+
+def platform_of(tree: Any) -> Platform:
+    """Returns the platform of the device that arrays lie on, or that JAX would put them on."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            return _platform(next(iter(leaf.devices())))
+    return _platform(jax.devices()[0])
+
+
+def _platform(device: Any) -> Platform:
+    return "cpu" if device.platform == "cpu" else "gpu"
+
+
+@contextlib.contextmanager
+def use(table: PlanTable) -> Iterator[None]:
+    """Makes ``implementation=None`` follow a table inside the block, where it knows the problem.
+
+    Plans are picked while a program is traced: what was jitted and run before stays as it is.
+
+    Raises:
+      ValueError: if the table was measured on another kind of device.
+    """
+    device = jax.devices()[0]
+    if table.device != device.device_kind:
+        raise ValueError(
+            f"the plans were measured on {table.device!r}, this is {device.device_kind!r}: "
+            "measure them here"
+        )
+    platform, tables = _platform(device), _tables.get()
+    if platform in tables:
+        table = PlanTable(table.device, {**tables[platform].plans, **table.plans})
+    token = _tables.set({**tables, platform: table})
+    try:
+        yield
+    finally:
+        _tables.reset(token)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Choice]]:
+    """Yields a list that gets every choice for this machine's platform made inside the block.
+
+    Plans are picked while a program is traced, so ``jax.eval_shape`` of it is enough. The list is
+    complete once the block has ended.
+    """
+    picked: list[Choice] = []
+    token = _recording.set(picked)
+    try:
+        yield picked
+    finally:
+        _recording.reset(token)
+        here = _platform(jax.devices()[0])
+        picked[:] = [choice for choice in picked if choice.platform == here]

@@ -1,0 +1,103 @@
+"""What each plan of an operator is estimated to cost on a platform.
+
+A cost is counted in multiply-adds of a large GEMM. The constants are the handicaps that other kinds
+of work carry, as measured on CPU; only their order of magnitude matters.
+"""
+
+from typing import Literal
+
+Platform = Literal["cpu", "gpu"]
+
+_GATHERED_GEMM = 4.2
+_SMALL_GEMM = 1.2
+_SPLIT_GEMM = 2.0
+_COMPLEX_GEMM = 9.0
+# What it costs to take one number through a transform, mostly to memory and back, and to copy one
+# weight into the matrix of its frequency.
+_FFT = 150.0
+_TRANSFORM = 80.0
+_COPIED = 40.0
+# What it costs to add one product of a block row to others, to copy one activation beside others
+# for a block column's GEMM, and to put one weight into its place among the zeros of a dense matrix.
+_ADDED, _GATHERED, _SCATTERED = 32.0, 120.0, 120.0
+# What any operation costs: a task for the CPU's thread pool, a kernel's launch on a GPU.
+_CALL = {"cpu": 2.4e5, "gpu": 1e9}
+# Bytes of hidden activations that a tile of tokens may have on CPU: what the cores' own caches hold
+# while the operations on them are still large enough to spread over the cores.
+_TILE_BYTES = {"low_rank": 6 << 20, "block_circulant": 3 << 20, "block_sparse": 3 << 20}
+
+
+def low_rank_costs(tokens: int, d_in: int, rank: int, d_out: int) -> dict[str, float]:
+    """Estimates the plans of the low-rank map ``(x axes) filter``, in multiply-adds."""
+    return {
+        "two_gemms": tokens * rank * (d_in + d_out),
+        "merged": (tokens + rank) * d_in * d_out,
+    }
+
+
+def block_circulant_costs(
+    tokens: int, p: int, q: int, block_size: int, components: int, products: int
+) -> dict[str, float]:
+    """Estimates the plans of the block-circulant map, in multiply-adds.
+
+    Args:
+      tokens: rows of the input.
+      p: number of circulant blocks along the input.
+      q: number of circulant blocks along the output.
+      block_size: side b of a block.
+      components: number of real components that are kept of a block's b.
+      products: real products for one entry of the filter, summed over the kept frequencies.
+    """
+    d_in, d_out = p * block_size, q * block_size
+    transforms = tokens * (d_in + d_out) * (_TRANSFORM + components)
+    return {
+        "dft": _SMALL_GEMM * tokens * p * q * products + transforms + _COPIED * p * q * products,
+        "split": _SPLIT_GEMM * tokens * p * q * products + 2 * transforms,
+        "fft": tokens * (_COMPLEX_GEMM * p * q * products + _FFT * (d_in + d_out)),
+        "dense": (tokens + components) * d_in * d_out,
+    }
+
+
+def block_sparse_costs(
+    tokens: int,
+    shape: tuple[int, int],
+    block_shape: tuple[int, int],
+    weights: int,
+    live: tuple[int, int],
+    platform: Platform,
+) -> dict[str, float]:
+    """Estimates the plans of a block-sparse product, in multiply-adds.
+
+    Args:
+      tokens: rows of the input.
+      shape: ``(inputs, outputs)`` of the whole weight matrix.
+      block_shape: rows and columns of a block.
+      weights: number of entries that the mask keeps.
+      live: numbers of block rows and of block columns with a living block.
+      platform: that the program is compiled for.
+    """
+    full = shape[0] * shape[1]
+    products, call = tokens * weights, _CALL[platform]
+    added, gathered = (products / side for side in block_shape)
+    return {
+        "slice": products,
+        "rows": products + _ADDED * added + _COPIED * weights + call * live[0],
+        "columns": products + _GATHERED * gathered + call * live[1],
+        "gather": _GATHERED_GEMM * products,
+        "masked": (tokens + _SCATTERED) * full,
+    }
+
+
+def token_tile(operator: str, tokens: int, token_bytes: int, platform: Platform) -> int | None:
+    """Returns how many tokens to take at a time, or ``None`` for all of them.
+
+    Args:
+      operator: ``"low_rank"``, ``"block_circulant"`` or ``"block_sparse"``.
+      tokens: rows of the input.
+      token_bytes: bytes of one token's hidden activations.
+      platform: that the program is compiled for.
+    """
+    if platform != "cpu":
+        return None
+    tile = max(16, _TILE_BYTES[operator] // token_bytes)
+    return tile if tile < tokens else None

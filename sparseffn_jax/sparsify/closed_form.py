@@ -1,0 +1,222 @@
+"""Least squares in closed form, from second moments: where each part of a SparseFFN starts.
+
+All fits are ridge regressions of targets Y on features X, both centred if the map has a bias,
+given their moments alone, in NumPy float64. A ridge is relative: it is multiplied by the mean of
+the diagonal that it is added to. Shape letters: N tokens, i features, o targets.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from sparseffn_jax.config import PolynomialConfig
+from sparseffn_jax.ops import polynomial
+from sparseffn_jax.ops.fourier import complex_frequencies, dft_basis
+from sparseffn_jax.ops.masks import BlockMask
+
+RIDGE = 1e-4
+_CHUNK = 4096
+# Share of the pre-activations that lie inside the polynomial's interval.
+_INSIDE = 0.999
+_POLYNOMIAL_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Second moments of features X and targets Y over N tokens; means are zero if not centred.
+
+    Attributes:
+      xx: ``X'X / N``, shape (i, i).
+      xy: ``X'Y / N``, shape (i, o).
+      x_mean: shape (i,).
+      y_mean: shape (o,).
+    """
+
+    xx: Float[np.ndarray, "i i"]
+    xy: Float[np.ndarray, "i o"]
+    x_mean: Float[np.ndarray, " i"]
+    y_mean: Float[np.ndarray, " o"]
+
+    @classmethod
+    def of(
+        cls, x: Float[np.ndarray, "n i"], y: Float[np.ndarray, "n o"], *, centred: bool = True
+    ) -> "Moments":
+        """Accumulates the moments of float32 data in float64, chunk by chunk.
+
+        What is fitted to moments that are not centred needs no bias.
+        """
+        n = len(x)
+        x_mean, y_mean = (part.mean(0, dtype=np.float64) * centred for part in (x, y))
+        xx = np.zeros((x.shape[1], x.shape[1]))
+        xy = np.zeros((x.shape[1], y.shape[1]))
+        for start in range(0, n, _CHUNK):
+            xc = x[start : start + _CHUNK] - x_mean.astype(x.dtype)
+            yc = y[start : start + _CHUNK] - y_mean.astype(y.dtype)
+            xx += xc.T @ xc
+            xy += xc.T @ yc
+        return cls(xx / n, xy / n, x_mean, y_mean)
+
+    def without(self, i: slice, given: slice) -> "Moments":
+        """Returns the moments of features ``i`` with what features ``given`` explain taken out.
+
+        By the theorem of Frisch, Waugh and Lovell, fitting ``i`` to these moments, in any form
+        that is linear in its weights, is fitting ``i`` and unrestricted ``given`` jointly.
+        """
+        explained = ridge_solve(
+            self.xx[given, given], np.hstack([self.xx[given, i], self.xy[given]])
+        )
+        width = self.xx[i, i].shape[0]
+        xx = self.xx[i, i] - self.xx[i, given] @ explained[:, :width]
+        xy = self.xy[i] - self.xx[i, given] @ explained[:, width:]
+        return Moments((xx + xx.T) / 2, xy, self.x_mean[i], self.y_mean)
+
+    def residual(self, i: slice, given: slice, weight: Float[np.ndarray, "g o"]) -> "Moments":
+        """Returns the moments of features ``i`` and what ``given @ weight`` leaves of Y."""
+        xy = self.xy[i] - self.xx[i, given] @ weight
+        y_mean = self.y_mean - self.x_mean[given] @ weight
+        return Moments(self.xx[i, i], xy, self.x_mean[i], y_mean)
+
+
+def ridge_solve(
+    xx: Float[np.ndarray, "i i"], xy: Float[np.ndarray, "i o"], ridge: float = RIDGE
+) -> Float[np.ndarray, "i o"]:
+    """Returns ``(xx + ridge * mean(diag(xx)) I)^-1 xy`` for a real or complex Hermitian ``xx``."""
+    scale = max(float(np.trace(xx).real) / len(xx), np.finfo(np.float64).tiny)
+    return np.linalg.solve(xx + ridge * scale * np.eye(len(xx)), xy)
+
+
+def whitened_svd(
+    weight: Float[np.ndarray, "i o"],
+    xx: Float[np.ndarray, "i i"],
+    rank: int,
+    output_scale: Float[np.ndarray, " o"],
+) -> tuple[Float[np.ndarray, "i r"], Float[np.ndarray, "r o"]]:
+    """Returns the rank-r factors nearest to ``weight`` as the activations see it.
+
+    Minimises ``E |x' (weight - axes filter) diag(output_scale)|^2``: the SVD of the weight
+    whitened by the inputs' second moments (Yuan et al. 2023, ASVD; Wang et al. 2024, SVD-LLM,
+    2403.07378), which is the Karhunen-Loeve transform of the outputs.
+    """
+    values, vectors = np.linalg.eigh(xx)
+    values = np.maximum(values, RIDGE * values.mean())
+    root = np.sqrt(values)
+    left, singular, right = np.linalg.svd(
+        (root[:, None] * vectors.T) @ (weight * output_scale), full_matrices=False
+    )
+    # The singular values are shared out evenly: training moves both factors alike.
+    share = np.sqrt(singular[:rank])
+    axes = vectors @ (left[:, :rank] / root[:, None]) * share
+    return axes, share[:, None] * right[:rank] / output_scale
+
+
+def truncated_svd(
+    weight: Float[np.ndarray, "i o"], rank: int
+) -> tuple[Float[np.ndarray, "i r"], Float[np.ndarray, "r o"]]:
+    """Returns the rank-r factors nearest to ``weight``, blind to the activations."""
+    return whitened_svd(weight, np.eye(len(weight)), rank, np.ones(weight.shape[1]))
+
+
+def reduced_rank_regression(
+    moments: Moments, rank: int
+) -> tuple[Float[np.ndarray, "i r"], Float[np.ndarray, "r o"]]:
+    """Returns the rank-r factors that regress the targets best (Izenman 1975)."""
+    full = ridge_solve(moments.xx, moments.xy)
+    _, vectors = np.linalg.eigh(full.T @ moments.xy)
+    directions = vectors[:, ::-1][:, :rank]
+    factor = full @ directions
+    # Balanced columns; the fit itself does not care, an optimizer does.
+    share = np.sqrt(np.linalg.norm(factor, axis=0) + np.finfo(np.float64).tiny)
+    return factor / share, share[:, None] * directions.T
+
+
+def block_circulant_regression(
+    moments: Moments, block_size: int, frequencies: tuple[int, ...]
+) -> tuple[Float[np.ndarray, "f p q"], Float[np.ndarray, "c p q"]]:
+    """Returns the filter ``(real, imag)`` that regresses the targets best.
+
+    The orthonormal DFT leaves the squared error unchanged and the map diagonal in frequency, so
+    that it is one small complex least-squares problem a frequency.
+    """
+    b = block_size
+    p, q = moments.xx.shape[0] // b, moments.xy.shape[1] // b
+    xx, xy = moments.xx.reshape(p, b, p, b), moments.xy.reshape(p, b, q, b)
+    pair, single = dft_basis(b, frequencies)
+    complex_ones = complex_frequencies(frequencies, b)
+    real, imag = np.zeros((len(frequencies), p, q)), np.zeros((len(complex_ones), p, q))
+    for j, f in enumerate(frequencies):
+        if f in complex_ones:
+            at = complex_ones.index(f)
+            wave = pair[:, at, 0] + 1j * pair[:, at, 1]
+        else:
+            wave = single[:, [g for g in frequencies if g not in complex_ones].index(f)]
+        # A row vector's coefficients are x_f = x wave; its moments conj(x_f)' x_f.
+        xx_f = np.einsum("n,pnrm,m->pr", wave.conj(), xx, wave)
+        xy_f = np.einsum("n,pnqm,m->pq", wave.conj(), xy, wave)
+        h = ridge_solve(xx_f, xy_f)
+        real[j] = np.real(h)
+        if f in complex_ones:
+            imag[complex_ones.index(f)] = np.imag(h)
+    return real, imag
+
+
+def masked_regression(moments: Moments, mask: BlockMask | None) -> Float[np.ndarray, "i o"]:
+    """Returns the weights that regress the targets best among those that the mask allows.
+
+    One ridge regression for each output block, on the input blocks that reach it. ``None``
+    restricts nothing.
+    """
+    if mask is None:
+        return ridge_solve(moments.xx, moments.xy)
+    bi, bo = mask.block_shape
+    weights = np.zeros(mask.shape)
+    for column, live in enumerate(np.array(mask.blocks).T):
+        rows = np.flatnonzero(np.repeat(live, bi))
+        outputs = slice(column * bo, (column + 1) * bo)
+        if len(rows):
+            weights[rows, outputs] = ridge_solve(
+                moments.xx[np.ix_(rows, rows)], moments.xy[rows, outputs]
+            )
+    return weights
+
+
+def fit_polynomial(
+    config: PolynomialConfig,
+    us: Sequence[Float[np.ndarray, "n m"]],
+    target: Float[np.ndarray, "n m"],
+    weights: Float[np.ndarray, " m"],
+) -> tuple[PolynomialConfig, Float[np.ndarray, "groups k"]]:
+    """Fits the polynomial to what the branch should output, by least squares weighted by channel.
+
+    Args:
+      config: of the polynomial.
+      us: the branch's pre-activations, ``(u,)``, or ``(gate, up)`` where units are ``poly(gate) *
+        up``.
+      target: what its hidden units should be.
+      weights: of each channel's squared error.
+
+    Returns:
+      The config with the radius that holds nearly all pre-activations, and the coefficients.
+    """
+    # A sample of tokens is plenty for a handful of coefficients.
+    sample = slice(None, None, max(1, len(target) // _POLYNOMIAL_TOKENS))
+    u, *up = (part[sample] for part in us)
+    target = target[sample]
+    radius = max(round(float(np.quantile(np.abs(u), _INSIDE)), 3), 1e-3)
+    groups, terms = config.groups, len(config.degrees)
+    xx, xy = np.zeros((groups, terms, terms)), np.zeros((groups, terms))
+    for start in range(0, len(u), 1024):
+        rows = slice(start, start + 1024)
+        basis = polynomial.basis(u[rows], config.degrees, radius)
+        if up:
+            basis *= up[0][rows][..., None]
+        basis = basis.reshape(len(basis), groups, -1, terms)
+        weighted = basis * weights.reshape(groups, -1, 1)
+        xx += np.einsum("ngmk,ngml->gkl", weighted, basis, optimize=True)
+        wanted = target[rows].reshape(len(basis), groups, -1)
+        xy += np.einsum("ngmk,ngm->gk", weighted, wanted, optimize=True)
+    coefficients = np.stack(
+        [ridge_solve(a, b[:, None], 1e-6)[:, 0] for a, b in zip(xx, xy, strict=True)]
+    )
+    return dataclasses.replace(config, radius=radius), coefficients

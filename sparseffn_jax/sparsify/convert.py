@@ -1,0 +1,121 @@
+"""Dense FFNs in, SparseFFNs out: :func:`sparsify`.
+
+Closed forms come before gradients: every layer gets its start from calibration activations, then
+regresses its dense FFN's outputs by gradient, in parallel for all layers, before any end-to-end
+loss sees it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.models.decoder import Decoder, layers_of, replace_ffns
+from sparseffn_jax.sparsify.calibration import check_calibration, collect_ffn_inputs
+from sparseffn_jax.sparsify.dense import DenseFFN
+from sparseffn_jax.sparsify.distill import distill_layers
+from sparseffn_jax.sparsify.fit import fit_layer, is_whole
+
+Params = Mapping[str, Any]
+Fit = Callable[[DenseFFN, SparseFFNConfig, np.ndarray], tuple[SparseFFNConfig, dict[str, Any]]]
+
+
+def sparsify(
+    model: Decoder,
+    params: Params,
+    config: SparseFFNConfig | Sequence[SparseFFNConfig | None],
+    calibration: Int[np.ndarray, "n t"],
+    *,
+    fit: Fit = fit_layer,
+    distill_steps: int = 300,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> tuple[Decoder, dict[str, Any]]:
+    """Replaces dense FFNs by SparseFFNs that start near them.
+
+    Args:
+      model: a model whose layers to be replaced are dense.
+      params: its parameters; not changed.
+      config: for every layer, or one a layer, ``None`` keeping that layer dense. The
+        polynomial's radius is overwritten by what the calibration activations need.
+      calibration: (n, t) token ids of ordinary text; some 10 tokens a hidden unit or more.
+      fit: gives one layer its start, in closed form: called with the layer's dense FFN, its config
+        and the FFN's inputs, it returns the config, in which the polynomial's radius may be
+        another, and float32 parameters.
+      distill_steps: gradient steps of layer-wise distillation after the closed forms; 0 for none.
+      batch_size: windows in one forward pass of the dense model.
+      seed: of the distillation's batches.
+
+    Returns:
+      The sparse model, and its parameters with fresh leaves only under the replaced ``mlp``, in
+      the dtype of what they replace.
+
+    Raises:
+      ValueError: if the config does not fit the model or there is too little calibration text.
+    """
+    configs = _per_layer(model, config)
+    check_calibration(model, configs, calibration)
+    inputs = collect_ffn_inputs(model, params, calibration, batch_size)
+    layers = layers_of(model, params)
+    dense, fitted, fitted_configs = {}, {}, list(configs)
+    for i, layer_config in enumerate(configs):
+        if layer_config is None:
+            continue
+        dense[i] = DenseFFN.from_params(layers[i]["mlp"], model.ffn_layout, layer_config.activation)
+        fitted_configs[i], fitted[i] = fit(dense[i], layer_config, inputs[i])
+    if distill_steps:
+        trainable = {i: fitted_configs[i] for i in fitted if not is_whole(configs[i])}
+        fitted |= distill_layers(
+            trainable,
+            {i: fitted[i] for i in trainable},
+            {i: inputs[i] for i in trainable},
+            {i: dense[i](inputs[i]) for i in trainable},
+            steps=distill_steps,
+            seed=seed,
+        )
+    for i, leaves in fitted.items():
+        dtype = jax.tree.leaves(layers[i]["mlp"])[0].dtype
+        fitted[i] = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), leaves)
+    ffns = tuple(
+        old if new is None else new
+        for old, new in zip(model.ffns or (None,) * len(configs), fitted_configs, strict=True)
+    )
+    return model.clone(ffns=ffns), replace_ffns(model, params, fitted)
+
+
+def _per_layer(model, config) -> tuple[SparseFFNConfig | None, ...]:
+    spec = model.spec
+    n_layer = spec.n_layer
+    if isinstance(config, SparseFFNConfig):
+        config = (config,) * n_layer
+    if len(config) != n_layer:
+        raise ValueError(f"{len(config)} FFN configs for a model of n_layer={n_layer}")
+    for i, (layer, ffn) in enumerate(zip(config, model.ffns or (None,) * n_layer, strict=True)):
+        if layer is None:
+            continue
+        if ffn is not None:
+            raise ValueError(f"layer {i} is already sparse: sparsify the dense checkpoint instead")
+        for name in ("d_model", "d_ff", "activation", "gated"):
+            if getattr(layer, name) != getattr(spec, name):
+                raise ValueError(
+                    f"the FFN config of layer {i} has {name}={getattr(layer, name)!r}, but the "
+                    f"model has {getattr(spec, name)!r}"
+                )
+        if spec.ffn_bias and not layer.bias:
+            raise ValueError(
+                f"the FFN config of layer {i} has bias=False, but the model's FFN has biases that "
+                "it must start from"
+            )
+        for name, width in (
+            ("core", layer.micro.core.width if layer.micro and layer.micro.core else 0),
+            ("spectral", layer.spectral.width if layer.spectral else 0),
+        ):
+            if width > layer.d_ff:
+                raise ValueError(
+                    f"the {name} width={width} of layer {i} exceeds the d_ff={layer.d_ff} hidden "
+                    "units that it could start from"
+                )
+    return tuple(config)

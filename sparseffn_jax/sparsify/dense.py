@@ -1,0 +1,88 @@
+"""The dense FFN that a layer starts from, read from a checkpoint and applied on the host."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from sparseffn_jax.models.decoder import FFNLayout
+from sparseffn_jax.ops.activations import get_activation
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear map's weight and bias, ``x weight + bias``, in float64.
+
+    Attributes:
+      weight: (i, o).
+      bias: (o,); zero where the model has none.
+    """
+
+    weight: Float[np.ndarray, "i o"]
+    bias: Float[np.ndarray, " o"]
+
+    def __call__(self, x: Float[np.ndarray, "n i"]) -> Float[np.ndarray, "n o"]:
+        """Returns the outputs in float32."""
+        return x @ self.weight.astype(np.float32) + self.bias.astype(np.float32)
+
+    def outputs(self, chosen: Int[np.ndarray, " k"]) -> "Linear":
+        """Returns the map to the chosen outputs alone."""
+        return Linear(self.weight[:, chosen], self.bias[chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseFFN:
+    """A dense FFN: ``down(phi(up(x)))`` or, gated, ``down(phi(gate(x)) * up(x))``.
+
+    Attributes:
+      up_maps: the maps into the m hidden units, ``(up,)`` or ``(gate, up)``.
+      down: the map out of them.
+      activation: phi, by its Hugging Face name.
+    """
+
+    up_maps: tuple[Linear, ...]
+    down: Linear
+    activation: str
+
+    @classmethod
+    def from_params(cls, mlp: Mapping[str, Any], layout: FFNLayout, activation: str) -> "DenseFFN":
+        """Reads a layer's ``mlp`` parameters, whatever its family calls them."""
+
+        def linear(name: str) -> Linear:
+            weight = np.asarray(mlp[name]["kernel"], np.float64)
+            weight = weight.T if layout.transposed else weight
+            bias = mlp[name].get("bias", np.zeros(weight.shape[1]))
+            return Linear(weight, np.asarray(bias, np.float64))
+
+        up_maps = tuple(map(linear, layout.up_maps))
+        return cls(up_maps, linear(layout.down), activation)
+
+    @property
+    def width(self) -> int:
+        """Hidden units."""
+        return len(self.down.weight)
+
+    def __call__(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+        """Returns the FFN's outputs in float32."""
+        return self.down(self.hidden([up(x) for up in self.up_maps])[0])
+
+    def hidden(
+        self, preactivations: Sequence[Float[np.ndarray, "n m"]]
+    ) -> tuple[Float[np.ndarray, "n m"], list[Float[np.ndarray, "n m"]]]:
+        """Returns the hidden units, and their slopes in each of the pre-activations."""
+        value, slope = map(np.asarray, _activation_and_slope(self.activation)(preactivations[0]))
+        if len(preactivations) == 1:
+            return value, [slope]
+        up = preactivations[1]
+        return value * up, [slope * up, value]
+
+
+@functools.cache
+def _activation_and_slope(name):
+    phi = get_activation(name)
+    return jax.jit(lambda u: jax.jvp(phi, (u,), (jnp.ones_like(u),)))

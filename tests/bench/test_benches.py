@@ -1,0 +1,85 @@
+"""The benches run, compare like with like, and write what they say they write."""
+
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from sparseffn_jax.bench import layer as layer_bench
+from sparseffn_jax.bench import model as model_bench
+from sparseffn_jax.cli import main
+from sparseffn_jax.measure.costs import flops_ratio
+
+ONLY = ("low-rank-21", "circulant-16", "circulant-16-half")
+
+
+def test_the_grid_is_what_its_names_say():
+    configs = layer_bench.grid(768, 3072)
+    ratios = {name: flops_ratio(config) for name, config in configs.items()}
+    assert ratios["low-rank-64"] == 64 * (768 + 3072) / (768 * 3072)
+    assert ratios["narrow-1/4"] == ratios["structured-1/4"] == 0.25
+    assert ratios["unstructured-1/4"] == pytest.approx(0.25, abs=0.01)
+    assert len(configs["circulant-16-half"].spectral.frequencies) == 5
+    assert ratios["default-0.4"] <= 0.4
+    mask = configs["unstructured-1/4"].micro.core.up_mask
+    assert not mask.is_structured
+    assert set(np.sum(mask.blocks, axis=0)) == {3}
+
+
+def test_the_ffn_bench(tmp_path, capfd):
+    out = tmp_path / "bench"
+    main(
+        ["bench", "ffn", "--d-model", "256", "--d-ff", "256", "--tokens", "8", "--repeats", "1",
+         "--no-external", "--json", "--out", str(out), "--only", *ONLY]
+    )  # fmt: skip
+    printed = json.loads(capfd.readouterr().out)
+    written = json.loads((out / "ffn.json").read_text())
+    assert printed == written
+    for picture in ("speedups", "roofline", "parts"):
+        assert (out / f"{picture}.png").stat().st_size > 10_000
+    rows = {(row["configuration"], row["mode"]): row for row in written["rows"]}
+    assert set(rows) == {(n, m) for n in ONLY for m in ("forward", "training", "decoding")}
+    for (name, mode), row in rows.items():
+        assert row["promised"] == 1.0 / flops_ratio(layer_bench.grid(256, 256)[name])
+        assert row["realised"] == pytest.approx(row["speedup"] / row["promised"])
+        assert row["tokens"] == (1 if mode == "decoding" else 8)
+    assert rows["circulant-16", "training"]["memory_ratio"] > 0
+    assert set(rows["circulant-16", "forward"]["plans"]["block_circulant"]) >= {"dft", "dense"}
+    assert all(loss >= 1.0 for loss in rows["circulant-16", "forward"]["plan_loss"].values())
+    assert "circulant-16 over circulant-16-half" in written["pairs"]
+    # Products as counted in the program, over those on paper.
+    assert written["counted_flops"]["low-rank-21"] == pytest.approx(
+        {"forward": 1.0, "training": 1.0}, rel=0.02
+    )
+
+
+def test_the_model_bench(tmp_path, monkeypatch):
+    monkeypatch.setitem(model_bench._SIZES, "small", (32, 2, 2))
+    monkeypatch.setattr(model_bench, "_VOCABULARY", 97)
+    settings = model_bench.ModelBenchSettings(
+        layers=1, window=8, decoded=3, repeats=1, out=tmp_path
+    )
+    result = model_bench.run_model_bench(settings, Console(quiet=True))
+    assert json.loads((tmp_path / "model.json").read_text()) == result
+    assert set(result["times"]) == {"forward", "training step", "decoding"}
+    assert all(times["candidate_seconds"] > 0 for times in result["times"].values())
+    assert model_bench.model_table(result).row_count == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["ffn", "--d-model", "100"], "d_model=100 and d_ff=3072 must be multiples"),
+        (["ffn", "--only", "magic"], "unknown configurations magic: expected some of low-rank-64"),
+        (["ffn", "--repeats", "0"], "repeats=0 must be at least 1"),
+        (["model", "--block-size", "5"], "block_size=5 does not divide d_model=768"),
+        (["model", "--layers", "13"], "layers=13 must lie between 1 and 12"),
+        (["quality", "--targets", "0.5"], "a target speed-up of 0.5 must be above 1"),
+    ],
+)
+def test_wrong_settings_are_refused(argv, message, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *argv])
+    assert stopped.value.code == 2
+    assert message in " ".join(capfd.readouterr().err.split())

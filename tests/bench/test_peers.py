@@ -1,0 +1,139 @@
+"""Every method: within its budget, as fast to count as promised, and near the dense model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import GPT2Config
+
+from sparseffn_jax.bench import peers
+from sparseffn_jax.bench.monarch import MonarchFFN
+from sparseffn_jax.bench.stacks import ffn_stack, fresh_ffns
+from sparseffn_jax.measure.flops import count_flops
+from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
+from sparseffn_jax.sparsify.dense import DenseFFN, Linear
+from sparseffn_jax.sparsify.sizing import size_ffn
+
+SHAPE = peers.FFNShape(64, 256, "gelu_new")
+SINGLE = {
+    name: method for name, method in peers.METHODS.items() if not isinstance(method, peers.Searched)
+}
+RATIOS = (0.15, 0.3, 0.6, 0.95)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_larger_budget_is_used_and_never_exceeded(name):
+    method = SINGLE[name]
+    used = [method.flops_ratio(method.size(SHAPE, ratio)) for ratio in RATIOS]
+    assert all(0 < spent <= ratio for spent, ratio in zip(used, RATIOS, strict=True))
+    assert used == sorted(used)
+    # Blocks and whole ranks are coarse in so small a layer.
+    assert used[-1] > 0.7
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_no_budget_is_refused(name):
+    with pytest.raises(ValueError, match=r"flops_ratio=0\.0001"):
+        SINGLE[name].size(SHAPE, 1e-4)
+
+
+def test_corners_of_the_configuration_space():
+    narrow, low_rank = (SINGLE[name].size(SHAPE, 0.5) for name in ("narrow", "low-rank"))
+    assert narrow.micro.core.width == 128
+    assert narrow.spectral is None
+    assert (low_rank.spectral.width, low_rank.polynomial, low_rank.micro) == (256, None, None)
+    assert SINGLE["SparseFFN"].size(SHAPE, 0.5) == size_ffn(64, 256, 0.5)
+    shares = peers.METHODS["SparseFFN-searched"].candidates
+    assert [method.size(SHAPE, 0.5).micro.core.width for method in shares.values()] == [
+        32,
+        64,
+        96,
+        112,
+        128,
+    ]
+
+
+def test_monarch_counts_what_its_program_does():
+    config = peers.MonarchMethod().size(SHAPE, 0.5)
+    layer, x = MonarchFFN(config), jnp.ones((8, SHAPE.d_model))
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    dense = 4 * SHAPE.d_model * SHAPE.d_ff
+    assert count_flops(layer.apply, params, x).dot == pytest.approx(8 * config.flops_ratio * dense)
+
+
+def test_blocks_go_where_weights_meet_large_activations():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((512, 64)).astype(np.float32)
+    # The second half of the input channels is nearly silent, and so are 32 hidden units.
+    x[:, 32:] *= 0.01
+    up, down = rng.standard_normal((64, 256)), rng.standard_normal((256, 64))
+    up[:, :32] = 0.0
+    dense = DenseFFN((Linear(up, np.zeros(256)),), Linear(down, np.zeros(64)), "relu")
+    unplaced = peers.unstructured(SHAPE, 0.5)
+    config = peers.place_blocks(unplaced, dense, x)
+    masks = config.micro.core
+    assert masks.up_mask.block_shape == (8, 8)
+    live = np.array(masks.up_mask.blocks)[:, 4:]
+    assert live[:4].all()
+    assert not live[4:].any()
+    assert not np.array(masks.down_mask.blocks)[:4].any()
+    for name in ("up_mask", "down_mask"):
+        assert getattr(masks, name).size == getattr(unplaced.micro.core, name).size
+
+
+def model_of(method, ratio=0.5):
+    config = GPT2Config(
+        vocab_size=97, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config, (method.ffn(method.size(SHAPE, ratio)),) * 2)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    model = model_of(peers.SparseMethod(peers.narrow)).clone(ffns=())
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return model, jax.tree.map(lambda x: np.asarray(x) * (6.0 if x.ndim == 2 else 1.0), params)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(97, size=(96, 16))
+
+
+@pytest.mark.parametrize("name", ["Monarch", "block-sparse"])
+def test_the_start_is_near_and_distillation_comes_nearer(name, dense, tokens):
+    model, params = dense
+    method = SINGLE[name]
+    wanted = model.apply({"params": params}, tokens)
+    errors = []
+    for steps in (0, 30):
+        start = peers.WarmStart(tokens, distill_steps=steps)
+        sparse_model, sparse = method.convert(model, params, method.size(SHAPE, 0.5), start)
+        logits = jax.jit(sparse_model.apply)({"params": sparse}, tokens)
+        errors.append(float(jnp.var(logits - wanted) / jnp.var(wanted)))
+    assert errors[1] < errors[0] < 0.5
+    attention = [p["transformer"]["h"]["0"]["attn"] for p in (params, sparse)]
+    jax.tree.map(np.testing.assert_array_equal, *attention)
+
+
+def test_fresh_ffns_are_those_of_a_fresh_model():
+    model = model_of(peers.MonarchMethod())
+    whole = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    fresh = jax.eval_shape(lambda: fresh_ffns(model))["transformer"]["h"]
+    for i in ("0", "1"):
+        assert fresh[i]["mlp"] == whole["transformer"]["h"][i]["mlp"]
+
+
+def test_a_stack_is_the_models_ffns_one_after_the_other(dense):
+    model, params = dense
+    x = jax.random.normal(jax.random.key(0), (5, 64))
+    layers = [params["transformer"]["h"][i]["mlp"] for i in ("0", "1")]
+    y = np.asarray(x, np.float64)
+    for leaves in layers:
+        read = DenseFFN.from_params(leaves, model.ffn_layout, "gelu_new")
+        y = read(y.astype(np.float32))
+    np.testing.assert_allclose(ffn_stack(model, params)(x), y, rtol=1e-4, atol=1e-4)
+    by_layer, by_x = ffn_stack(model, params, train=True)(x)
+    assert by_x.shape == x.shape
+    assert jax.tree.map(np.shape, by_layer) == jax.tree.map(np.shape, layers)

@@ -1,0 +1,140 @@
+"""The comparison as a whole, on a clock that does not tick: what is sized, kept and refused."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+import sparseffn_jax as sf
+from sparseffn_jax.bench import quality
+from sparseffn_jax.bench.peers import PEERS, Searched
+from sparseffn_jax.bench.quality import QualitySettings, run_quality
+from sparseffn_jax.measure.timing import PairedTimes
+
+TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i * i % 97}\n" for i in range(600))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quality")
+    (folder / "corpus.txt").write_text(TEXT)
+    vocabulary = {"<|endoftext|>": 0} | {
+        token: i + 1 for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    config = GPT2Config(
+        vocab_size=len(vocabulary), n_positions=16, n_embd=32, n_layer=1, n_head=2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = sf.GPT2LMHeadModel(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    sf.save_pretrained(folder / "dense", model, params, tokenizer=tokenizer)
+    return QualitySettings(
+        model=str(folder / "dense"),
+        text=str(folder / "corpus.txt"),
+        out=folder / "out",
+        targets=(2.0,),
+        methods=("narrow", "Monarch"),
+        steps=2,
+        batch_size=2,
+        calibration_windows=32,
+        distill_steps=2,
+        evaluation_windows=4,
+        timed_tokens=8,
+    )
+
+
+@pytest.fixture
+def exact_clock(monkeypatch):
+    """Time is what the parameters say it is."""
+
+    def weigh(model, params, train=False):
+        return sum(leaf.size for leaf in jax.tree.leaves(params["transformer"]["h"]["0"]["mlp"]))
+
+    def time_stacks(baseline, candidate, x, *, repeats):
+        return PairedTimes((float(baseline),) * repeats, (float(candidate),) * repeats)
+
+    monkeypatch.setattr(quality, "ffn_stack", weigh)
+    monkeypatch.setattr(quality, "time_stacks", time_stacks)
+
+
+def run(settings):
+    output = io.StringIO()
+    return run_quality(settings, Console(file=output, width=140)), output.getvalue()
+
+
+def test_a_stopped_run_goes_on_and_ends_with_a_complete_table(settings, exact_clock):
+    first, _ = run(dataclasses.replace(settings, methods=("narrow",)))
+    assert [(p["method"], p["target"]) for p in first["points"]] == [("narrow", 2)]
+    whole, printed = run(settings)
+    # JSON knows no tuples.
+    assert whole["points"][:1] == json.loads(json.dumps(first["points"]))
+    assert whole["dense"] == first["dense"]
+    assert [p["method"] for p in whole["points"]] == ["narrow", "Monarch"]
+    assert json.loads(json.dumps(whole)) == json.loads((settings.out / "quality.json").read_text())
+    for point in whole["points"]:
+        assert point["target"] <= point["speedup"]
+        assert point["realised"] == pytest.approx(point["speedup"] * point["flops_ratio"])
+        assert point["conditions"] == whole["dense"]["conditions"]
+        assert np.isfinite([point["loss"], point["converted_loss"]]).all()
+        assert point["method"] in printed
+    picture = settings.out / "quality_at_equal_time.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    # Checkpoints of finished points only fill the disk.
+    assert not list((settings.out / "training").iterdir())
+
+    with pytest.raises(ValueError, match=r"made with other settings \(steps\)"):
+        run(dataclasses.replace(settings, steps=3))
+
+
+def test_a_target_out_of_reach_is_said_to_be(settings, exact_clock, tmp_path):
+    results, printed = run(
+        dataclasses.replace(settings, out=tmp_path, targets=(1000.0,), methods=("narrow",))
+    )
+    (point,) = results["points"]
+    assert "loss" not in point
+    (row,) = [line for line in printed.splitlines() if line.split()[:2] == ["1000x", "narrow"]]
+    assert row.split()[2:] == ["never"]
+
+
+def test_a_search_takes_the_candidate_with_the_lowest_loss(
+    settings, exact_clock, monkeypatch, tmp_path
+):
+    search = Searched({name: PEERS[name] for name in ("narrow", "low-rank")})
+    monkeypatch.setattr(quality, "METHODS", {"search": search})
+    results, printed = run(
+        dataclasses.replace(settings, out=tmp_path, targets=(2.0,), methods=("search",))
+    )
+    losses = {
+        line.split(":")[0].split("candidate ")[1]: float(line.split(":")[1])
+        for line in printed.splitlines()
+        if "candidate" in line
+    }
+    assert set(losses) == set(search.candidates)
+    assert results["points"][0]["candidate"] == min(losses, key=losses.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ()}, "targets is empty"),
+        ({"targets": (2.0, 1.0)}, "speed-up of 1.0 must be above 1"),
+        ({"methods": ("narrow", "magic")}, "unknown methods magic: expected some of SparseFFN"),
+        ({"steps": 0}, "steps=0"),
+        ({"timed_tokens": 0}, "timed_tokens=0"),
+        ({"distill_steps": -1}, "distill_steps=-1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        QualitySettings(model="dense", **change)

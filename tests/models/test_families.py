@@ -1,0 +1,339 @@
+"""GPT-J, LLaMA and Mistral against PyTorch, and what every family promises."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import (
+    D_FF,
+    POSITIONS,
+    VOCAB,
+    D,
+    from_torch,
+    make_config,
+    make_ids,
+    make_model,
+    random_torch_model,
+    shapes_of,
+)
+
+from sparseffn_jax.config import (
+    CoreConfig,
+    MicroRefinementConfig,
+    PolynomialConfig,
+    SparseFFNConfig,
+    SpectralConfig,
+)
+from sparseffn_jax.measure.costs import flops_ratio
+from sparseffn_jax.models.decoder import ffn_module, init_cache, layers_of
+from sparseffn_jax.models.families import FAMILIES, decoder_spec, family
+from sparseffn_jax.sparsify.sizing import size_model
+
+BATCH, TOKENS = 3, 12
+NEW = ("gptj", "llama", "mistral")
+
+CONFIGS = {
+    "gptj": {
+        "default": {},
+        "gelu-inner": {"activation_function": "gelu", "n_inner": 40, "n_layer": 3},
+        "whole-head": {"rotary_dim": 8, "activation_function": "relu"},
+        "one-head": {"rotary_dim": 6, "n_head": 1},
+        "epsilon": {"rotary_dim": 2, "layer_norm_epsilon": 0.3},
+    },
+    "llama": {
+        "default": {},
+        "every-head-its-own": {"num_key_value_heads": 4, "rope_theta": 100.0},
+        "biases": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+        "tied-head-dim": {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True},
+        "epsilon": {"rms_norm_eps": 0.3, "num_hidden_layers": 3},
+        "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+        "old-linear": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 50.0},
+        "dynamic": {
+            "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+            "max_position_embeddings": 7,
+        },
+        "llama3": {
+            "rope_theta": 50.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    },
+    "mistral": {
+        "default": {},
+        "no-window": {"sliding_window": None, "num_key_value_heads": 4},
+        "head-dim": {"head_dim": 16, "sliding_window": 3, "hidden_act": "relu"},
+        "tied-wide": {"tie_word_embeddings": True, "sliding_window": 12, "rope_theta": 100.0},
+        "itself": {"sliding_window": 1},
+        "epsilon": {"rms_norm_eps": 0.3},
+    },
+}
+ALL_CONFIGS = [(name, variant) for name in CONFIGS for variant in CONFIGS[name]]
+
+
+def sparse_ffn(name):
+    spec = decoder_spec(make_config(name))
+    return SparseFFNConfig(
+        D,
+        spec.d_ff,
+        spec.activation,
+        spectral=SpectralConfig(transform="low_rank", width=40, rank=8),
+        polynomial=PolynomialConfig(degree=3),
+        micro=MicroRefinementConfig(core=CoreConfig(width=16)),
+        gated=spec.gated,
+        bias=spec.ffn_bias,
+    )
+
+
+def run(model, params, *args, **kwargs):
+    # Not jitted: the small programs of one model's operations serve the next model too.
+    return model.apply({"params": params}, *args, **kwargs)
+
+
+def left_padding():
+    """Rows with 0, 3 and 7 padded positions, and positions that count real tokens."""
+    mask = np.ones((BATCH, TOKENS), np.int32)
+    mask[1, :3] = mask[2, :7] = 0
+    return mask, np.maximum(np.cumsum(mask, 1) - 1, 0)
+
+
+# --- parity with PyTorch -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL_CONFIGS)
+def test_logits_equal_pytorch(name, variant):
+    torch = pytest.importorskip("torch")
+    config = make_config(name, **CONFIGS[name][variant])
+    reference, model = random_torch_model(config), FAMILIES[name](config)
+    params, ids = from_torch(reference), np.asarray(make_ids())
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes_of(model))
+    mask, positions = left_padding()
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids)).logits
+        padded = reference(
+            torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            position_ids=torch.tensor(positions),
+        ).logits
+    actual = run(model, params, ids)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
+    actual, real = run(model, params, ids, mask, positions), mask.astype(bool)
+    np.testing.assert_allclose(actual[real], padded.numpy()[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_bfloat16_logits_equal_pytorch(name):
+    torch = pytest.importorskip("torch")
+    config = make_config(name)
+    reference = random_torch_model(config).bfloat16()
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), from_torch(reference))
+    model = FAMILIES[name](config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    ids = np.asarray(make_ids())
+    logits = run(model, params, ids)
+    assert logits.dtype == jnp.float32
+    with torch.no_grad():
+        # The same rounded weights: once in PyTorch's bfloat16, once in float32.
+        for expected in (reference(torch.tensor(ids)), reference.float()(torch.tensor(ids))):
+            expected = expected.logits.float().numpy()
+            error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+            assert error < 3e-2
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_the_parity_configs_differ_from_one_another(name):
+    """Among those whose parameters have one shape: whatever one flips must change the numbers."""
+    default = shapes_of(FAMILIES[name](make_config(name)))
+    logits = []
+    for variant, changes in CONFIGS[name].items():
+        model = FAMILIES[name](make_config(name, **changes))
+        if jax.tree.map(jnp.shape, shapes_of(model)) == jax.tree.map(jnp.shape, default):
+            logits.append((variant, run(model, make_model(name)[1], make_ids())))
+    assert len(logits) > 1
+    for (_, one), (_, other) in itertools.combinations(logits, 2):
+        assert jnp.abs(one - other).max() > 1e-3
+
+
+# --- decoding ----------------------------------------------------------------------------------
+
+DECODED = [
+    ("gptj", "default", False),
+    ("llama", "llama3", False),
+    ("llama", "default", True),
+    # Twelve tokens: far beyond a window of 3 or 5.
+    ("mistral", "default", False),
+    ("mistral", "head-dim", True),
+]
+
+
+@pytest.mark.parametrize(("name", "variant", "sparse"), DECODED)
+def test_cached_decoding_equals_the_full_forward(name, variant, sparse):
+    config = make_config(name, **CONFIGS[name][variant])
+    model, params = make_model(name, (sparse_ffn(name), None) if sparse else (), config)
+    mask, positions = (jnp.array(part) for part in left_padding())
+    ids, length = make_ids(), TOKENS + 2
+    cache_mask = jnp.pad(mask, ((0, 0), (0, length - TOKENS)), constant_values=1)
+
+    @jax.jit
+    def step(cache, ids, positions):
+        variables = {"params": params, "cache": cache}
+        logits, changed = model.apply(variables, ids, cache_mask, positions, mutable=["cache"])
+        return changed["cache"], logits
+
+    cache, pieces = init_cache(model, BATCH, length), []
+    for start, end in [(0, 4), *((t, t + 1) for t in range(4, TOKENS))]:
+        cache, logits = step(cache, ids[:, start:end], positions[:, start:end])
+        pieces.append(logits)
+    actual, full = jnp.concatenate(pieces, 1), run(model, params, ids, mask, positions)
+    real = np.asarray(mask, bool)
+    np.testing.assert_allclose(actual[real], full[real], atol=1e-5, rtol=0)
+    # Padding has no influence at all: the last row alone, without its seven padded positions.
+    alone = run(model, params, ids[2:, 7:])
+    np.testing.assert_allclose(actual[2:, 7:], alone, atol=1e-5, rtol=0)
+
+
+def test_without_positions_decoding_counts_on():
+    model, params = make_model("llama")
+    ids, cache = make_ids(), init_cache(model, BATCH, TOKENS)
+    for end in (5, 6):
+        start = 0 if end == 5 else 5
+        logits, state = run_cached(model, params, cache, ids[:, start:end])
+        cache = state["cache"]
+    np.testing.assert_allclose(logits[:, 0], run(model, params, ids)[:, 5], atol=1e-5, rtol=0)
+
+
+def run_cached(model, params, cache, ids):
+    return model.apply({"params": params, "cache": cache}, ids, mutable=["cache"])
+
+
+# --- what a training run relies on -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_no_token_sees_its_future(name):
+    model, params = make_model(name, (sparse_ffn(name), None))
+    forward = jax.jit(lambda ids: model.apply({"params": params}, ids))
+    ids = make_ids()
+    before = forward(ids)
+    for t in (0, 5, 11):
+        after = forward(ids.at[:, t].set((ids[:, t] + 1) % VOCAB))
+        np.testing.assert_array_equal(before[:, :t], after[:, :t])
+        moved = (jnp.abs(before - after).max(-1) > 0)[:, t:]
+        # Two layers of windows of five reach eight tokens ahead.
+        assert moved[:, : 9 if name == "mistral" else None].all()
+        assert name != "mistral" or not moved[:, 9:].any()
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_remat_and_dropout(name):
+    rate = {"attn_pdrop": 0.5} if name == "gptj" else {"attention_dropout": 0.5}
+    config = make_config(name, **rate)
+    model, params = make_model(name, (sparse_ffn(name), None), config)
+    rematerialised = FAMILIES[name](config, (sparse_ffn(name), None), remat=True)
+    ids = jnp.tile(make_ids(shape=(1, TOKENS)), (2, 1))
+
+    @partial(jax.jit, static_argnums=0)
+    def loss_and_grads(remat, params):
+        def loss(params):
+            rngs = {"dropout": jax.random.key(0, impl="rbg")}
+            logits = (rematerialised if remat else model).apply(
+                {"params": params}, ids, deterministic=False, rngs=rngs
+            )
+            return (jax.nn.logsumexp(logits, -1) ** 2).mean(), logits
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grads, logits = loss_and_grads(False, params)
+    # One document twice: rows that drop alike would give equal logits.
+    assert jnp.abs(logits[0] - logits[1]).max() > 1e-3
+    again, same_logits = loss_and_grads(True, params)
+    np.testing.assert_allclose(logits, same_logits, atol=1e-5, rtol=0)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(again), strict=True):
+        assert jnp.abs(one).max() > 0
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-4)
+
+
+# --- what the library asks a family ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_family_says_of_itself(name):
+    config = make_config(name)
+    spec = decoder_spec(config)
+    assert (spec.n_layer, spec.d_model, spec.d_ff) == (2, D, D_FF[name])
+    assert spec.n_positions == POSITIONS
+    assert spec.gated == (name in ("llama", "mistral"))
+    model, params = make_model(name)
+    assert model.spec == spec
+    kernels = jax.tree.leaves(layers_of(model, params)[0]["mlp"])
+    assert sum(leaf.ndim == 2 for leaf in kernels) == (3 if spec.gated else 2)
+    assert any(leaf.ndim == 1 for leaf in kernels) == spec.ffn_bias
+    # The FFN alone, on what the model gave it, is what the model used.
+    _, state = run(model, params, make_ids(), mutable=["intermediates"])
+    x = layers_of(model, state["intermediates"])[1]["ffn_input"][0]
+    y = ffn_module(model, 1).apply({"params": layers_of(model, params)[1]["mlp"]}, x)
+    assert y.shape == x.shape == (BATCH, TOKENS, D)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, 2 * POSITIONS),
+        ({"rope_type": "dynamic", "factor": 1.5}, 36),
+        (None, POSITIONS),
+    ],
+)
+def test_scaling_lengthens_the_context(scaling, positions):
+    assert decoder_spec(make_config("llama", rope_scaling=scaling)).n_positions == positions
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.4, 1.0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_sparse_ffn_sized_for_a_family(name, ratio):
+    ffn = size_model(decoder_spec(make_config(name)), ratio)
+    assert 0.85 * ratio < flops_ratio(ffn) <= ratio
+    shapes = shapes_of(FAMILIES[name](make_config(name), (ffn, None)))
+    collection = shapes[FAMILIES[name].layer_path[0]][FAMILIES[name].layer_path[1]]
+    assert ("bias" in collection["0"]["mlp"]) == (not ffn.gated)
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(ValueError, match=r"'bert': known .* are gpt2, gptj, llama, mistral"):
+        family("bert")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ("gptj", {"n_head": 5}, "n_head=5 does not divide n_embd=32"),
+        ("gptj", {"rotary_dim": 12}, "rotary_dim=12 exceeds the 8 channels"),
+        ("gptj", {"rotary_dim": 3}, "3 rotary channels"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_att"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn': exp"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0"),
+        ("mistral", {"hidden_act": "sillu"}, "unknown activation 'sillu'"),
+    ],
+)
+def test_a_config_it_cannot_honour_is_refused(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        shapes_of(FAMILIES[name](make_config(name, **changes)))
+
+
+def test_wrong_calls_are_refused():
+    model, params = make_model("llama")
+    with pytest.raises(ValueError, match="25 tokens do not fit n_positions=24"):
+        run(model, params, make_ids(shape=(1, 25)))
+    with pytest.raises(ValueError, match="exceeds n_positions=24"):
+        init_cache(model, 1, 25)
+    with pytest.raises(ValueError, match=r"attention_mask has shape .* expected \(3, 12\)"):
+        run(model, params, make_ids(), np.ones((BATCH, 1)))
+    with pytest.raises(ValueError, match="ffns has 1 entries"):
+        shapes_of(FAMILIES["llama"](model.config, (sparse_ffn("llama"),)))

@@ -1,0 +1,125 @@
+"""The closed forms against NumPy's own least squares and SVD on the data themselves."""
+
+import numpy as np
+import pytest
+
+from sparseffn_jax.ops.masks import BlockMask
+from sparseffn_jax.sparsify.closed_form import (
+    Moments,
+    block_circulant_regression,
+    masked_regression,
+    reduced_rank_regression,
+    ridge_solve,
+    whitened_svd,
+)
+
+N = 4000
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def correlated(rng, channels, mean=0.0):
+    # Far from singular, so that the ridge of the fits is out of sight.
+    mixing = 0.4 * rng.normal(size=(channels, channels)) / channels**0.5 + np.eye(channels)
+    return (rng.normal(size=(N, channels)) @ mixing + mean).astype(np.float32)
+
+
+def lstsq(x, y):
+    x, y = x - x.mean(0), y - y.mean(0)
+    return np.linalg.lstsq(x.astype(np.float64), y.astype(np.float64), rcond=None)[0]
+
+
+def error(x, y, weight):
+    x, y = x - x.mean(0), y - y.mean(0)
+    return np.mean(np.sum((y - x @ weight) ** 2, 1))
+
+
+def test_moments_are_the_covariances(rng):
+    x, y = correlated(rng, 6, mean=3.0), correlated(rng, 4, mean=-1.0)
+    moments = Moments.of(x, y)
+    joint = np.cov(np.hstack([x, y]).T.astype(np.float64), bias=True)
+    np.testing.assert_allclose(moments.xx, joint[:6, :6], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(moments.xy, joint[:6, 6:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(moments.x_mean, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(moments.y_mean, y.mean(0), rtol=1e-5)
+
+
+def test_ridge_solve_is_least_squares(rng):
+    x = correlated(rng, 8)
+    y = (x @ rng.normal(size=(8, 3)) + rng.normal(size=(N, 3))).astype(np.float32)
+    moments = Moments.of(x, y)
+    np.testing.assert_allclose(ridge_solve(moments.xx, moments.xy), lstsq(x, y), atol=2e-3)
+
+
+def test_without_gives_the_joint_fit(rng):
+    x = correlated(rng, 10)
+    y = (x @ rng.normal(size=(10, 3))).astype(np.float32)
+    moments, ours, given = Moments.of(x, y), slice(0, 6), slice(6, None)
+    left = moments.without(ours, given)
+    weight = ridge_solve(left.xx, left.xy)
+    np.testing.assert_allclose(weight, lstsq(x, y)[:6], atol=5e-3)
+    rest = moments.residual(given, ours, weight)
+    np.testing.assert_allclose(ridge_solve(rest.xx, rest.xy), lstsq(x, y)[6:], atol=5e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_whitened_svd_is_the_best_low_rank_map_of_the_data(rng, rank):
+    x = correlated(rng, 8)
+    weight, scale = rng.normal(size=(8, 12)), rng.uniform(0.5, 2.0, 12)
+    axes, filter = whitened_svd(weight, x.T.astype(np.float64) @ x / N, rank, scale)
+    lost = np.mean(np.sum((x @ (weight - axes @ filter) * scale) ** 2, 1))
+    singular = np.linalg.svd(x @ (weight * scale), compute_uv=False)
+    assert lost == pytest.approx(np.sum(singular[rank:] ** 2) / N, rel=1e-3, abs=1e-6)
+    plain = np.linalg.svd(weight, full_matrices=False)
+    truncated = (plain[0][:, :rank] * plain[1][:rank]) @ plain[2][:rank]
+    assert lost <= np.mean(np.sum((x @ (weight - truncated) * scale) ** 2, 1)) + 1e-6
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_reduced_rank_regression_reaches_the_optimum(rng, rank):
+    x = correlated(rng, 8, mean=1.0)
+    y = (x @ rng.normal(size=(8, 5)) + rng.normal(size=(N, 5))).astype(np.float32)
+    axes, filter = reduced_rank_regression(Moments.of(x, y), rank)
+    assert axes.shape == (8, rank)
+    assert filter.shape == (rank, 5)
+    # Izenman 1975: the least-squares fit, projected on its leading principal directions.
+    full = lstsq(x, y)
+    _, _, right = np.linalg.svd((x - x.mean(0)) @ full, full_matrices=False)
+    best = full @ right[:rank].T @ right[:rank]
+    assert error(x, y, axes @ filter) == pytest.approx(error(x, y, best), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("b", "frequencies"), [(4, (0, 1, 2)), (5, (0, 1, 2)), (6, (1, 3)), (1, (0,))]
+)
+def test_block_circulant_regression_recovers_the_filter(rng, b, frequencies):
+    p, q = 3, 2
+    has_imag = [f for f in frequencies if f and 2 * f != b]
+    real = rng.normal(size=(len(frequencies), p, q))
+    imag = rng.normal(size=(len(has_imag), p, q))
+    response = np.zeros((b // 2 + 1, p, q), complex)
+    response[list(frequencies)] += real
+    response[has_imag] += 1j * imag
+    x = correlated(rng, p * b, mean=0.5)
+    spectrum = np.fft.rfft(x.reshape(N, p, b), axis=-1)
+    y = np.fft.irfft(np.einsum("npf,fpq->nqf", spectrum, response), n=b, axis=-1)
+    moments = Moments.of(x, y.reshape(N, q * b).astype(np.float32))
+    fitted_real, fitted_imag = block_circulant_regression(moments, b, frequencies)
+    np.testing.assert_allclose(fitted_real, real, atol=5e-3)
+    np.testing.assert_allclose(fitted_imag, imag, atol=5e-3)
+
+
+def test_masked_regression_is_least_squares_on_the_living_inputs(rng):
+    mask = BlockMask((2, 3), ((True, False), (False, True), (True, True), (False, False)))
+    x = correlated(rng, 8)
+    y = (x @ rng.normal(size=(8, 6)) + rng.normal(size=(N, 6))).astype(np.float32)
+    weight = masked_regression(Moments.of(x, y), mask)
+    living = np.repeat(np.repeat(np.array(mask.blocks), 2, 0), 3, 1)
+    assert np.all(weight[~living] == 0)
+    for column in range(6):
+        rows = np.flatnonzero(living[:, column])
+        expected = lstsq(x[:, rows], y[:, column : column + 1])
+        np.testing.assert_allclose(weight[rows, column], expected[:, 0], atol=5e-3)
