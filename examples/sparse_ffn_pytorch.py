@@ -99,6 +99,7 @@ class SparseFFN(nn.Module):
 class HiddenLayer(nn.Module):
     """Maps ``gate``, if gated, and ``up`` into hidden units, and ``down`` out of them."""
 
+    gate: nn.Module
     up: nn.Module
     down: nn.Module
 

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
+from sparseffn_jax.checkpoints import pretrained
 from sparseffn_jax.checkpoints.pretrained import (
     CheckpointError,
     check_tokenizer,
