@@ -21,6 +21,7 @@ from sparseffn_jax.train.data import TokenWindows, make_batches
 from sparseffn_jax.train.losses import check_token_ids, make_evaluator
 from sparseffn_jax.train.metrics import MetricsLog, Record
 from sparseffn_jax.train.recipes import combine, is_ffn, partition
+from sparseffn_jax.train.run_lock import hold_run_folder
 from sparseffn_jax.train.sharding import path_name
 from sparseffn_jax.train.step import (
     TrainState,
@@ -88,7 +89,8 @@ def train(
     is full or refuses, costs a warning and not the run.
 
     Several processes (see :mod:`sparseffn_jax.train.processes`) call it alike, with one ``out_dir``
-    that all of them reach.
+    that all of them reach. While it runs it holds ``out_dir`` (see
+    :mod:`sparseffn_jax.train.run_lock`): a second run there is refused before it changes anything.
 
     Args:
       model: a decoder, ``apply({"params": p}, input_ids, deterministic=..., rngs=...)`` giving
@@ -97,7 +99,7 @@ def train(
       params: where to start; not changed. A resumed run takes its own from the checkpoint.
       windows: training and validation text.
       config: the settings; a resumed run must have those it started with.
-      out_dir: gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
+      out_dir: gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``run.lock``.
       teacher: model and parameters to distil from; needs a weight in ``config``.
       strategy: how devices share the work; ``None`` takes one device. A run may go on with
         another strategy, or another number of devices, than it was started with.
@@ -108,6 +110,7 @@ def train(
     Raises:
       ValueError: if the settings, the text, the teacher or the checkpoint do not fit together.
       FileNotFoundError, FileExistsError: see ``resume``.
+      RunFolderError: if another run is writing to ``out_dir``; the message names its process.
       DivergenceError: if the guard gives up.
       KeyboardInterrupt: after Ctrl-C; its message says where the run can be resumed.
       Terminated: the same after SIGTERM.
@@ -119,6 +122,8 @@ def train(
         check_token_ids(model, params, split)
     out_dir = Path(out_dir)
     with contextlib.ExitStack() as stack:
+        # Before the store is opened, which removes what looks like an earlier run's remains.
+        stack.enter_context(hold_run_folder(out_dir))
         store = stack.enter_context(CheckpointStore(out_dir, config.keep_checkpoints))
         run = _Run(model, params, windows, config, store, teacher, strategy, resume)
         log = stack.enter_context(

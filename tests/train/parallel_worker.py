@@ -121,9 +121,14 @@ def communication(bytes_sent):
 
 
 def two_processes(out, process):
+    from sparseffn_jax.train.run_lock import RunFolderError
     from sparseffn_jax.train.strategies import make_strategy
 
     seen = {}
+    try:
+        fit(make_strategy("pmap"), out / "held")
+    except RunFolderError as error:
+        seen["refusal"] = str(error)
     for name, mesh in (("mesh", "data=2,fsdp=2,tensor=2"), ("pmap", None)):
         seen[name], _ = fit(make_strategy(name, mesh), out / name)
     (out / f"seen{process}.json").write_text(json.dumps(seen))

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from sparseffn_jax.measure.communication import data_parallel_bytes
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.processes import DistributedConfig
+from sparseffn_jax.train.run_lock import hold_run_folder
 from sparseffn_jax.train.sharding import leaf_sharding, make_mesh, parse_mesh
 from sparseffn_jax.train.strategies import MeshSharding, PmapReplicas, make_strategy
 
@@ -53,7 +54,8 @@ def two_processes(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ("--devices", 4, "--port", port)
-    finish(*(start(out, *options, "--process", i) for i in (0, 1)))
+    with hold_run_folder(out / "held"):
+        finish(*(start(out, *options, "--process", i) for i in (0, 1)))
     return [json.loads((out / f"seen{i}.json").read_text()) for i in (0, 1)], out
 
 
@@ -76,6 +78,11 @@ def test_two_processes_train_as_one_device(eight, two_processes, strategy):
     assert first[strategy]["hash"] == single["hash"]
     log = (out / strategy / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == list(range(1, 7))
+
+
+def test_two_processes_are_refused_a_folder_together(two_processes):
+    for seen in two_processes[0]:
+        assert f"process {os.getpid()} on host" in seen["refusal"]
 
 
 @pytest.mark.parametrize("onto", ["single", "four"])
