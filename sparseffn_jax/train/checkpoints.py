@@ -62,7 +62,7 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A run at one position; the state is logical, in host memory (see :mod:`.strategies`)."""
+    """A run at one position, with a copy of its train state in host memory."""
 
     position: Position
     state: TrainState

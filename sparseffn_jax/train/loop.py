@@ -196,8 +196,7 @@ class _Run:
             self._start_stage(params)
 
     def model_params(self) -> Params:
-        params = combine(self._state.trainable, self._frozen)
-        return merge_adapters(self._strategy.logical(params))
+        return merge_adapters(combine(self._state.trainable, self._frozen))
 
     def start(self, log: MetricsLog) -> None:
         """Says what a user should know before the first step."""
@@ -227,7 +226,7 @@ class _Run:
             np.int32(position.updates),
             np.float32(position.guard.rate_factor),
         )
-        metrics = self._strategy.scalars(metrics)
+        metrics = {name: float(value) for name, value in metrics.items()}
         self._seconds += time.perf_counter() - started
         self._tokens += len(rows) * (self._windows.train.shape[1] - 1)
 
@@ -306,7 +305,6 @@ class _Run:
             self._stage,
             self._config,
             self._teacher_model,
-            axis_name=self._strategy.axis_name,
             gather=self._strategy.gather,
         )
         self._step = self._strategy.compile(
@@ -326,8 +324,7 @@ class _Run:
         step = snapshot.position.step
         if step > 0 and step != self._saved_step:
             self._saved_step = step
-            frozen = self._strategy.logical(self._frozen)
-            self._store.save(snapshot, frozen, self._settings, last_good)
+            self._store.save(snapshot, self._frozen, self._settings, last_good)
 
     def _go_back(self, log: MetricsLog, reason: str, ffn_alone: bool) -> None:
         limits, step = self._config.guard, self.position.step

@@ -17,7 +17,7 @@ from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.processes import DistributedConfig
 from sparseffn_jax.train.run_lock import hold_run_folder
 from sparseffn_jax.train.sharding import leaf_sharding, make_mesh, parse_mesh
-from sparseffn_jax.train.strategies import MeshSharding, PmapReplicas, make_strategy
+from sparseffn_jax.train.strategies import MeshSharding, make_strategy
 
 HERE = Path(__file__).parent
 
@@ -66,6 +66,14 @@ def test_eight_devices_train_as_one(eight, strategy):
     for what in ("losses", "validation"):
         np.testing.assert_allclose(seen[strategy][what], seen["single"][what], rtol=1e-5)
     assert seen[strategy]["hash"] == seen["single"]["hash"]
+
+
+def test_an_update_under_pmap_trains_as_one_device(eight):
+    seen, _ = eight
+    losses = np.array(seen["under_pmap"])
+    assert losses.shape == (6, 8)
+    np.testing.assert_array_equal(losses, losses[:, :1].repeat(8, axis=1))
+    np.testing.assert_allclose(losses[:, 0], seen["single"]["losses"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["pmap", "mesh"])
@@ -178,7 +186,7 @@ def test_what_does_not_fit_is_refused():
     strategy.batch_shards = 8
     with pytest.raises(ValueError, match="batch_size=12 cannot be dealt out to 8 parts"):
         strategy.check(TrainConfig(batch_size=12))
-    assert PmapReplicas().batch_shards == count
+    assert make_strategy("pmap").batch_shards == count
     with pytest.raises(ValueError, match="belong together"):
         DistributedConfig(distributed=True, processes=2)
     with pytest.raises(ValueError, match="process=2 must lie between 0 and 1"):
