@@ -135,8 +135,7 @@ def observe(
     Args:
       config: the limits.
       state: the guard's state after the step before.
-      metrics: of the step: ``loss``, nats a token, and all norms; see
-        :func:`sparseffn_jax.train.step.make_update`.
+      metrics: the step's numbers, as :class:`sparseffn_jax.train.step.Update` returns them.
     """
     if metrics.get("overflow"):
         # Nothing was updated, and the loss will be scaled by less: no fault of the run's.

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -42,6 +43,39 @@ class Stage(NamedTuple):
     learning_rate: optax.Schedule
     ffn_learning_rate: optax.Schedule
     end: int
+
+
+class Update(Protocol):
+    """One optimizer update, as :func:`make_update` returns it and JAX compiles it.
+
+    Args:
+      state: the train state; the update returns the next one.
+      frozen: the parameters that do not train.
+      teacher_params: the teacher's parameters, or ``None`` without a teacher.
+      batch: int32 token ids, ``(batch_size, window + 1)``.
+      index: the step's number, from which dropout's keys come.
+      updates: the number of updates of the stage so far, by which the rates are scheduled.
+      rate_factor: multiplies the learning rates.
+
+    Returns:
+      The next state, and as metrics the float32 scalars ``loss`` (nats a token), ``grad_norm``
+      (before clipping), ``update_norm``, ``learning_rate`` and ``ffn_learning_rate``. With a
+      teacher there is ``cross_entropy`` as well, and where more than the feed-forward layers
+      trains, the norms of both parts: ``ffn_grad_norm``, ``rest_grad_norm``, ``ffn_update_norm``
+      and ``rest_update_norm``. In float16 there are ``loss_scale`` and ``overflow``, which is 1 if
+      the gradient overflowed, so that only the scale has changed, and 0 otherwise.
+    """
+
+    def __call__(
+        self,
+        state: TrainState,
+        frozen: Params,
+        teacher_params: Params | None,
+        batch: Any,
+        index: Any,
+        updates: Any,
+        rate_factor: Any,
+    ) -> tuple[TrainState, dict[str, Any]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,59 +175,23 @@ def make_update(
     *,
     axis_name: str | None = None,
     gather: Callable[[Params], Params] = lambda params: params,
-):
+) -> Update:
     """Returns one update of a stage, to be compiled.
 
-    It maps ``(state, frozen, teacher_params, batch, index, updates, rate_factor)`` to ``(state,
-    metrics)``: ``batch`` holds ``(batch_size, window + 1)`` token ids; ``index`` is the step's
-    number, from which dropout's keys come; ``updates`` counts the stage's updates so far; and
-    ``rate_factor`` multiplies the learning rates. The metrics are the float32 scalars ``loss``,
-    ``grad_norm`` (before clipping), ``update_norm``, ``learning_rate`` and ``ffn_learning_rate``,
-    with a teacher ``cross_entropy``, and where more than the feed-forward layers trains, the
-    norms of both parts: ``ffn_grad_norm``, ``rest_grad_norm``, ``ffn_update_norm`` and
-    ``rest_update_norm``. In float16 also ``loss_scale`` and ``overflow``: 1 if the gradient
-    overflowed, so that nothing was updated and the scale is going to be smaller.
-
     Args:
-      model: a decoder.
+      model: the decoder that trains.
       stage: what trains, and by which transform.
       config: the settings.
-      teacher_model: to distil from.
+      teacher_model: the decoder to distil from, if any.
       axis_name: under ``jax.pmap``, the axis over which batches are dealt out: gradients and
         metrics are its means, so that replicas stay equal.
       gather: brings parameters that are stored in pieces to where the computation needs them.
     """
-
-    def loss_and_metrics(trainable, frozen, teacher_params, windows, key):
-        params = merge_adapters(gather(combine(trainable, frozen)))
-        inputs, targets = windows[:, :-1], windows[:, 1:]
-        logits, states = losses.forward(
-            model,
-            params,
-            inputs,
-            dropout_key=key if config.dropout else None,
-            with_hidden_states=config.hidden_weight > 0,
-        )
-        loss = cross_entropy = losses.cross_entropy(logits, targets)
-        if teacher_model is None:
-            return loss, {"loss": loss}
-        teacher_logits, teacher_states = losses.forward(
-            teacher_model,
-            gather(teacher_params),
-            inputs,
-            with_hidden_states=config.hidden_weight > 0,
-        )
-        if config.distill_weight > 0:
-            soft = losses.distillation_loss(logits, teacher_logits, config.temperature)
-            loss = (1.0 - config.distill_weight) * loss + config.distill_weight * soft
-        if config.hidden_weight > 0:
-            loss = loss + config.hidden_weight * losses.hidden_state_mse(states, teacher_states)
-        return loss, {"loss": loss, "cross_entropy": cross_entropy}
-
+    loss_and_metrics = _make_loss(model, config, teacher_model, gather)
     ffn, rest = split_ffn(stage.labels)
-    splits = all(set(jax.tree.leaves(part)) - {"frozen"} for part in (ffn, rest))
+    by_part = all(set(jax.tree.leaves(part)) - {"frozen"} for part in (ffn, rest))
 
-    def step(state, frozen, teacher_params, batch, index, updates, rate_factor):
+    def update(state, frozen, teacher_params, batch, index, updates, rate_factor):
         key = jax.random.fold_in(jax.random.key(config.seed), index)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -203,58 +201,105 @@ def make_update(
             loss, metrics = loss_and_metrics(*args)
             return loss if scale is None else scale * loss, metrics
 
-        gradient = jax.grad(scaled_loss, has_aux=True)
-
-        def microbatch_gradient(windows, number):
-            key_here = jax.random.fold_in(key, number)
-            return gradient(state.trainable, frozen, teacher_params, windows, key_here)
-
-        count = config.accumulate_steps
-        if count == 1:
-            grads, metrics = microbatch_gradient(batch, 0)
-        else:
-            # A scan, not optax.MultiSteps: that keeps its accumulator between updates, in memory
-            # and in checkpoints, and updates at some steps only.
-            microbatches = batch.reshape(count, -1, batch.shape[-1])
-
-            def add(total, numbered):
-                return jax.tree.map(jnp.add, total, microbatch_gradient(*numbered)), None
-
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(microbatch_gradient, microbatches[0], 0),
-            )
-            total, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(count)))
-            grads, metrics = jax.tree.map(lambda x: x / count, total)
+        gradient = partial(
+            jax.grad(scaled_loss, has_aux=True), state.trainable, frozen, teacher_params
+        )
+        grads, metrics = _mean_of_microbatches(gradient, batch, key, config.accumulate_steps)
         if scale is not None:
             grads = jax.tree.map(lambda x: x / scale, grads)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        if splits:
-            metrics |= _norms_by_part("grad_norm", grads)
+        metrics |= _norms("grad_norm", grads, by_part)
         if scale is not None:
             overflow = has_overflowed(scale, metrics["grad_norm"])
             metrics |= {"loss_scale": scale, "overflow": overflow.astype(jnp.float32)}
-        elif splits:
+        elif by_part:
             grads = _contain_ffn(grads, metrics)
-
-        deltas, optimizer = stage.optimizer.update(grads, state.optimizer, state.trainable)
-        deltas = jax.tree.map(lambda delta: rate_factor * delta, deltas)
-        metrics["update_norm"] = optax.tree.norm(deltas)
-        if splits:
-            metrics |= _norms_by_part("update_norm", deltas)
+        state, deltas = _apply(stage, state, grads, rate_factor)
+        metrics |= _norms("update_norm", deltas, by_part)
         metrics["learning_rate"] = rate_factor * stage.learning_rate(updates)
         metrics["ffn_learning_rate"] = rate_factor * stage.ffn_learning_rate(updates)
-        trainable: Any = optax.apply_updates(state.trainable, deltas)
-        return TrainState(trainable, optimizer), metrics
+        return state, metrics
 
-    return step
+    return update
 
 
-def _norms_by_part(name: str, tree: Params) -> dict[str, Any]:
-    ffn, rest = split_ffn(tree)
-    return {f"ffn_{name}": optax.tree.norm(ffn), f"rest_{name}": optax.tree.norm(rest)}
+def _make_loss(
+    model: nn.Module,
+    config: TrainConfig,
+    teacher_model: nn.Module | None,
+    gather: Callable[[Params], Params],
+) -> Callable:
+    """Returns what maps ``(trainable, frozen, teacher_params, windows, key)`` to loss and metrics.
+
+    ``windows`` holds the token ids of a microbatch, and ``key`` is for dropout.
+    """
+    with_states = config.hidden_weight > 0
+
+    def loss_and_metrics(trainable, frozen, teacher_params, windows, key):
+        params = merge_adapters(gather(combine(trainable, frozen)))
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        logits, states = losses.forward(
+            model,
+            params,
+            inputs,
+            dropout_key=key if config.dropout else None,
+            with_hidden_states=with_states,
+        )
+        loss = cross_entropy = losses.cross_entropy(logits, targets)
+        if teacher_model is None:
+            return loss, {"loss": loss}
+        teacher_logits, teacher_states = losses.forward(
+            teacher_model, gather(teacher_params), inputs, with_hidden_states=with_states
+        )
+        if config.distill_weight > 0:
+            soft = losses.distillation_loss(logits, teacher_logits, config.temperature)
+            loss = (1.0 - config.distill_weight) * loss + config.distill_weight * soft
+        if config.hidden_weight > 0:
+            loss = loss + config.hidden_weight * losses.hidden_state_mse(states, teacher_states)
+        return loss, {"loss": loss, "cross_entropy": cross_entropy}
+
+    return loss_and_metrics
+
+
+def _mean_of_microbatches(gradient: Callable, batch: Any, key: Any, count: int) -> Any:
+    """Returns the mean of ``gradient(windows, key)`` over ``count`` equal parts of a batch."""
+
+    def of_microbatch(windows, number):
+        return gradient(windows, jax.random.fold_in(key, number))
+
+    if count == 1:
+        return of_microbatch(batch, 0)
+    # A scan, not optax.MultiSteps: that keeps its accumulator between updates, in memory and in
+    # checkpoints, and updates at some steps only.
+    microbatches = batch.reshape(count, -1, batch.shape[-1])
+
+    def add(total, numbered):
+        return jax.tree.map(jnp.add, total, of_microbatch(*numbered)), None
+
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(of_microbatch, microbatches[0], 0),
+    )
+    total, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(count)))
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def _apply(stage: Stage, state: TrainState, grads: Params, rate_factor: Any) -> Any:
+    """Returns the state after one update by ``grads``, and how the parameters have changed."""
+    deltas, optimizer = stage.optimizer.update(grads, state.optimizer, state.trainable)
+    deltas: Any = jax.tree.map(lambda delta: rate_factor * delta, deltas)
+    trainable: Any = optax.apply_updates(state.trainable, deltas)
+    return TrainState(trainable, optimizer), deltas
+
+
+def _norms(name: str, tree: Params, by_part: bool) -> dict[str, Any]:
+    """Returns a tree's norm and, on request, those of its feed-forward layers and its rest."""
+    norms = {name: optax.tree.norm(tree)}
+    if by_part:
+        ffn, rest = split_ffn(tree)
+        norms |= {f"ffn_{name}": optax.tree.norm(ffn), f"rest_{name}": optax.tree.norm(rest)}
+    return norms
 
 
 def _contain_ffn(grads: Params, metrics: dict[str, Any]) -> Params:
