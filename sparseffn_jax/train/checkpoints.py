@@ -245,11 +245,14 @@ class CheckpointStore:
 
 
 def restore_ffn(out_dir: str | Path, step: int | None = None) -> Params:
-    """Returns the feed-forward parameters of a run's checkpoint, and nothing else of it.
+    """Returns the feed-forward parameters of a run's checkpoint, and reads no others.
+
+    The library itself does not call it: it is for users who take a run's feed-forward layers into
+    another model, and the reason why checkpoints keep them apart.
 
     Args:
       out_dir: the run's folder.
-      step: of the checkpoint; ``None`` takes the newest that is whole.
+      step: the step of the checkpoint; ``None`` takes the newest checkpoint that is whole.
 
     Returns:
       The ``mlp`` subtrees at their places in the parameter tree, as NumPy arrays.

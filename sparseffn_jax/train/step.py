@@ -1,6 +1,5 @@
 """One optimizer update, compiled: loss, gradients of what trains, update."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
@@ -76,21 +74,6 @@ class Update(Protocol):
         updates: Any,
         rate_factor: Any,
     ) -> tuple[TrainState, dict[str, Any]]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class StepMemory:
-    """What one compiled step needs, in bytes.
-
-    Attributes:
-      temporary: activations, gradients and other buffers that live inside the step.
-      optimizer: the optimizer's slots.
-      trainable: the parameters that train.
-    """
-
-    temporary: int
-    optimizer: int
-    trainable: int
 
 
 def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp.float32) -> Stage:
@@ -307,32 +290,3 @@ def _contain_ffn(grads: Params, metrics: dict[str, Any]) -> Params:
     ffn, rest = split_ffn(grads)
     sound = jnp.isfinite(metrics["ffn_grad_norm"]) | ~jnp.isfinite(metrics["rest_grad_norm"])
     return combine(jax.tree.map(lambda x: jnp.where(sound, x, 0.0), ffn), rest)
-
-
-def step_memory(model: nn.Module, config: TrainConfig, window: int, stage: int = 0) -> StepMemory:
-    """Compiles a recipe's update without running it, and returns the memory that it needs.
-
-    Args:
-      model: a decoder; nothing of it is allocated.
-      config: recipe, batch size and microbatches.
-      window: tokens a window predicts.
-      stage: of the recipe.
-    """
-    ids = jax.ShapeDtypeStruct((1, window), jnp.int32)
-    params = jax.eval_shape(lambda i: model.init(jax.random.key(0), i)["params"], ids)
-    params = jax.eval_shape(lambda p: add_adapters(config, p), params)
-    this = make_stage(config, params, stage, model.dtype)
-    state, frozen = jax.eval_shape(lambda p: init_state(this, p), params)
-    batch = jax.ShapeDtypeStruct((config.batch_size, window + 1), jnp.int32)
-    step = make_step(model, this, config)
-    scalars = np.int32(0), np.int32(0), np.float32(1.0)
-    analysis: Any = step.lower(state, frozen, None, batch, *scalars).compile().memory_analysis()
-    return StepMemory(
-        temporary=analysis.temp_size_in_bytes,
-        optimizer=_bytes(state.optimizer),
-        trainable=_bytes(state.trainable),
-    )
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
