@@ -32,7 +32,20 @@ Resume = Literal["auto", "never", "must"]
 
 
 class Run:
-    """A run's changing parts, and how one step changes them."""
+    """A run's changing parts, and how one step changes them.
+
+    It begins, or goes on from a checkpoint, when it is constructed; the arguments are those of
+    :func:`sparseffn_jax.train.loop.train`, and ``store`` holds the run's checkpoints.
+
+    Attributes:
+      position: where the run stands.
+
+    Raises:
+      ValueError: on construction, if the checkpoint is of other settings or of another model.
+      FileNotFoundError, FileExistsError: if the checkpoints are not as ``resume`` wants them.
+    """
+
+    position: Position
 
     def __init__(
         self,
@@ -50,7 +63,7 @@ class Run:
         self._teacher_model, teacher_params = teacher or (None, None)
         self._teacher_params = strategy.place(teacher_params)
         self._evaluate = make_evaluator(model, strategy.place_evaluation)
-        # Of row numbers: which windows a batch has is known everywhere, and read where needed.
+        # The batches are of row numbers: every process knows them, and reads what it needs.
         rows = np.arange(len(windows.train))
         self._batches = make_batches(rows, config.batch_size, config.seed)
         self._settings = _settings(config, windows)
@@ -64,10 +77,11 @@ class Run:
             self._restore(latest, params)
 
     def model_params(self) -> Params:
+        """Returns the model's parameters as they are now, with the adapters merged."""
         return merge_adapters(combine(self._state.trainable, self._frozen))
 
     def start(self, log: MetricsLog) -> None:
-        """Says what a user should know before the first step."""
+        """Shows what a user should know before the first step."""
         self._log_warnings(log)
         if report := self._strategy.report(combine(self._state.trainable, self._frozen)):
             log.say(report)
@@ -79,7 +93,8 @@ class Run:
                 self.position, stage=self.position.stage + 1, updates=0
             )
             self._start_stage(combine(self._state.trainable, self._frozen))
-        # Taken before the step and kept if its loss is good: so a snapshot has been seen to work.
+        # The snapshot is taken before the step and kept if the step's loss is good, so that only
+        # a state that has been seen to work is gone back to.
         candidate = self._take_snapshot() if self._is_snapshot_due() else None
         before = self.position
         rows, metrics = self._update()
@@ -189,7 +204,7 @@ class Run:
             )
 
     def _compile(self) -> None:
-        # Ahead of time, so that neither the clock nor the time left counts it.
+        # Compiled ahead of time, so that neither the pace nor the time left counts it.
         update = make_update(
             self._model,
             self._stage,

@@ -1,4 +1,4 @@
-"""One optimizer update, compiled: loss, gradients of what trains, update."""
+"""What one training step computes: the loss, the gradient of what trains, and the update."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,14 +27,27 @@ Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """What an update changes: float32 master weights, and the optimizer's state for them."""
+    """What an update changes.
+
+    Attributes:
+      trainable: the parameters that train, as float32 master weights.
+      optimizer: the state of the stage's transform for them.
+    """
 
     trainable: Params
     optimizer: optax.OptState
 
 
 class Stage(NamedTuple):
-    """One stage of a recipe: its transform, labels, and rates by number of updates."""
+    """One stage of a recipe.
+
+    Attributes:
+      optimizer: the transform for the parameters that train.
+      labels: a tree like the parameters that says which of them train, see :mod:`.recipes`.
+      learning_rate: maps the number of updates in this stage to the rate of ``"rest"``.
+      ffn_learning_rate: maps the number of updates in this stage to the rate of ``"ffn"``.
+      end: the step after which the stage is over.
+    """
 
     optimizer: optax.GradientTransformation
     labels: Labels
@@ -53,15 +66,16 @@ class Update(Protocol):
       batch: int32 token ids, ``(batch_size, window + 1)``.
       index: the step's number, from which dropout's keys come.
       updates: the number of updates of the stage so far, by which the rates are scheduled.
-      rate_factor: multiplies the learning rates.
+      rate_factor: the factor by which both learning rates are multiplied.
 
     Returns:
       The next state, and as metrics the float32 scalars ``loss`` (nats a token), ``grad_norm``
       (before clipping), ``update_norm``, ``learning_rate`` and ``ffn_learning_rate``. With a
-      teacher there is ``cross_entropy`` as well, and where more than the feed-forward layers
-      trains, the norms of both parts: ``ffn_grad_norm``, ``rest_grad_norm``, ``ffn_update_norm``
-      and ``rest_update_norm``. In float16 there are ``loss_scale`` and ``overflow``, which is 1 if
-      the gradient overflowed, so that only the scale has changed, and 0 otherwise.
+      teacher there is ``cross_entropy`` (nats a token) as well, and where more than the
+      feed-forward layers trains, the norms of both parts: ``ffn_grad_norm``, ``rest_grad_norm``,
+      ``ffn_update_norm`` and ``rest_update_norm``. In float16 there are ``loss_scale`` and
+      ``overflow``, which is 1 if the gradient overflowed, so that nothing but the scale has
+      changed, and 0 otherwise.
     """
 
     def __call__(
@@ -77,9 +91,13 @@ class Update(Protocol):
 
 
 def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp.float32) -> Stage:
-    """Builds stage ``index`` of the config's recipe for ``params`` (or their shapes).
+    """Builds a stage of the config's recipe.
 
-    ``dtype`` is that of the computation: in float16 the loss is scaled.
+    Args:
+      config: the settings.
+      params: all parameters, or their shapes.
+      index: the number of the stage, from 0.
+      dtype: the precision of the computation; in float16 the loss is scaled.
     """
     ends = (0, *config.stage_ends)
     steps = ends[index + 1] - ends[index]
@@ -95,7 +113,7 @@ def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp
 
 
 def add_adapters(config: TrainConfig, params: Params) -> Params:
-    """Returns ``params``, for the lora recipe with new adapters on attention under ``"lora"``."""
+    """Returns ``params``; the lora recipe adds new adapters on attention under ``"lora"``."""
     if config.recipe != "lora":
         return params
     key = jax.random.key(config.seed)
@@ -103,7 +121,7 @@ def add_adapters(config: TrainConfig, params: Params) -> Params:
 
 
 def merge_adapters(params: Params) -> Params:
-    """Returns the model's own parameters: those without adapters as they are."""
+    """Returns the model's own parameters, with the adapters, if there are any, merged in."""
     if "lora" not in params:
         return params
     params = dict(params)
@@ -117,10 +135,10 @@ def merge_adapters(params: Params) -> Params:
 def init_state(
     stage: Stage, params: Params, run: Callable[[Callable, Params], Any] | None = None
 ) -> tuple[TrainState, Params]:
-    """Splits ``params`` into a fresh train state, its leaves copied in float32, and the frozen.
+    """Returns a fresh train state, with float32 copies of what trains, and the frozen parameters.
 
     Args:
-      stage: whose labels say what trains.
+      stage: the stage that begins; its labels say what trains.
       params: all parameters.
       run: applies the optimizer's ``init`` to what trains; ``None`` compiles it for one device.
     """
@@ -137,7 +155,7 @@ def init_state(
 def make_step(
     model: nn.Module, stage: Stage, config: TrainConfig, teacher_model: nn.Module | None = None
 ):
-    """Returns :func:`make_update`'s update jitted; its first argument, the state, is donated."""
+    """Returns :func:`make_update`'s update under ``jax.jit``, which may overwrite its state."""
     update = make_update(model, stage, config, teacher_model)
     return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
 
@@ -146,7 +164,7 @@ def compiler_options() -> dict[str, str]:
     """Returns what XLA must be told to compile an update well on this backend."""
     if jax.default_backend() != "cpu":
         return {}
-    # It would remove optimization barriers before fusion, which they are there to bound.
+    # That pass removes optimization barriers before fusion, which they are there to bound.
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 

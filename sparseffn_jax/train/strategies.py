@@ -19,21 +19,21 @@ from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.step import Stage, TrainState, compiler_options, init_state
 
 StrategyName = Literal["single", "pmap", "mesh"]
-# Of the step's arguments: index, updates, rate_factor.
+# Examples of the step's last three arguments: index, updates and rate_factor.
 _SCALARS = (np.int32(0), np.int32(0), np.float32(1.0))
 
 
 class SingleDevice:
-    """Everything on one device.
+    """Keeps everything on one device; also the interface of all strategies.
 
     Attributes:
-      batch_shards: number of parts that a batch is cut into, each for other devices.
+      batch_shards: the number of parts that a batch is cut into, each for other devices.
     """
 
     batch_shards: int = 1
 
     def check(self, config: TrainConfig) -> None:
-        """Raises ``ValueError`` if the batches cannot be cut as the strategy needs it."""
+        """Raises ``ValueError`` if the config's batches cannot be cut into the parts needed."""
         parts = self.batch_shards * config.accumulate_steps
         if config.batch_size % parts:
             raise ValueError(
@@ -77,22 +77,31 @@ class SingleDevice:
     def compile(
         self, update: Callable, state: Any, frozen: Any, teacher: Any, batch_shape: tuple[int, int]
     ) -> Callable:
-        """Compiles an update for placed arguments; see :func:`make_update`."""
+        """Compiles an :class:`~sparseffn_jax.train.step.Update` for placed arguments.
+
+        Args:
+          update: the update.
+          state: the train state, or its shapes and shardings.
+          frozen: the parameters that do not train.
+          teacher: the teacher's parameters, or ``None``.
+          batch_shape: ``(batch_size, window + 1)``, the shape of a batch on all devices together.
+        """
         batch = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
         step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
         return step.lower(state, frozen, teacher, batch, *_SCALARS).compile()
 
     def report(self, placed: Any) -> str | None:
-        """Returns what a user should know about the placement, or ``None``."""
+        """Returns a text on what a user should know about the placement, or ``None``."""
         return None
 
 
 class MeshSharding(SingleDevice):
-    """``jax.jit`` over a mesh, parameters laid out by :mod:`sparseffn_jax.train.sharding`.
+    """Lays parameters and batches out on a mesh, as :mod:`sparseffn_jax.train.sharding` says.
 
     Args:
-      mesh: such as ``"data=2,fsdp=2,tensor=2"``; its size is the number of devices.
-      devices: to take; by default all that there are.
+      mesh: the sizes of the mesh's axes, such as ``"data=2,fsdp=2,tensor=2"``; their product is
+        the number of devices.
+      devices: the devices of the mesh; by default all that there are.
 
     Raises:
       ValueError: if the mesh does not fit the devices.
