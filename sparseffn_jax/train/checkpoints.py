@@ -1,9 +1,10 @@
-"""Orbax checkpoints of a run: what its parameters, optimizer, data and guard were at a step.
+"""Orbax checkpoints of a run: its parameters, optimizer, data and guard as they were at a step.
 
 A checkpoint has the items ``ffn`` (the feed-forward parameters, so that they can be restored
-alone), ``rest`` (all other parameters), ``optimizer``, ``position`` (JSON) and, where a run was
-stopped between two snapshots, ``last_good`` (what the guard would go back to). Its arrays are
-whole ones, however many devices and processes wrote them, and go back to any number of them.
+alone), ``rest`` (all other parameters), ``optimizer`` and ``position`` (JSON). If the run was
+stopped between two of the guard's snapshots, the item ``last_good`` holds the state that the guard
+would go back to. A checkpoint's arrays do not depend on how many devices and processes wrote them,
+and are restored to any number of devices.
 """
 
 import dataclasses
@@ -38,13 +39,13 @@ class Position:
     """Where a run stands, apart from its arrays.
 
     Attributes:
-      step: batches read.
-      stage: of the recipe, from 0.
-      updates: optimizer updates of this stage that the parameters have seen: fewer than batches
-        after a restore. Rates are scheduled by them.
-      data: the batch iterator's state.
-      data_hash: SHA-256 chained over the batches read, in hexadecimal.
-      guard: what the divergence guard remembers.
+      step: the number of batches read.
+      stage: the number of the recipe's stage, from 0.
+      updates: the number of optimizer updates of this stage that are in the parameters, by which
+        the learning rates are scheduled. A restore and an overflow make it fall behind ``step``.
+      data: the batch iterator's state, ready for JSON.
+      data_hash: the SHA-256 chained over the batches read, in hexadecimal.
+      guard: the divergence guard's state.
     """
 
     step: int
@@ -62,23 +63,23 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A run at one position; the state is logical, in host memory (see :mod:`.strategies`)."""
+    """A run at one position, with a copy of its train state in host memory."""
 
     position: Position
     state: TrainState
 
 
 class CheckpointStore:
-    """The checkpoints below a run's folder; a context that leaves when all are written.
+    """The checkpoints below a run's folder; leaving its context waits until all are written.
 
-    A checkpoint is written beside the run: Orbax writes its files and gives the folder its name,
-    then the folder is sealed (see :mod:`sparseffn_jax.train.manifests`), read back, and only then
-    are older ones removed. A disk that is full or refuses leaves the ones before as they were;
-    :meth:`take_warnings` says so.
+    A checkpoint is written while the run goes on: Orbax writes its files and gives the folder its
+    name, then the folder is sealed (see :mod:`sparseffn_jax.train.manifests`) and read back, and
+    only then are older checkpoints removed. When the disk is full or refuses, the earlier
+    checkpoints stay as they were, and :meth:`take_warnings` tells of it.
 
     Args:
       out_dir: the run's folder; created if it is not there.
-      keep: how many of the newest whole checkpoints stay.
+      keep: the number of whole checkpoints that stay, the newest ones.
     """
 
     def __init__(self, out_dir: str | Path, keep: int):
@@ -101,9 +102,9 @@ class CheckpointStore:
         self._checkpointer.close()
 
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step, or ``None``; reads every byte of it.
+        """Returns the newest whole checkpoint's step, or ``None``; reads every byte of it.
 
-        Newer ones that are damaged are passed over with a warning.
+        Newer checkpoints that are damaged are passed over with a warning.
         """
         step, damage = _NONE, {}
         if processes.is_first():
@@ -118,7 +119,7 @@ class CheckpointStore:
         return None if step == _NONE else step
 
     def sealed_step(self) -> int | None:
-        """The newest checkpoint's step that has been written to the end, or ``None``."""
+        """Returns the step of the newest checkpoint that was written to its end, or ``None``."""
         return max((s for s in _steps(self.path) if is_sealed(self.path / str(s))), default=None)
 
     def save(
@@ -132,9 +133,9 @@ class CheckpointStore:
 
         Args:
           snapshot: what to write, under its position's step.
-          frozen: the parameters that the state lacks.
-          config: the run's settings, JSON-ready; a resumed run must have the same.
-          last_good: the guard's snapshot, where it is another one.
+          frozen: the parameters that do not train, which the snapshot's state lacks.
+          config: the run's settings, ready for JSON; a resumed run must have the same.
+          last_good: the guard's snapshot, unless it is ``snapshot`` itself.
         """
         self.wait()
         step = snapshot.position.step
@@ -170,11 +171,11 @@ class CheckpointStore:
             self._finishing = None
 
     def take_warnings(self) -> list[str]:
-        """Returns what went wrong since the last call."""
+        """Returns what has gone wrong since the last call, as sentences for the user."""
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
     def read(self, step: int) -> tuple[Position, Position | None, dict[str, Any]]:
-        """Returns a checkpoint's position, its ``last_good`` snapshot's if any, and the config."""
+        """Returns a checkpoint's position, that of its ``last_good`` if any, and the settings."""
         args = ocp.args.Composite(position=ocp.args.JsonRestore())
         saved = self._checkpointer.restore(self.path / str(step), args=args)["position"]
         last_good = saved["last_good"] and Position.from_dict(saved["last_good"])
@@ -184,13 +185,13 @@ class CheckpointStore:
         """Returns all parameters of a checkpoint, in the precision saved.
 
         Args:
-          step: of the checkpoint.
-          like: a tree of the same names and shapes.
-          abstract: makes of a tree's shapes those to restore to: leaves with a sharding become
-            arrays on their devices, all others NumPy arrays.
+          step: the checkpoint's step.
+          like: a tree with the names and shapes that the parameters must have.
+          abstract: turns a tree of shapes into the one to restore to: its leaves with a sharding
+            become arrays on their devices, all others NumPy arrays.
 
         Raises:
-          ValueError: if they have not the names and shapes of ``like``.
+          ValueError: if the checkpoint's names or shapes are not those of ``like``.
         """
         folders = [self.path / str(step) / name for name in ("ffn", "rest")]
         saved = [_shapes_of(folder) for folder in folders]
@@ -203,7 +204,7 @@ class CheckpointStore:
         return _restore(self.path / str(step) / "optimizer", like)
 
     def restore_last_good(self, step: int, like: TrainState) -> TrainState:
-        """Returns the state of the ``last_good`` snapshot; see :meth:`restore_optimizer`."""
+        """Returns the train state of the ``last_good`` snapshot, in the structure of ``like``."""
         return TrainState(**_restore(self.path / str(step) / "last_good", like._asdict()))
 
     def _finish(self, step: int) -> None:
@@ -219,7 +220,7 @@ class CheckpointStore:
             self._warn(step, error)
 
     def _prune(self) -> None:
-        """Removes all that is older than the newest whole checkpoints."""
+        """Removes all checkpoints that are older than the newest whole ones, which are kept."""
         sealed = sorted(s for s in _steps(self.path) if is_sealed(self.path / str(s)))
         oldest = sealed[-self._keep :][0]
         for step in _steps(self.path):
@@ -245,11 +246,14 @@ class CheckpointStore:
 
 
 def restore_ffn(out_dir: str | Path, step: int | None = None) -> Params:
-    """Returns the feed-forward parameters of a run's checkpoint, and nothing else of it.
+    """Returns the feed-forward parameters of a run's checkpoint, and reads no others.
+
+    The library itself does not call it: it is for users who take a run's feed-forward layers into
+    another model, and the reason why checkpoints keep them apart.
 
     Args:
       out_dir: the run's folder.
-      step: of the checkpoint; ``None`` takes the newest that is whole.
+      step: the step of the checkpoint; ``None`` takes the newest checkpoint that is whole.
 
     Returns:
       The ``mlp`` subtrees at their places in the parameter tree, as NumPy arrays.

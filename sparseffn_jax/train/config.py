@@ -11,32 +11,35 @@ class TrainConfig:
     """How to fine-tune.
 
     Attributes:
-      steps: optimizer updates; also batches read.
-      batch_size: windows an update.
+      steps: number of batches to read, each for one optimizer update.
+      batch_size: number of windows in a batch.
       recipe: what trains: ``"full"``, ``"ffn_only"``, ``"lora"`` (feed-forward layers, and
         adapters on attention) or ``"stepwise"`` (half of the steps ``ffn_only``, then attention
         and LayerNorm too).
-      learning_rate: peak rate.
-      ffn_learning_rate: peak rate of sparse feed-forward layers; ``None``: half of
+      learning_rate: peak learning rate.
+      ffn_learning_rate: peak learning rate of sparse feed-forward layers; ``None`` takes half of
         ``learning_rate``.
-      warmup_steps: of each stage of the recipe; ``None``: a tenth of it.
-      weight_decay: decoupled, of matrices.
-      clip_norm: largest global norm of the gradient.
-      loss_scale: in float16, what multiplies the loss at first; falls and rises by itself.
-      loss_scale_interval: updates without overflow after which the scale is doubled.
-      accumulate_steps: microbatches a batch is split into to save memory; divides
-        ``batch_size``, changes nothing but rounding and dropout.
-      lora_rank: of the adapters.
-      dropout: apply the model's dropout rates.
+      warmup_steps: number of updates in which the rate rises to its peak, in each stage of the
+        recipe; ``None`` takes a tenth of the stage.
+      weight_decay: decoupled weight decay of matrices.
+      clip_norm: global norm that a larger gradient is scaled down to.
+      loss_scale: first factor of the loss in float16; it falls and rises by itself.
+      loss_scale_interval: number of updates in a row without overflow after which the factor of
+        the loss is doubled.
+      accumulate_steps: number of microbatches that a batch is split into to save memory; it must
+        divide ``batch_size``, and changes nothing but rounding and dropout.
+      lora_rank: rank of the adapters.
+      dropout: whether to apply the model's dropout rates.
       distill_weight: weight of the distillation loss, from 0 to 1; cross-entropy has the rest.
-      temperature: of the distillation loss.
-      hidden_weight: weight of the hidden states' mean squared error, added to both.
-      seed: of the data order, dropout and adapters.
-      log_every: steps between lines of the log.
-      eval_every: steps between validation losses, and one at the end; 0: none.
-      save_every: steps between checkpoints, and one at the end.
-      keep_checkpoints: how many of the newest stay.
-      guard: the divergence guard's settings.
+      temperature: temperature that softens both distributions of the distillation loss.
+      hidden_weight: weight of the hidden states' mean squared error, which is added to both.
+      seed: seed of the data order, of dropout and of the adapters.
+      log_every: number of steps between two lines of the log.
+      eval_every: number of steps between two validation losses, with one more at the end; 0 for
+        no validation.
+      save_every: number of steps between two checkpoints, with one more at the end.
+      keep_checkpoints: number of checkpoints that stay, the newest ones.
+      guard: settings of the divergence guard.
 
     Raises:
       ValueError: on construction, if a value is out of its range; the message names it.
@@ -113,6 +116,6 @@ class TrainConfig:
 
     @property
     def stage_ends(self) -> tuple[int, ...]:
-        """The step at which each stage of the recipe is over."""
+        """The steps after which the stages of the recipe are over, in order."""
         stages = len(RECIPES[self.recipe])
         return tuple(self.steps * (i + 1) // stages for i in range(stages))

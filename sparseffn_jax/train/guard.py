@@ -3,7 +3,7 @@
 When a loss spikes, PaLM's trainers went back to a checkpoint and past the batches that were read
 around the spike, and it did not come back (Chowdhery et al. 2022, 2204.02311, section 5.1). The
 guard does that by itself, with a lower rate. Its functions are pure and its state is a few
-numbers, so that it goes into checkpoints and a resumed run decides alike.
+numbers, which checkpoints hold, so that a resumed run decides as one that was never stopped.
 """
 
 import dataclasses
@@ -12,28 +12,32 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-# Weight of the newest value in the running statistics, once there are enough of them: a memory of
-# 20 steps, short enough to forget how steeply the loss fell at first.
+# Weight of the newest value in the running statistics, once there are enough of them. It makes
+# them remember 20 steps, few enough to forget how steeply the loss fell at first.
 _WEIGHT = 0.05
 _BAND_STARTS_AFTER = 50
-# Of the mean: a loss that has settled still moves by this much without meaning anything.
+# As a share of the mean loss: a loss that has settled still moves by this much without meaning
+# anything.
 _SMALLEST_DEVIATION = 0.01
-# Of the logarithm of the feed-forward layers' share of the gradient: with the default band, the
+# For the logarithm of the feed-forward layers' share of the gradient: with the default band, the
 # share may grow tenfold.
 _SMALLEST_SHARE_DEVIATION = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """When to go back, how often, and what to change.
+    """When the guard goes back to a snapshot, how often, and what it changes then.
 
     Attributes:
       band_deviations: a loss above the running mean by more than this many running standard
         deviations is outside the band; so is the share of the feed-forward layers in the gradient.
-      patience: steps in a row outside a band that count as divergence.
-      rate_factor: multiplies the learning rates at each restore.
-      max_restores: restores before giving up.
-      snapshot_every: steps between copies of what trains, kept in host memory.
+      patience: the number of steps in a row outside a band that count as divergence.
+      rate_factor: the factor by which each restore multiplies the learning rates, in (0, 1].
+      max_restores: the number of restores after which the next divergence ends the run.
+      snapshot_every: the number of steps between two copies of what trains, in host memory.
+
+    Raises:
+      ValueError: on construction, if a value is out of its range; the message names it.
     """
 
     band_deviations: float = 6.0
@@ -57,10 +61,10 @@ class Chart:
     """An exponentially weighted control chart (Roberts 1959) of one number.
 
     Attributes:
-      mean: running mean of the values inside the band.
-      variance: their running variance.
-      count: how many there were.
-      outside: values in a row outside the band, up to now.
+      mean: the running mean of the values inside the band, in their unit.
+      variance: the running variance of the values inside the band, in the square of their unit.
+      count: the number of values inside the band so far.
+      outside: the number of the newest values that lay outside the band without a break.
     """
 
     mean: float = 0.0
@@ -69,7 +73,7 @@ class Chart:
     outside: int = 0
 
     def limit(self, deviations: float, smallest_deviation: float) -> float:
-        """The largest value inside the band."""
+        """Returns the largest value inside the band."""
         return self.mean + deviations * max(math.sqrt(self.variance), smallest_deviation)
 
     def add(self, value: float, limit: float) -> Self:
@@ -88,13 +92,14 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class GuardState:
-    """What the guard remembers.
+    """What the guard remembers from step to step.
 
     Attributes:
-      loss: the losses, nats a token.
-      ffn_share: logarithms of the feed-forward layers' gradient norm over that of the rest.
-      restores: so far.
-      rate_factor: the product of all restores' factors.
+      loss: the chart of the losses, in nats a token.
+      ffn_share: the chart of the feed-forward layers' share of the gradient: the natural logarithm
+        of their gradient's norm over that of the rest.
+      restores: the number of restores so far.
+      rate_factor: the factor by which all restores together multiply the learning rates.
     """
 
     loss: Chart = Chart()
@@ -110,7 +115,7 @@ class GuardState:
 
 
 class Verdict(enum.Enum):
-    """A step's health: only what follows a ``GOOD`` step is worth keeping."""
+    """A step's health; only a state whose step was ``GOOD`` is worth keeping."""
 
     GOOD = enum.auto()
     SUSPECT = enum.auto()
@@ -133,10 +138,9 @@ def observe(
     the loss was not.
 
     Args:
-      config: the limits.
+      config: the guard's settings.
       state: the guard's state after the step before.
-      metrics: of the step: ``loss``, nats a token, and all norms; see
-        :func:`sparseffn_jax.train.step.make_update`.
+      metrics: the step's numbers, as :class:`sparseffn_jax.train.step.Update` returns them.
     """
     if metrics.get("overflow"):
         # Nothing was updated, and the loss will be scaled by less: no fault of the run's.
@@ -160,13 +164,13 @@ def observe(
 
 
 def upper_limit(config: GuardConfig, state: GuardState) -> float:
-    """The largest loss inside the band, nats a token."""
+    """Returns the largest loss inside the band, in nats a token."""
     smallest = _SMALLEST_DEVIATION * abs(state.loss.mean)
     return state.loss.limit(config.band_deviations, smallest)
 
 
 def share_limit(config: GuardConfig, state: GuardState) -> float:
-    """The largest logarithm of the feed-forward layers' share of the gradient inside the band."""
+    """Returns the largest logarithm of the FFNs' share of the gradient inside the band."""
     return state.ffn_share.limit(config.band_deviations, _SMALLEST_SHARE_DEVIATION)
 
 
@@ -191,7 +195,7 @@ def describe(
 
 
 def after_restore(config: GuardConfig, state: GuardState) -> GuardState:
-    """Counts a restore and lowers the rate."""
+    """Returns the guard's state with one more restore and the lower rate that goes with it."""
     return dataclasses.replace(
         state, restores=state.restores + 1, rate_factor=state.rate_factor * config.rate_factor
     )

@@ -2,8 +2,13 @@
 
 The loss is multiplied before and the gradient divided after the backward pass (Micikevicius et al.
 2017, 1710.03740, sections 3.2 and 4.1). Where that makes the gradient overflow, the update is
-skipped and the scale halved; after many sound updates it is doubled. All of it is state of the
-optimizer, and so is checkpointed, sharded and restored with it.
+skipped and the scale halved; after many updates without overflow it is doubled. The scale is part
+of the optimizer's state, and so is checkpointed, sharded and restored with it.
+
+Flax's ``DynamicScale`` adjusts its scale in the call that differentiates one loss, so that each
+microbatch of an accumulated update would adjust it, where only their sum can say whether the
+update overflowed. It leaves skipping the update to its caller, and optax's ``apply_if_finite``
+skips updates but knows no scale.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-# Where the scale stops falling: what overflows there has diverged.
+# A gradient that overflows without any scaling comes from a run that has diverged.
 _SMALLEST = 1.0
 _LARGEST = 2.0**32
 
@@ -22,8 +27,8 @@ class LossScaleState(NamedTuple):
     """State of :func:`dynamic_loss_scale`.
 
     Attributes:
-      scale: multiplies the loss.
-      sound: updates since the scale last changed.
+      scale: the factor of the loss, float32.
+      sound: the number of updates without overflow since the scale last changed, int32.
       inner: the wrapped optimizer's state.
     """
 
@@ -38,9 +43,9 @@ def dynamic_loss_scale(
     """Wraps an optimizer: a gradient that is not finite changes nothing but the scale.
 
     Args:
-      optimizer: sees gradients that are divided by the scale already.
-      initial_scale: of the loss.
-      interval: sound updates after which the scale is doubled.
+      optimizer: the transform to wrap; its gradients come divided by the scale already.
+      initial_scale: the factor of the loss in the first step.
+      interval: the number of updates in a row without overflow after which the scale is doubled.
     """
 
     def init(params):
@@ -61,10 +66,13 @@ def dynamic_loss_scale(
 
 
 def scale_of(optimizer: optax.OptState) -> Float[Array, ""] | None:
-    """Returns the scale of the loss, or ``None`` if the optimizer has none."""
+    """Returns the factor of the loss in an optimizer's state, or ``None`` if it is not scaled."""
     return optimizer.scale if isinstance(optimizer, LossScaleState) else None
 
 
 def has_overflowed(scale: Float[Array, ""], grad_norm: Float[Array, ""]) -> Any:
-    """Says whether a gradient with this norm asks for a smaller scale than this."""
+    """Says whether a gradient of this norm has overflowed because of this scale of the loss.
+
+    At the smallest scale it has not: there the run itself has diverged.
+    """
     return ~jnp.isfinite(grad_norm) & (scale > _SMALLEST)

@@ -1,8 +1,8 @@
 """Which folders are whole: a manifest with the SHA-256 of every file, written last.
 
-A folder is *sealed* when all its files have reached the disk and then the manifest has. It is
-whole while it holds exactly the files that its manifest names, with those contents, so that a
-crash at any moment, a bit that flips and a file that is lost, cut short or swapped all show.
+A folder is *sealed* once its manifest has reached the disk, after all its other files. It is
+*whole* while it holds exactly the files that its manifest names, with the contents they had then.
+So a crash at any moment shows, and so does a file that is lost, cut short, swapped or changed.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ def seal(folder: Path, label: str) -> None:
     """Writes the manifest of a folder whose files will not change any more.
 
     Args:
-      folder: to seal.
-      label: what the folder holds; a manifest of another label does not count.
+      folder: the folder to seal.
+      label: says what the folder holds; a manifest with another label does not count.
 
     Raises:
       OSError: if a file cannot be read or brought to the disk.
@@ -40,7 +40,7 @@ def seal(folder: Path, label: str) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether the folder has a manifest; only :func:`find_damage` reads its files."""
+    """Says whether the folder has a manifest; only :func:`find_damage` compares its files."""
     return (folder / _MANIFEST).is_file()
 
 

@@ -21,15 +21,15 @@ _FLUSH_SECONDS = 30.0
 class MetricsLog:
     """Writes records, one JSON object a line, and shows how the run gets on.
 
-    A disk that takes no more is said once, and does not stop the run: its history is complete in
-    memory, and in the file again once there is room.
+    A full disk is reported once and does not stop the run: its history is complete in memory, and
+    it is complete in the file again once there is room.
 
     Args:
       out_dir: the run's folder, which gets ``metrics.jsonl`` and ``tensorboard/``.
-      first_step: where the run goes on; records of later steps, which a stopped run wrote after
-        its last checkpoint, are dropped.
-      steps: where the run will end.
-      writes: whether to write and show anything; of several processes, one should.
+      first_step: the number of steps that the run has behind it when it starts or goes on. Records
+        of later steps, which a stopped run wrote after its last checkpoint, are dropped.
+      steps: the number of the run's last step.
+      writes: whether to write and show anything; in a run of several processes, one should.
     """
 
     def __init__(self, out_dir: Path, first_step: int, steps: int, *, writes: bool = True):
@@ -64,18 +64,18 @@ class MetricsLog:
             self._attempt(self._events.close)
 
     def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Moves the progress bar."""
+        """Moves the progress bar to a step, and shows its loss in nats a token and the pace."""
         status = f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s"
         self._progress.update(self._task, completed=step, status=status)
 
     def record(self, record: Record) -> None:
-        """Writes one step's numbers; away from a terminal, also a line of text."""
+        """Writes one step's numbers; where there is no terminal, also prints them as a line."""
         self._write(record, [scalar(name, x) for name, x in record.items() if name != "step"])
         if self._writes and not self._console.is_terminal:
             self._console.print(self._line(record))
 
     def event(self, record: Record, message: str) -> None:
-        """Writes something that happened, with an ``"event"`` key, and says it."""
+        """Writes a record of something that happened, named by its ``"event"``, and shows it."""
         self._write(record, [text(record["event"], message)])
         self.say(message)
 

@@ -1,7 +1,7 @@
-"""Runs of several processes, each with some of the devices: what they must agree on.
+"""What the processes of one run tell each other, where each has some of the devices.
 
-They start alike and see the same losses, so that they decide alike; what only one of them can
-know (a signal, its part of a batch, the state of a disk) is exchanged here.
+They start with the same settings and see the same losses, so that they decide alike. What only one
+of them can know (a signal, its part of a batch, the state of a disk) is exchanged here.
 """
 
 import dataclasses
@@ -22,8 +22,11 @@ class DistributedConfig:
       distributed: Run as one of several processes. JAX finds the others by itself under SLURM,
         Open MPI and Kubernetes; elsewhere give the three values below.
       coordinator: Host and port of process 0, such as 10.0.0.1:1234.
-      processes: How many there are.
-      process: The number of this one, from 0.
+      processes: Number of processes in the run.
+      process: Number of this process, from 0.
+
+    Raises:
+      ValueError: on construction, if the values do not fit each other.
     """
 
     distributed: bool = False
@@ -46,10 +49,10 @@ class DistributedConfig:
             )
 
     def start(self) -> None:
-        """Meets the other processes; must come before JAX is used.
+        """Meets the other processes; it must be called before JAX is used.
 
         Raises:
-          ValueError: if they are not found.
+          ValueError: if the processes do not find each other.
         """
         if not self.distributed:
             return
@@ -63,7 +66,7 @@ class DistributedConfig:
 
 
 def is_first() -> bool:
-    """Whether this process writes the files and talks to the terminal."""
+    """Says whether this process is the one that writes the files and talks to the terminal."""
     return jax.process_index() == 0
 
 
@@ -87,15 +90,20 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def chain_batch(data_hash: str, windows: Int[np.ndarray, "n w"], rows: Int[np.ndarray, " b"]):
-    """Returns ``data_hash`` chained with a batch: SHA-256 of it and of every window's SHA-256.
+def chain_batch(
+    data_hash: str, windows: Int[np.ndarray, "n w"], rows: Int[np.ndarray, " b"]
+) -> str:
+    """Returns the SHA-256 of ``data_hash`` and of the SHA-256 of every window in a batch.
 
     Each process reads its own share of the windows, and all get what one alone would get.
 
     Args:
-      data_hash: of the batches before, in hexadecimal.
-      windows: all windows.
-      rows: which of them the batch has.
+      data_hash: the hash chained over the batches before, in hexadecimal.
+      windows: the token ids of all windows.
+      rows: the numbers of the windows in the batch.
+
+    Returns:
+      The hash chained over all batches up to this one, in hexadecimal.
     """
     count, here = jax.process_count(), jax.process_index()
     share = -(-len(rows) // count)
@@ -111,7 +119,7 @@ def chain_batch(data_hash: str, windows: Int[np.ndarray, "n w"], rows: Int[np.nd
 
 
 def to_every_process(tree: Any) -> Any:
-    """Returns arrays that are spread over processes whole, as NumPy arrays on each of them."""
+    """Returns whole NumPy arrays on every process, of arrays that may be spread over them."""
     if jax.process_count() == 1:
         return tree
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

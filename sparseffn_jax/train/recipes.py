@@ -1,14 +1,15 @@
 """What trains, and at which rate: each recipe gives an optax transform and a tree of labels.
 
-A label says for every parameter ``"ffn"`` (part of a SparseFFN: new, with a rate of its own),
-``"rest"`` (whatever else trains) or ``"frozen"``. The transform is for the trainable part alone:
+Every parameter has a label: ``"ffn"`` if it is part of a SparseFFN, which is new and has a rate of
+its own, ``"rest"`` if it trains otherwise, and ``"frozen"`` if it does not train. The transform is
+for the trainable part alone:
 
     optimizer, labels = ffn_only(params, 1e-3, 5e-4)
     trainable, frozen = partition(params, labels)
     state = optimizer.init(trainable)
 
-so that taking gradients with respect to ``trainable`` leaves nothing behind for what is frozen:
-no gradient, no optimizer slot.
+Gradients are taken with respect to ``trainable``, so that what is frozen has neither a gradient
+nor an optimizer slot.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -38,10 +39,11 @@ def full(
 
     Args:
       params: the model's parameters, or their shapes.
-      learning_rate: of what is labelled ``"rest"``.
-      ffn_learning_rate: of what is labelled ``"ffn"``.
-      weight_decay: decoupled, of matrices only; embeddings and polynomial coefficients have none.
-      clip_norm: the largest global norm of the gradient that is let through.
+      learning_rate: the learning rate of what is labelled ``"rest"``.
+      ffn_learning_rate: the learning rate of what is labelled ``"ffn"``.
+      weight_decay: the decoupled weight decay of matrices; embeddings, polynomial coefficients and
+        vectors have none.
+      clip_norm: the global norm that a larger gradient is scaled down to.
 
     Returns:
       AdamW (Loshchilov & Hutter 2017, 1711.05101) after clipping, for the trainable part of
@@ -60,7 +62,10 @@ def ffn_only(
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
 ) -> tuple[optax.GradientTransformation, Labels]:
-    """Trains the feed-forward layers, sparse and dense; see :func:`full` for the arguments."""
+    """Trains the feed-forward layers, sparse and dense.
+
+    The arguments and what is returned are those of :func:`full`.
+    """
     return _recipe(params, is_ffn, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
 
 
@@ -72,9 +77,10 @@ def lora(
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
 ) -> tuple[optax.GradientTransformation, Labels]:
-    """Trains the feed-forward layers and the LoRA adapters; see :func:`full` for the arguments.
+    """Trains the feed-forward layers and the LoRA adapters.
 
-    ``params`` holds the adapters of :func:`sparseffn_jax.nn.lora.init_lora` under ``"lora"``.
+    The arguments and what is returned are those of :func:`full`; ``params`` holds the adapters of
+    :func:`sparseffn_jax.nn.lora.init_lora` under ``"lora"``.
 
     Raises:
       ValueError: if there are no adapters.
@@ -102,8 +108,8 @@ def stepwise(
 ) -> tuple[optax.GradientTransformation, Labels]:
     """Unfreezes in two stages: first the feed-forward layers, then attention and LayerNorm too.
 
-    Gradual unfreezing is from Howard & Ruder 2018 (1801.06146). Embeddings never train. See
-    :func:`full` for the other arguments.
+    Gradual unfreezing is from Howard & Ruder 2018 (1801.06146). Embeddings never train. ``stage``
+    says which stage it is; the other arguments and what is returned are those of :func:`full`.
     """
     trains = is_ffn if stage == 1 else lambda path: is_ffn(path) or _is_attention_or_norm(path)
     return _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
@@ -121,7 +127,7 @@ RECIPES: Mapping[str, tuple[Recipe, ...]] = MappingProxyType(
 
 
 def partition(params: Params, labels: Labels) -> tuple[Params, Params]:
-    """Splits a tree in two by its labels, (trainable, frozen): each lacks the other's leaves."""
+    """Splits a tree by its labels into (trainable, frozen); each lacks the other's leaves."""
     flat_labels = flatten_dict(labels)
     parts: tuple[dict, dict] = ({}, {})
     for path, leaf in flatten_dict(params).items():
@@ -130,7 +136,7 @@ def partition(params: Params, labels: Labels) -> tuple[Params, Params]:
 
 
 def split_ffn(params: Params) -> tuple[Params, Params]:
-    """Splits a tree in two by its paths, (feed-forward layers, rest); :func:`combine` undoes it."""
+    """Splits a tree by its paths into (feed-forward layers, rest); :func:`combine` undoes it."""
     parts: tuple[dict, dict] = ({}, {})
     for path, leaf in flatten_dict(params).items():
         parts[not is_ffn(path)][path] = leaf
@@ -138,19 +144,25 @@ def split_ffn(params: Params) -> tuple[Params, Params]:
 
 
 def is_ffn(path: Path) -> bool:
-    """Whether a path in the parameter tree leads into a feed-forward layer."""
+    """Says whether a path in the parameter tree leads into a feed-forward layer."""
     return "mlp" in path
 
 
 def combine(trainable: Params, frozen: Params) -> Params:
-    """The inverse of :func:`partition`, and of :func:`split_ffn`."""
+    """Joins two trees without common leaves, as :func:`partition` and :func:`split_ffn` give."""
     return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
 
 
 def warmup_cosine(peak: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """A linear rise to ``peak``, then a cosine down to a tenth of it (Brown et al. 2020, App. B).
+    """Returns a rate that rises linearly to ``peak`` and falls to a tenth of it by a cosine.
 
-    The first update already has a rate above zero.
+    The shape is GPT-3's (Brown et al. 2020, 2005.14165, appendix B); the first update already has
+    a rate above zero.
+
+    Args:
+      peak: the highest learning rate.
+      warmup_steps: the number of updates before the peak.
+      steps: the number of updates after which the rate is a tenth of the peak.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=peak / (warmup_steps + 1),

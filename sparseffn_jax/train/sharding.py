@@ -21,8 +21,8 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 _LARGE = 2**20
 
 Axes = tuple[str | None, ...]
-# Ends of paths, and the axis of each dimension; the first that fits a leaf's path and number of
-# dimensions counts, and what no rule names is replicated. Orientation: Flax's Dense keeps its
+# Each rule has the end of a path and the axis of each dimension. The first that fits a leaf's path
+# and number of dimensions counts, and a leaf that none fits is replicated. Flax's Dense keeps its
 # kernel as (in, out), FlaxConv1D as (out, in).
 RULES: tuple[tuple[str, Axes], ...] = (
     # Embeddings and head.
@@ -74,9 +74,9 @@ class Replicated:
     """A leaf that every device holds whole.
 
     Attributes:
-      path: of the leaf, joined by slashes.
-      shape: of the leaf.
-      bytes: that it takes on each device.
+      path: the names that lead to the leaf, joined by slashes.
+      shape: the leaf's shape.
+      bytes: the memory that the leaf takes on each device, in bytes.
     """
 
     path: str
@@ -85,10 +85,16 @@ class Replicated:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Reads sizes such as ``"data=2,fsdp=2,tensor=2"``; an axis left out has size 1.
+    """Reads the sizes of a mesh's axes.
+
+    Args:
+      text: sizes such as ``"data=2,fsdp=2,tensor=2"``; an axis that is left out has size 1.
+
+    Returns:
+      The size of each of the axes ``data``, ``fsdp`` and ``tensor``.
 
     Raises:
-      ValueError: if that is not what ``text`` is.
+      ValueError: if ``text`` has another form, names another axis or names one twice.
     """
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     given = set()
@@ -105,10 +111,14 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh of all ``devices``, by default all that there are.
+    """Returns a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
+
+    Args:
+      sizes: the size of each axis.
+      devices: the devices of the mesh; by default all that there are.
 
     Raises:
-      ValueError: if its size is not their number.
+      ValueError: if the product of the sizes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = tuple(sizes[axis] for axis in AXES)
@@ -125,14 +135,14 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
 def leaf_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedSharding:
     """Returns the sharding that the rules give a leaf.
 
-    An axis that does not divide its dimension goes to the largest other one that it divides, if
-    there is one.
+    An axis that does not divide its dimension goes to the largest other dimension that it divides,
+    if there is one.
 
     Args:
-      mesh: with the axes ``data``, ``fsdp`` and ``tensor``.
-      path: key path of the leaf in a tree of parameters, or in an optimizer's state that holds
+      mesh: a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
+      path: the key path of the leaf in a tree of parameters, or in an optimizer's state that holds
         such trees.
-      shape: of the leaf.
+      shape: the leaf's shape.
     """
     name = path_name(path)
     for pattern, axes in RULES:
@@ -142,10 +152,13 @@ def leaf_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedShardin
 
 
 def shardings(mesh: Mesh, tree: Any, *, gathered: bool = False) -> Any:
-    """Returns a tree like ``tree``, of arrays or their shapes, with every leaf's sharding.
+    """Returns a tree with the sharding of every leaf of ``tree``.
 
-    ``gathered`` gives the shardings in which a layer's computation takes its weights: those of
-    the table without ``fsdp``.
+    Args:
+      mesh: a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
+      tree: a tree of arrays or of their shapes.
+      gathered: whether to leave out ``fsdp``, which gives the shardings in which the computation
+        of a layer takes its weights.
     """
 
     def of_leaf(path, leaf):
@@ -156,7 +169,7 @@ def shardings(mesh: Mesh, tree: Any, *, gathered: bool = False) -> Any:
 
 
 def replicated_leaves(tree: Any, larger_than: int = _LARGE) -> list[Replicated]:
-    """Lists the arrays of more than ``larger_than`` bytes that every device holds whole."""
+    """Returns the arrays of more than ``larger_than`` bytes that every device holds whole."""
     return [
         Replicated(path_name(path), leaf.shape, leaf.nbytes)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -165,7 +178,7 @@ def replicated_leaves(tree: Any, larger_than: int = _LARGE) -> list[Replicated]:
 
 
 def path_name(path: Any) -> str:
-    """Joins the names in a key path by slashes, leaving out what is no dictionary's key."""
+    """Returns the dictionary keys in a key path, joined by slashes."""
     return "/".join(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 

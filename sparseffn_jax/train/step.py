@@ -1,13 +1,12 @@
-"""One optimizer update, compiled: loss, gradients of what trains, update."""
+"""What one training step computes: the loss, the gradient of what trains, and the update."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
@@ -28,14 +27,27 @@ Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """What an update changes: float32 master weights, and the optimizer's state for them."""
+    """What an update changes.
+
+    Attributes:
+      trainable: the parameters that train, as float32 master weights.
+      optimizer: the state of the stage's transform for them.
+    """
 
     trainable: Params
     optimizer: optax.OptState
 
 
 class Stage(NamedTuple):
-    """One stage of a recipe: its transform, labels, and rates by number of updates."""
+    """One stage of a recipe.
+
+    Attributes:
+      optimizer: the transform for the parameters that train.
+      labels: a tree like the parameters that says which of them train, see :mod:`.recipes`.
+      learning_rate: maps the number of updates in this stage to the rate of ``"rest"``.
+      ffn_learning_rate: maps the number of updates in this stage to the rate of ``"ffn"``.
+      end: the step after which the stage is over.
+    """
 
     optimizer: optax.GradientTransformation
     labels: Labels
@@ -44,25 +56,48 @@ class Stage(NamedTuple):
     end: int
 
 
-@dataclasses.dataclass(frozen=True)
-class StepMemory:
-    """What one compiled step needs, in bytes.
+class Update(Protocol):
+    """One optimizer update, as :func:`make_update` returns it and JAX compiles it.
 
-    Attributes:
-      temporary: activations, gradients and other buffers that live inside the step.
-      optimizer: the optimizer's slots.
-      trainable: the parameters that train.
+    Args:
+      state: the train state; the update returns the next one.
+      frozen: the parameters that do not train.
+      teacher_params: the teacher's parameters, or ``None`` without a teacher.
+      batch: int32 token ids, ``(batch_size, window + 1)``.
+      index: the step's number, from which dropout's keys come.
+      updates: the number of updates of the stage so far, by which the rates are scheduled.
+      rate_factor: the factor by which both learning rates are multiplied.
+
+    Returns:
+      The next state, and as metrics the float32 scalars ``loss`` (nats a token), ``grad_norm``
+      (before clipping), ``update_norm``, ``learning_rate`` and ``ffn_learning_rate``. With a
+      teacher there is ``cross_entropy`` (nats a token) as well, and where more than the
+      feed-forward layers trains, the norms of both parts: ``ffn_grad_norm``, ``rest_grad_norm``,
+      ``ffn_update_norm`` and ``rest_update_norm``. In float16 there are ``loss_scale`` and
+      ``overflow``, which is 1 if the gradient overflowed, so that nothing but the scale has
+      changed, and 0 otherwise.
     """
 
-    temporary: int
-    optimizer: int
-    trainable: int
+    def __call__(
+        self,
+        state: TrainState,
+        frozen: Params,
+        teacher_params: Params | None,
+        batch: Any,
+        index: Any,
+        updates: Any,
+        rate_factor: Any,
+    ) -> tuple[TrainState, dict[str, Any]]: ...
 
 
 def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp.float32) -> Stage:
-    """Builds stage ``index`` of the config's recipe for ``params`` (or their shapes).
+    """Builds a stage of the config's recipe.
 
-    ``dtype`` is that of the computation: in float16 the loss is scaled.
+    Args:
+      config: the settings.
+      params: all parameters, or their shapes.
+      index: the number of the stage, from 0.
+      dtype: the precision of the computation; in float16 the loss is scaled.
     """
     ends = (0, *config.stage_ends)
     steps = ends[index + 1] - ends[index]
@@ -78,7 +113,7 @@ def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp
 
 
 def add_adapters(config: TrainConfig, params: Params) -> Params:
-    """Returns ``params``, for the lora recipe with new adapters on attention under ``"lora"``."""
+    """Returns ``params``; the lora recipe adds new adapters on attention under ``"lora"``."""
     if config.recipe != "lora":
         return params
     key = jax.random.key(config.seed)
@@ -86,7 +121,7 @@ def add_adapters(config: TrainConfig, params: Params) -> Params:
 
 
 def merge_adapters(params: Params) -> Params:
-    """Returns the model's own parameters: those without adapters as they are."""
+    """Returns the model's own parameters, with the adapters, if there are any, merged in."""
     if "lora" not in params:
         return params
     params = dict(params)
@@ -100,10 +135,10 @@ def merge_adapters(params: Params) -> Params:
 def init_state(
     stage: Stage, params: Params, run: Callable[[Callable, Params], Any] | None = None
 ) -> tuple[TrainState, Params]:
-    """Splits ``params`` into a fresh train state, its leaves copied in float32, and the frozen.
+    """Returns a fresh train state, with float32 copies of what trains, and the frozen parameters.
 
     Args:
-      stage: whose labels say what trains.
+      stage: the stage that begins; its labels say what trains.
       params: all parameters.
       run: applies the optimizer's ``init`` to what trains; ``None`` compiles it for one device.
     """
@@ -120,7 +155,7 @@ def init_state(
 def make_step(
     model: nn.Module, stage: Stage, config: TrainConfig, teacher_model: nn.Module | None = None
 ):
-    """Returns :func:`make_update`'s update jitted; its first argument, the state, is donated."""
+    """Returns :func:`make_update`'s update under ``jax.jit``, which may overwrite its state."""
     update = make_update(model, stage, config, teacher_model)
     return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
 
@@ -129,7 +164,7 @@ def compiler_options() -> dict[str, str]:
     """Returns what XLA must be told to compile an update well on this backend."""
     if jax.default_backend() != "cpu":
         return {}
-    # It would remove optimization barriers before fusion, which they are there to bound.
+    # That pass removes optimization barriers before fusion, which they are there to bound.
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
@@ -141,59 +176,23 @@ def make_update(
     *,
     axis_name: str | None = None,
     gather: Callable[[Params], Params] = lambda params: params,
-):
+) -> Update:
     """Returns one update of a stage, to be compiled.
 
-    It maps ``(state, frozen, teacher_params, batch, index, updates, rate_factor)`` to ``(state,
-    metrics)``: ``batch`` holds ``(batch_size, window + 1)`` token ids; ``index`` is the step's
-    number, from which dropout's keys come; ``updates`` counts the stage's updates so far; and
-    ``rate_factor`` multiplies the learning rates. The metrics are the float32 scalars ``loss``,
-    ``grad_norm`` (before clipping), ``update_norm``, ``learning_rate`` and ``ffn_learning_rate``,
-    with a teacher ``cross_entropy``, and where more than the feed-forward layers trains, the
-    norms of both parts: ``ffn_grad_norm``, ``rest_grad_norm``, ``ffn_update_norm`` and
-    ``rest_update_norm``. In float16 also ``loss_scale`` and ``overflow``: 1 if the gradient
-    overflowed, so that nothing was updated and the scale is going to be smaller.
-
     Args:
-      model: a decoder.
+      model: the decoder that trains.
       stage: what trains, and by which transform.
       config: the settings.
-      teacher_model: to distil from.
+      teacher_model: the decoder to distil from, if any.
       axis_name: under ``jax.pmap``, the axis over which batches are dealt out: gradients and
         metrics are its means, so that replicas stay equal.
       gather: brings parameters that are stored in pieces to where the computation needs them.
     """
-
-    def loss_and_metrics(trainable, frozen, teacher_params, windows, key):
-        params = merge_adapters(gather(combine(trainable, frozen)))
-        inputs, targets = windows[:, :-1], windows[:, 1:]
-        logits, states = losses.forward(
-            model,
-            params,
-            inputs,
-            dropout_key=key if config.dropout else None,
-            with_hidden_states=config.hidden_weight > 0,
-        )
-        loss = cross_entropy = losses.cross_entropy(logits, targets)
-        if teacher_model is None:
-            return loss, {"loss": loss}
-        teacher_logits, teacher_states = losses.forward(
-            teacher_model,
-            gather(teacher_params),
-            inputs,
-            with_hidden_states=config.hidden_weight > 0,
-        )
-        if config.distill_weight > 0:
-            soft = losses.distillation_loss(logits, teacher_logits, config.temperature)
-            loss = (1.0 - config.distill_weight) * loss + config.distill_weight * soft
-        if config.hidden_weight > 0:
-            loss = loss + config.hidden_weight * losses.hidden_state_mse(states, teacher_states)
-        return loss, {"loss": loss, "cross_entropy": cross_entropy}
-
+    loss_and_metrics = _make_loss(model, config, teacher_model, gather)
     ffn, rest = split_ffn(stage.labels)
-    splits = all(set(jax.tree.leaves(part)) - {"frozen"} for part in (ffn, rest))
+    by_part = all(set(jax.tree.leaves(part)) - {"frozen"} for part in (ffn, rest))
 
-    def step(state, frozen, teacher_params, batch, index, updates, rate_factor):
+    def update(state, frozen, teacher_params, batch, index, updates, rate_factor):
         key = jax.random.fold_in(jax.random.key(config.seed), index)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -203,58 +202,105 @@ def make_update(
             loss, metrics = loss_and_metrics(*args)
             return loss if scale is None else scale * loss, metrics
 
-        gradient = jax.grad(scaled_loss, has_aux=True)
-
-        def microbatch_gradient(windows, number):
-            key_here = jax.random.fold_in(key, number)
-            return gradient(state.trainable, frozen, teacher_params, windows, key_here)
-
-        count = config.accumulate_steps
-        if count == 1:
-            grads, metrics = microbatch_gradient(batch, 0)
-        else:
-            # A scan, not optax.MultiSteps: that keeps its accumulator between updates, in memory
-            # and in checkpoints, and updates at some steps only.
-            microbatches = batch.reshape(count, -1, batch.shape[-1])
-
-            def add(total, numbered):
-                return jax.tree.map(jnp.add, total, microbatch_gradient(*numbered)), None
-
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(microbatch_gradient, microbatches[0], 0),
-            )
-            total, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(count)))
-            grads, metrics = jax.tree.map(lambda x: x / count, total)
+        gradient = partial(
+            jax.grad(scaled_loss, has_aux=True), state.trainable, frozen, teacher_params
+        )
+        grads, metrics = _mean_of_microbatches(gradient, batch, key, config.accumulate_steps)
         if scale is not None:
             grads = jax.tree.map(lambda x: x / scale, grads)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        if splits:
-            metrics |= _norms_by_part("grad_norm", grads)
+        metrics |= _norms("grad_norm", grads, by_part)
         if scale is not None:
             overflow = has_overflowed(scale, metrics["grad_norm"])
             metrics |= {"loss_scale": scale, "overflow": overflow.astype(jnp.float32)}
-        elif splits:
+        elif by_part:
             grads = _contain_ffn(grads, metrics)
-
-        deltas, optimizer = stage.optimizer.update(grads, state.optimizer, state.trainable)
-        deltas = jax.tree.map(lambda delta: rate_factor * delta, deltas)
-        metrics["update_norm"] = optax.tree.norm(deltas)
-        if splits:
-            metrics |= _norms_by_part("update_norm", deltas)
+        state, deltas = _apply(stage, state, grads, rate_factor)
+        metrics |= _norms("update_norm", deltas, by_part)
         metrics["learning_rate"] = rate_factor * stage.learning_rate(updates)
         metrics["ffn_learning_rate"] = rate_factor * stage.ffn_learning_rate(updates)
-        trainable: Any = optax.apply_updates(state.trainable, deltas)
-        return TrainState(trainable, optimizer), metrics
+        return state, metrics
 
-    return step
+    return update
 
 
-def _norms_by_part(name: str, tree: Params) -> dict[str, Any]:
-    ffn, rest = split_ffn(tree)
-    return {f"ffn_{name}": optax.tree.norm(ffn), f"rest_{name}": optax.tree.norm(rest)}
+def _make_loss(
+    model: nn.Module,
+    config: TrainConfig,
+    teacher_model: nn.Module | None,
+    gather: Callable[[Params], Params],
+) -> Callable:
+    """Returns what maps ``(trainable, frozen, teacher_params, windows, key)`` to loss and metrics.
+
+    ``windows`` holds the token ids of a microbatch, and ``key`` is for dropout.
+    """
+    with_states = config.hidden_weight > 0
+
+    def loss_and_metrics(trainable, frozen, teacher_params, windows, key):
+        params = merge_adapters(gather(combine(trainable, frozen)))
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        logits, states = losses.forward(
+            model,
+            params,
+            inputs,
+            dropout_key=key if config.dropout else None,
+            with_hidden_states=with_states,
+        )
+        loss = cross_entropy = losses.cross_entropy(logits, targets)
+        if teacher_model is None:
+            return loss, {"loss": loss}
+        teacher_logits, teacher_states = losses.forward(
+            teacher_model, gather(teacher_params), inputs, with_hidden_states=with_states
+        )
+        if config.distill_weight > 0:
+            soft = losses.distillation_loss(logits, teacher_logits, config.temperature)
+            loss = (1.0 - config.distill_weight) * loss + config.distill_weight * soft
+        if config.hidden_weight > 0:
+            loss = loss + config.hidden_weight * losses.hidden_state_mse(states, teacher_states)
+        return loss, {"loss": loss, "cross_entropy": cross_entropy}
+
+    return loss_and_metrics
+
+
+def _mean_of_microbatches(gradient: Callable, batch: Any, key: Any, count: int) -> Any:
+    """Returns the mean of ``gradient(windows, key)`` over ``count`` equal parts of a batch."""
+
+    def of_microbatch(windows, number):
+        return gradient(windows, jax.random.fold_in(key, number))
+
+    if count == 1:
+        return of_microbatch(batch, 0)
+    # A scan, not optax.MultiSteps: that keeps its accumulator between updates, in memory and in
+    # checkpoints, and updates at some steps only.
+    microbatches = batch.reshape(count, -1, batch.shape[-1])
+
+    def add(total, numbered):
+        return jax.tree.map(jnp.add, total, of_microbatch(*numbered)), None
+
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(of_microbatch, microbatches[0], 0),
+    )
+    total, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(count)))
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def _apply(stage: Stage, state: TrainState, grads: Params, rate_factor: Any) -> Any:
+    """Returns the state after one update by ``grads``, and how the parameters have changed."""
+    deltas, optimizer = stage.optimizer.update(grads, state.optimizer, state.trainable)
+    deltas: Any = jax.tree.map(lambda delta: rate_factor * delta, deltas)
+    trainable: Any = optax.apply_updates(state.trainable, deltas)
+    return TrainState(trainable, optimizer), deltas
+
+
+def _norms(name: str, tree: Params, by_part: bool) -> dict[str, Any]:
+    """Returns a tree's norm and, on request, those of its feed-forward layers and its rest."""
+    norms = {name: optax.tree.norm(tree)}
+    if by_part:
+        ffn, rest = split_ffn(tree)
+        norms |= {f"ffn_{name}": optax.tree.norm(ffn), f"rest_{name}": optax.tree.norm(rest)}
+    return norms
 
 
 def _contain_ffn(grads: Params, metrics: dict[str, Any]) -> Params:
@@ -262,32 +308,3 @@ def _contain_ffn(grads: Params, metrics: dict[str, Any]) -> Params:
     ffn, rest = split_ffn(grads)
     sound = jnp.isfinite(metrics["ffn_grad_norm"]) | ~jnp.isfinite(metrics["rest_grad_norm"])
     return combine(jax.tree.map(lambda x: jnp.where(sound, x, 0.0), ffn), rest)
-
-
-def step_memory(model: nn.Module, config: TrainConfig, window: int, stage: int = 0) -> StepMemory:
-    """Compiles a recipe's update without running it, and returns the memory that it needs.
-
-    Args:
-      model: a decoder; nothing of it is allocated.
-      config: recipe, batch size and microbatches.
-      window: tokens a window predicts.
-      stage: of the recipe.
-    """
-    ids = jax.ShapeDtypeStruct((1, window), jnp.int32)
-    params = jax.eval_shape(lambda i: model.init(jax.random.key(0), i)["params"], ids)
-    params = jax.eval_shape(lambda p: add_adapters(config, p), params)
-    this = make_stage(config, params, stage, model.dtype)
-    state, frozen = jax.eval_shape(lambda p: init_state(this, p), params)
-    batch = jax.ShapeDtypeStruct((config.batch_size, window + 1), jnp.int32)
-    step = make_step(model, this, config)
-    scalars = np.int32(0), np.int32(0), np.float32(1.0)
-    analysis: Any = step.lower(state, frozen, None, batch, *scalars).compile().memory_analysis()
-    return StepMemory(
-        temporary=analysis.temp_size_in_bytes,
-        optimizer=_bytes(state.optimizer),
-        trainable=_bytes(state.trainable),
-    )
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

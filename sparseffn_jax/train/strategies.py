@@ -1,8 +1,8 @@
-"""Where a run's arrays live and how its step is compiled: one device, replicas, or a mesh.
+"""Where a run's arrays live and how its step is compiled: on one device or on a mesh of them.
 
-The loop knows two forms of a tree of arrays. *Logical*: every leaf has the shape that the model
-knows. *Placed*: as the compiled step takes it. All strategies give the same losses for the same
-global batches, but for rounding and dropout.
+A tree of arrays is *placed* when its leaves lie on the devices where the compiled step takes them;
+their shapes are always those that the model knows. All strategies give the same losses for the
+same global batches, but for rounding and dropout.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,24 +19,21 @@ from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.step import Stage, TrainState, compiler_options, init_state
 
 StrategyName = Literal["single", "pmap", "mesh"]
-PMAP_AXIS = "replicas"
-# Of the step's arguments: index, updates, rate_factor.
+# Examples of the step's last three arguments: index, updates and rate_factor.
 _SCALARS = (np.int32(0), np.int32(0), np.float32(1.0))
 
 
 class SingleDevice:
-    """Everything on one device.
+    """Keeps everything on one device; also the interface of all strategies.
 
     Attributes:
-      batch_shards: parts that a batch is cut into.
-      axis_name: over which the step takes the mean of gradients, if any.
+      batch_shards: the number of parts that a batch is cut into, each for other devices.
     """
 
     batch_shards: int = 1
-    axis_name: str | None = None
 
     def check(self, config: TrainConfig) -> None:
-        """Raises ``ValueError`` if the batches cannot be cut as the strategy needs it."""
+        """Raises ``ValueError`` if the config's batches cannot be cut into the parts needed."""
         parts = self.batch_shards * config.accumulate_steps
         if config.batch_size % parts:
             raise ValueError(
@@ -45,32 +42,28 @@ class SingleDevice:
             )
 
     def init_state(self, stage: Stage, params: Any) -> tuple[TrainState, Any]:
-        """Returns a fresh train state and what is frozen, both placed, of logical ``params``."""
+        """Returns a fresh train state and the frozen parameters, both placed."""
         return init_state(stage, params)
 
     def place(self, tree: Any) -> Any:
-        """Places a logical tree that is only read: what lies right already is not copied."""
+        """Places a tree that is only read, without copying the leaves that lie right already."""
         return jax.tree.map(jnp.asarray, tree)
 
     def place_state(self, tree: Any) -> Any:
-        """Places a logical tree that steps will overwrite."""
+        """Places a tree so that steps may overwrite what it returns, and nothing else."""
         # A copy: on the CPU backend a view would share the buffers that the next step is given.
         return jax.tree.map(jnp.array, tree)
 
-    def logical(self, placed: Any) -> Any:
-        """The inverse of :meth:`place`; leaves stay on their devices."""
-        return placed
-
     def to_host(self, placed: Any) -> Any:
-        """Returns a logical copy in host memory; of a mesh of processes, each holds its part."""
+        """Returns a copy of a placed tree in host memory; each process holds what it placed."""
         return jax.tree.map(np.array, placed)
 
     def abstract(self, tree: Any) -> Any:
-        """Returns the shapes of a logical tree, with shardings where it is to be restored so."""
+        """Returns the leaves' shapes and dtypes, with the shardings in which to restore them."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     def gather(self, params: Any) -> Any:
-        """Within the step: brings parameters to where the computation needs them."""
+        """Called within the step: brings parameters to where the computation needs them."""
         return params
 
     def place_batch(self, windows: Int[np.ndarray, "n w"], rows: Int[np.ndarray, " b"]) -> Any:
@@ -78,81 +71,37 @@ class SingleDevice:
         return windows[rows]
 
     def place_evaluation(self, batch: Int[np.ndarray, "b w"]) -> Any:
-        """Returns a batch placed beside logical parameters."""
+        """Returns a batch for evaluation, placed where the parameters are."""
         return batch
 
     def compile(
         self, update: Callable, state: Any, frozen: Any, teacher: Any, batch_shape: tuple[int, int]
     ) -> Callable:
-        """Compiles an update for placed arguments; see :func:`make_update`."""
+        """Compiles an :class:`~sparseffn_jax.train.step.Update` for placed arguments.
+
+        Args:
+          update: the update.
+          state: the train state, or its shapes and shardings.
+          frozen: the parameters that do not train.
+          teacher: the teacher's parameters, or ``None``.
+          batch_shape: ``(batch_size, window + 1)``, the shape of a batch on all devices together.
+        """
         batch = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
         step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
         return step.lower(state, frozen, teacher, batch, *_SCALARS).compile()
 
-    def scalars(self, metrics: dict[str, Any]) -> dict[str, float]:
-        """Returns a step's metrics as numbers."""
-        return {name: float(value) for name, value in metrics.items()}
-
     def report(self, placed: Any) -> str | None:
-        """Returns what a user should know about the placement, or ``None``."""
+        """Returns a text on what a user should know about the placement, or ``None``."""
         return None
 
 
-class PmapReplicas(SingleDevice):
-    """``jax.pmap``: every device has all parameters and a part of the batch.
-
-    Placed leaves have a leading axis over this process's devices.
-    """
-
-    axis_name = PMAP_AXIS
-
-    def __init__(self):
-        self.batch_shards = jax.device_count()
-        mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (PMAP_AXIS,))
-        self._sharding = NamedSharding(mesh, PartitionSpec(PMAP_AXIS))
-
-    def init_state(self, stage, params):
-        return self.place(init_state(stage, params))
-
-    def place(self, tree):
-        count = jax.local_device_count()
-
-        def replicate(x):
-            return jax.device_put(np.broadcast_to(x, (count, *np.shape(x))), self._sharding)
-
-        return jax.tree.map(replicate, tree)
-
-    place_state = place
-
-    def logical(self, placed):
-        return jax.tree.map(lambda x: x.addressable_data(0)[0], placed)
-
-    def to_host(self, placed):
-        return jax.tree.map(lambda x: np.array(x.addressable_data(0)[0]), placed)
-
-    def place_batch(self, windows, rows):
-        own = np.split(rows, jax.process_count())[jax.process_index()]
-        return windows[own.reshape(jax.local_device_count(), -1)]
-
-    def compile(self, update, state, frozen, teacher, batch_shape):
-        # Compiled at its first call: only there does pmap make one array of all processes' parts.
-        return jax.pmap(
-            update,
-            axis_name=PMAP_AXIS,
-            in_axes=(0, 0, 0, 0, None, None, None),
-            donate_argnums=0,
-        )
-
-    def scalars(self, metrics):
-        return {name: float(x.addressable_data(0)[0]) for name, x in metrics.items()}
-
-
 class MeshSharding(SingleDevice):
-    """``jax.jit`` over a mesh, parameters laid out by :mod:`sparseffn_jax.train.sharding`.
+    """Lays parameters and batches out on a mesh, as :mod:`sparseffn_jax.train.sharding` says.
 
     Args:
-      mesh: such as ``"data=2,fsdp=2,tensor=2"``; its size is the number of devices.
-      devices: to take; by default all that there are.
+      mesh: the sizes of the mesh's axes, such as ``"data=2,fsdp=2,tensor=2"``; their product is
+        the number of devices.
+      devices: the devices of the mesh; by default all that there are.
 
     Raises:
       ValueError: if the mesh does not fit the devices.
@@ -237,7 +186,9 @@ def make_strategy(name: StrategyName, mesh: str | None = None) -> Strategy:
     """Returns a strategy by name.
 
     Args:
-      name: ``"single"``, ``"pmap"`` or ``"mesh"``.
+      name: ``"single"`` takes one device. ``"pmap"`` does what ``jax.pmap`` would do, on a mesh
+        whose ``data`` axis has all devices: each holds all parameters and computes a part of the
+        batch. ``"mesh"`` lays parameters and batch out over the axes that ``mesh`` gives.
       mesh: sizes of the mesh's axes, such as ``"data=2,fsdp=2,tensor=2"``; ``"mesh"`` needs it.
 
     Raises:
@@ -255,7 +206,7 @@ def make_strategy(name: StrategyName, mesh: str | None = None) -> Strategy:
             f"{jax.process_count()} processes cannot share one device: take strategy 'pmap' or "
             "'mesh'"
         )
-    return PmapReplicas() if name == "pmap" else SingleDevice()
+    return MeshSharding(f"data={jax.device_count()}") if name == "pmap" else SingleDevice()
 
 
 def _put(x: Any, where: NamedSharding) -> jax.Array:

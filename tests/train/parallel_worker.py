@@ -30,19 +30,34 @@ def main():
         two_processes(arguments.out, arguments.process)
 
 
-def fit(strategy, folder, steps=6, **changes):
-    """Returns the losses, the hash of the batches and the parameters of a run."""
+def model_params_config():
+    """Returns what all runs share."""
     import jax
     import numpy as np
-    from train_models import SPARSE_FFN, make_model, make_windows
+    from train_models import SPARSE_FFN, make_model
 
     from sparseffn_jax.train.config import TrainConfig
-    from sparseffn_jax.train.loop import train
 
     model, params = make_model((SPARSE_FFN, None))
-    params = jax.tree.map(np.asarray, params)
-    settings = {"recipe": "full", "learning_rate": 1e-3, "batch_size": 8, "save_every": 3}
-    config = TrainConfig(steps=steps, eval_every=steps, log_every=1, **settings, **changes)
+    config = TrainConfig(
+        steps=6,
+        recipe="full",
+        learning_rate=1e-3,
+        batch_size=8,
+        save_every=3,
+        eval_every=6,
+        log_every=1,
+    )
+    return model, jax.tree.map(np.asarray, params), config
+
+
+def fit(strategy, folder):
+    """Returns the losses, the hash of the batches and the parameters of a run."""
+    from train_models import make_windows
+
+    from sparseffn_jax.train.loop import train
+
+    model, params, config = model_params_config()
     losses = []
     result = train(
         model,
@@ -55,6 +70,35 @@ def fit(strategy, folder, steps=6, **changes):
     )
     validation = [r["validation_loss"] for r in result.history if "validation_loss" in r]
     return {"losses": losses, "validation": validation, "hash": result.data_hash}, result.params
+
+
+def losses_under_pmap():
+    """Returns the losses of a run whose update ``jax.pmap`` compiles, without the loop."""
+    import jax
+    import numpy as np
+    from train_models import make_windows
+
+    from sparseffn_jax.train.data import make_batches
+    from sparseffn_jax.train.step import init_state, make_stage, make_update
+
+    model, params, config = model_params_config()
+    stage = make_stage(config, params, 0)
+    count = jax.local_device_count()
+    state, frozen = jax.tree.map(
+        lambda x: np.broadcast_to(x, (count, *x.shape)), init_state(stage, params)
+    )
+    step = jax.pmap(
+        make_update(model, stage, config, axis_name="replicas"),
+        axis_name="replicas",
+        in_axes=(0, 0, None, 0, None, None, None),
+    )
+    batches, losses = make_batches(make_windows().train, config.batch_size, config.seed), []
+    for i in range(config.steps):
+        batch = next(batches)
+        batch = batch.reshape(count, -1, batch.shape[-1])
+        state, metrics = step(state, frozen, None, batch, i, i, 1.0)
+        losses.append(np.asarray(metrics["loss"]).tolist())
+    return losses
 
 
 def one_process(out):
@@ -90,6 +134,7 @@ def one_process(out):
         _, params = fit(strategy, out / "mesh")
         flat = {"/".join(path): np.asarray(x) for path, x in flatten_dict(params).items()}
         np.savez(out / f"mesh_on_{name}.npz", **flat)
+    seen["under_pmap"] = losses_under_pmap()
     seen["communication"] = communication(bytes_sent)
     (out / "seen.json").write_text(json.dumps(seen))
 
@@ -121,9 +166,14 @@ def communication(bytes_sent):
 
 
 def two_processes(out, process):
+    from sparseffn_jax.train.run_lock import RunFolderError
     from sparseffn_jax.train.strategies import make_strategy
 
     seen = {}
+    try:
+        fit(make_strategy("pmap"), out / "held")
+    except RunFolderError as error:
+        seen["refusal"] = str(error)
     for name, mesh in (("mesh", "data=2,fsdp=2,tensor=2"), ("pmap", None)):
         seen[name], _ = fit(make_strategy(name, mesh), out / name)
     (out / f"seen{process}.json").write_text(json.dumps(seen))

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.processes import DistributedConfig
+from sparseffn_jax.train.run_lock import hold_run_folder
 from sparseffn_jax.train.sharding import leaf_sharding, make_mesh, parse_mesh
-from sparseffn_jax.train.strategies import MeshSharding, PmapReplicas, make_strategy
+from sparseffn_jax.train.strategies import MeshSharding, make_strategy
 
 HERE = Path(__file__).parent
 
@@ -53,7 +54,8 @@ def two_processes(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ("--devices", 4, "--port", port)
-    finish(*(start(out, *options, "--process", i) for i in (0, 1)))
+    with hold_run_folder(out / "held"):
+        finish(*(start(out, *options, "--process", i) for i in (0, 1)))
     return [json.loads((out / f"seen{i}.json").read_text()) for i in (0, 1)], out
 
 
@@ -66,6 +68,14 @@ def test_eight_devices_train_as_one(eight, strategy):
     assert seen[strategy]["hash"] == seen["single"]["hash"]
 
 
+def test_an_update_under_pmap_trains_as_one_device(eight):
+    seen, _ = eight
+    losses = np.array(seen["under_pmap"])
+    assert losses.shape == (6, 8)
+    np.testing.assert_array_equal(losses, losses[:, :1].repeat(8, axis=1))
+    np.testing.assert_allclose(losses[:, 0], seen["single"]["losses"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("strategy", ["pmap", "mesh"])
 def test_two_processes_train_as_one_device(eight, two_processes, strategy):
     (first, second), out = two_processes
@@ -76,6 +86,11 @@ def test_two_processes_train_as_one_device(eight, two_processes, strategy):
     assert first[strategy]["hash"] == single["hash"]
     log = (out / strategy / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == list(range(1, 7))
+
+
+def test_two_processes_are_refused_a_folder_together(two_processes):
+    for seen in two_processes[0]:
+        assert f"process {os.getpid()} on host" in seen["refusal"]
 
 
 @pytest.mark.parametrize("onto", ["single", "four"])
@@ -171,7 +186,7 @@ def test_what_does_not_fit_is_refused():
     strategy.batch_shards = 8
     with pytest.raises(ValueError, match="batch_size=12 cannot be dealt out to 8 parts"):
         strategy.check(TrainConfig(batch_size=12))
-    assert PmapReplicas().batch_shards == count
+    assert make_strategy("pmap").batch_shards == count
     with pytest.raises(ValueError, match="belong together"):
         DistributedConfig(distributed=True, processes=2)
     with pytest.raises(ValueError, match="process=2 must lie between 0 and 1"):

@@ -1,0 +1,336 @@
+"""A run while it trains: its state, what one step does to it, and what it restores and saves."""
+
+import dataclasses
+import hashlib
+import time
+from typing import Any, Literal, NoReturn
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from sparseffn_jax.evaluate.losses import make_evaluator
+from sparseffn_jax.train import guard, processes
+from sparseffn_jax.train.checkpoints import CheckpointStore, Position, Snapshot
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.data import TokenWindows, make_batches
+from sparseffn_jax.train.metrics import MetricsLog, Record
+from sparseffn_jax.train.recipes import combine, is_ffn, partition
+from sparseffn_jax.train.sharding import path_name
+from sparseffn_jax.train.step import (
+    TrainState,
+    add_adapters,
+    init_state,
+    make_stage,
+    make_update,
+    merge_adapters,
+)
+from sparseffn_jax.train.strategies import Strategy
+
+Params = dict[str, Any]
+Resume = Literal["auto", "never", "must"]
+
+
+class Run:
+    """A run's changing parts, and how one step changes them.
+
+    It begins, or goes on from a checkpoint, when it is constructed; the arguments are those of
+    :func:`sparseffn_jax.train.loop.train`, and ``store`` holds the run's checkpoints.
+
+    Attributes:
+      position: where the run stands.
+
+    Raises:
+      ValueError: on construction, if the checkpoint is of other settings or of another model.
+      FileNotFoundError, FileExistsError: if the checkpoints are not as ``resume`` wants them.
+    """
+
+    position: Position
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params,
+        windows: TokenWindows,
+        config: TrainConfig,
+        store: CheckpointStore,
+        teacher: tuple[nn.Module, Params] | None,
+        strategy: Strategy,
+        resume: Resume,
+    ):
+        self._model, self._config, self._store = model, config, store
+        self._strategy, self._windows = strategy, windows
+        self._teacher_model, teacher_params = teacher or (None, None)
+        self._teacher_params = strategy.place(teacher_params)
+        self._evaluate = make_evaluator(model, strategy.place_evaluation)
+        # The batches are of row numbers: every process knows them, and reads what it needs.
+        rows = np.arange(len(windows.train))
+        self._batches = make_batches(rows, config.batch_size, config.seed)
+        self._settings = _settings(config, windows)
+        self._tokens, self._seconds = 0, 0.0
+        params = add_adapters(config, params)
+        latest = _step_to_resume(store, resume)
+        self._saved_step = latest or 0
+        if latest is None:
+            self._begin(params)
+        else:
+            self._restore(latest, params)
+
+    def model_params(self) -> Params:
+        """Returns the model's parameters as they are now, with the adapters merged."""
+        return merge_adapters(combine(self._state.trainable, self._frozen))
+
+    def start(self, log: MetricsLog) -> None:
+        """Shows what a user should know before the first step."""
+        self._log_warnings(log)
+        if report := self._strategy.report(combine(self._state.trainable, self._frozen)):
+            log.say(report)
+
+    def advance(self, log: MetricsLog) -> Record:
+        """Reads one batch, updates, lets the guard judge it, and logs; returns the metrics."""
+        if self.position.step == self._stage.end:
+            self.position = dataclasses.replace(
+                self.position, stage=self.position.stage + 1, updates=0
+            )
+            self._start_stage(combine(self._state.trainable, self._frozen))
+        # The snapshot is taken before the step and kept if the step's loss is good, so that only
+        # a state that has been seen to work is gone back to.
+        candidate = self._take_snapshot() if self._is_snapshot_due() else None
+        before = self.position
+        rows, metrics = self._update()
+        guard_state, verdict = guard.observe(self._config.guard, before.guard, metrics)
+        self.position = self._position_after(rows, metrics, guard_state)
+        if verdict in (guard.Verdict.DIVERGED, guard.Verdict.FFN_DIVERGED):
+            reason = guard.describe(self._config.guard, before.guard, verdict, metrics)
+            self._go_back(log, reason, verdict is guard.Verdict.FFN_DIVERGED)
+            return metrics
+        if verdict is guard.Verdict.GOOD and candidate is not None:
+            self._good = candidate
+            if candidate.position.step % self._config.save_every == 0:
+                self._save(candidate)
+        self._log_warnings(log)
+        if metrics.get("overflow"):
+            self._log_overflow(log, metrics)
+        else:
+            self._log(log, metrics)
+        return metrics
+
+    def save(self, log: MetricsLog) -> None:
+        """Writes a checkpoint of the run as it stands, complete enough to go on exactly."""
+        is_over = self.position.step == self._config.steps
+        snapshot = self._take_snapshot()
+        self._save(snapshot, None if is_over or snapshot is self._good else self._good)
+        self._store.wait()
+        self._log_warnings(log)
+
+    def _begin(self, params: Params) -> None:
+        self.position = Position(
+            step=0,
+            stage=0,
+            updates=0,
+            data=self._batches.get_state(),
+            data_hash=hashlib.sha256().hexdigest(),
+            guard=guard.GuardState(),
+        )
+        self._start_stage(params)
+
+    def _update(self) -> tuple[np.ndarray, Record]:
+        """Updates the state by the next batch; returns the numbers of its rows, and the metrics."""
+        started = time.perf_counter()
+        rows = next(self._batches)
+        batch = self._strategy.place_batch(self._windows.train, rows)
+        self._state, metrics = self._step(
+            self._state,
+            self._frozen,
+            self._teacher_params,
+            batch,
+            np.int32(self.position.step),
+            np.int32(self.position.updates),
+            np.float32(self.position.guard.rate_factor),
+        )
+        metrics = {name: float(value) for name, value in metrics.items()}
+        self._seconds += time.perf_counter() - started
+        self._tokens += len(rows) * (self._windows.train.shape[1] - 1)
+        return rows, metrics
+
+    def _position_after(
+        self, rows: np.ndarray, metrics: Record, guard_state: guard.GuardState
+    ) -> Position:
+        """Returns the position after the step that has read the batch of these rows."""
+        position = self.position
+        return Position(
+            step=position.step + 1,
+            stage=position.stage,
+            updates=position.updates + (not metrics.get("overflow")),
+            data=self._batches.get_state(),
+            data_hash=processes.chain_batch(position.data_hash, self._windows.train, rows),
+            guard=guard_state,
+        )
+
+    def _start_stage(self, params: Params) -> None:
+        self._stage = make_stage(self._config, params, self.position.stage, self._model.dtype)
+        self._state, self._frozen = self._strategy.init_state(self._stage, params)
+        self._good = Snapshot(self.position, self._strategy.to_host(self._state))
+        self._compile()
+
+    def _restore(self, step: int, params: Params) -> None:
+        """Takes everything from a checkpoint; ``params`` gives the names and shapes to find."""
+        self.position, last_good, settings = self._store.read(step)
+        self._check_settings(settings)
+        strategy = self._strategy
+        params = self._store.restore_params(step, params, strategy.abstract)
+        self._stage = make_stage(self._config, params, self.position.stage, self._model.dtype)
+        like, _ = jax.eval_shape(lambda p: init_state(self._stage, p), params)
+        like = strategy.abstract(like)
+        trainable, frozen = partition(params, self._stage.labels)
+        optimizer = self._store.restore_optimizer(step, like.optimizer)
+        self._state = strategy.place_state(TrainState(trainable, optimizer))
+        self._frozen = strategy.place(frozen)
+        good_position, good_state = self.position, self._state
+        if last_good is not None:
+            good_position = last_good
+            good_state = strategy.place_state(self._store.restore_last_good(step, like))
+        self._good = Snapshot(good_position, strategy.to_host(good_state))
+        self._batches.set_state(self.position.data)
+        self._compile()
+
+    def _check_settings(self, saved: dict[str, Any]) -> None:
+        changed = [name for name in self._settings if saved.get(name) != self._settings[name]]
+        if changed:
+            raise ValueError(
+                f"the run in {self._store.path} was started with other settings "
+                f"({', '.join(changed)}) and cannot go on with these: give another folder, or "
+                "what it was started with"
+            )
+
+    def _compile(self) -> None:
+        # Compiled ahead of time, so that neither the pace nor the time left counts it.
+        update = make_update(
+            self._model,
+            self._stage,
+            self._config,
+            self._teacher_model,
+            gather=self._strategy.gather,
+        )
+        batch_shape = (self._config.batch_size, self._windows.train.shape[1])
+        self._step = self._strategy.compile(
+            update, self._state, self._frozen, self._teacher_params, batch_shape
+        )
+
+    def _is_snapshot_due(self) -> bool:
+        step, config = self.position.step, self._config
+        return step % config.guard.snapshot_every == 0 or step % config.save_every == 0
+
+    def _take_snapshot(self) -> Snapshot:
+        if self._good.position.step == self.position.step:
+            return self._good
+        return Snapshot(self.position, self._strategy.to_host(self._state))
+
+    def _save(self, snapshot: Snapshot, last_good: Snapshot | None = None) -> None:
+        step = snapshot.position.step
+        if step > 0 and step != self._saved_step:
+            self._saved_step = step
+            self._store.save(snapshot, self._frozen, self._settings, last_good)
+
+    def _go_back(self, log: MetricsLog, reason: str, ffn_alone: bool) -> None:
+        limits, step = self._config.guard, self.position.step
+        state = guard.after_restore(limits, self.position.guard)
+        if state.restores > limits.max_restores:
+            self._give_up(reason)
+        good = self._good
+        good_state = self._strategy.place_state(good.state)
+        if ffn_alone:
+            self._state = _with_ffn_of(self._state, good_state)
+            self.position = dataclasses.replace(self.position, guard=state)
+        else:
+            self._state = good_state
+            self.position = dataclasses.replace(
+                self.position, updates=good.position.updates, guard=state
+            )
+        part = "feed-forward layers" if ffn_alone else "state"
+        log.event(
+            {
+                "step": step,
+                "event": "restore",
+                "part": part,
+                "reason": reason,
+                "restored_step": good.position.step,
+                "rate_factor": state.rate_factor,
+            },
+            f"step {step}: {reason}; restored the {part} of step {good.position.step}, going on "
+            f"past this batch with the learning rate times {state.rate_factor:g} "
+            f"(restore {state.restores} of {limits.max_restores})",
+        )
+
+    def _give_up(self, reason: str) -> NoReturn:
+        self._store.wait()
+        latest = self._store.sealed_step()
+        checkpoint = (
+            "no checkpoint had been written yet"
+            if latest is None
+            else f"the last good checkpoint is {self._store.path / str(latest)}"
+        )
+        raise guard.DivergenceError(
+            f"step {self.position.step}: {reason}; training diverged again after "
+            f"{self._config.guard.max_restores} restores, each with a lower rate; {checkpoint}. "
+            "Try a lower learning_rate or a longer warm-up"
+        )
+
+    def _log_warnings(self, log: MetricsLog) -> None:
+        for warning in self._store.take_warnings():
+            log.event(
+                {"step": self.position.step, "event": "checkpoint", "reason": warning}, warning
+            )
+
+    def _log_overflow(self, log: MetricsLog, metrics: Record) -> None:
+        step, scale = self.position.step, metrics["loss_scale"]
+        log.event(
+            {"step": step, "event": "overflow", "scale": scale},
+            f"step {step}: the gradient overflowed float16 with the loss times {scale:g}; going "
+            "on with half of that",
+        )
+
+    def _log(self, log: MetricsLog, metrics: Record) -> None:
+        config, step = self._config, self.position.step
+        tokens_per_second = self._tokens / self._seconds
+        log.advance(step, metrics["loss"], tokens_per_second)
+        is_last = step == config.steps
+        evaluates = config.eval_every and (is_last or step % config.eval_every == 0)
+        if not (evaluates or is_last or step % config.log_every == 0):
+            return
+        metrics["tokens_per_second"] = tokens_per_second
+        self._tokens, self._seconds = 0, 0.0
+        if evaluates:
+            microbatch = config.batch_size // config.accumulate_steps
+            metrics["validation_loss"] = self._evaluate(
+                self.model_params(), self._windows.validation, microbatch
+            )
+        log.record({"step": step} | metrics)
+
+
+def _settings(config: TrainConfig, windows: TokenWindows) -> dict[str, Any]:
+    """Returns what a resumed run must have in common with its beginning, ready for JSON."""
+    text = hashlib.sha256(windows.train.tobytes()).hexdigest()
+    return dataclasses.asdict(config) | {"training_text": text}
+
+
+def _step_to_resume(store: CheckpointStore, resume: Resume) -> int | None:
+    """Returns the step of the checkpoint to go on from, or ``None`` to begin; checks ``resume``."""
+    latest = store.latest_step()
+    if resume == "never" and latest is not None:
+        raise FileExistsError(
+            f"{store.path} already holds the checkpoints of a run, up to step {latest}: resume "
+            "it, or give another folder"
+        )
+    if resume == "must" and latest is None:
+        raise FileNotFoundError(f"there is no checkpoint to resume from in {store.path}")
+    return latest
+
+
+def _with_ffn_of(state: TrainState, good: TrainState) -> TrainState:
+    """Returns ``state`` with the feed-forward layers of ``good``, and their optimizer's slots."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, now, then: then if is_ffn(tuple(path_name(path).split("/"))) else now,
+        state,
+        good,
+    )
