@@ -4,7 +4,7 @@ PYTHON ?= python3
 FLAX_TESTS := tests/nn/test_flax.py tests/convert/test_checkpoint.py tests/test_cli.py
 PYTEST := -m pytest -q -n auto
 
-.PHONY: demo bench test lint format clean
+.PHONY: demo bench test lint format docs clean
 
 demo: .venv/.installed
 	.venv/bin/sparseffn demo
@@ -26,8 +26,12 @@ format: .venv/.installed-dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+# Executes the tutorials; a warning or a cell that raises fails it.
+docs: .venv/.installed-docs
+	.venv/bin/sphinx-build -W --keep-going -E -b html docs build/docs
+
 clean:
-	rm -rf .venv .venv-flax runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-flax runs build/docs .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,6 +40,10 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	.venv/bin/pip install --quiet --editable '.[test,torch,eval,lint]'
+	touch $@
+
+.venv/.installed-docs: .venv/.installed
+	.venv/bin/pip install --quiet --editable '.[docs]'
 	touch $@
 
 .venv-flax/.installed: pyproject.toml
