@@ -40,8 +40,8 @@ autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-# Fields stand in a table of their class instead of one entry each.
-napoleon_use_ivar = True
+# One list of a class's fields instead of an entry for each.
+napoleon_custom_sections = [("Attributes", "params_style")]
 maximum_signature_line_length = 88
 
 
