@@ -1,14 +1,18 @@
 """How Sphinx builds this site: without a network, and with the tutorials executed."""
 
 import os
-from importlib.metadata import version as version_of
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
+
+import sparseffn_jax
+
+_logger = logging.getLogger(__name__)
 
 project = "sparseffn_jax"
 author = "The authors of sparseffn_jax"
-version = release = version_of(project)
+version = release = sparseffn_jax.__version__
 copyright = author
 
 extensions = [
@@ -55,9 +59,18 @@ def _block_math(self, node):
     raise nodes.SkipNode
 
 
+def _check_reference(app, env):
+    documented = {name for name, *_ in env.domains["py"].get_objects()}
+    for name in sparseffn_jax.__all__:
+        if name != "__version__" and f"sparseffn_jax.{name}" not in documented:
+            _logger.warning("sparseffn_jax.%s is public, but the reference lacks it", name)
+
+
 def setup(app):
-    """Writes formulas as MathML, which browsers show without a script from the network."""
+    """Adds what Sphinx lacks: formulas without a script from the network, and a check."""
+    # Browsers show MathML by themselves.
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
+    app.connect("env-check-consistency", _check_reference)
 
 
 html_math_renderer = "mathml"
