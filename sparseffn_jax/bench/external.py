@@ -16,8 +16,6 @@ import numpy as np
 from jax.experimental import sparse
 from jaxtyping import Float
 
-from sparseffn_jax.ops.gemm import matmul
-
 Run = Callable[[], Any]
 Weight = Float[np.ndarray, "i o"]
 Precision = Literal["float32", "bfloat16"]
@@ -156,7 +154,7 @@ def _torch_gelu() -> Callable[[Any], Any]:
 
 
 def _jax_dense(weight: Any, block: int) -> Callable[[Any], Any]:
-    return lambda x: matmul(x, weight)
+    return lambda x: x @ weight
 
 
 def _jax_bcsr(weight: Any, block: int) -> Callable[[Any], Any]:

@@ -20,7 +20,6 @@ from sparseffn_jax.models.decoder import (
 )
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.ops.activations import get_activation
-from sparseffn_jax.ops.gemm import matmul
 
 
 class Conv1D(nn.Module):
@@ -41,7 +40,7 @@ class Conv1D(nn.Module):
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return matmul(x, kernel.T) + bias
+        return x @ kernel.T + bias
 
 
 class GPT2MLP(nn.Module):

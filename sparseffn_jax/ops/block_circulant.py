@@ -12,6 +12,7 @@ of them that are complex.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,12 +27,18 @@ from sparseffn_jax.ops.fourier import (
     complex_frequencies,
     dft_basis,
 )
-from sparseffn_jax.ops.gemm import matmul
-from sparseffn_jax.ops.hidden import Activate, HiddenMaps, HiddenPlan
+from sparseffn_jax.ops.hidden import (
+    Activate,
+    Channels,
+    HiddenMaps,
+    HiddenPlan,
+    Packed,
+    by_platform,
+    over_tokens,
+)
 from sparseffn_jax.ops.plans import costs
 from sparseffn_jax.ops.plans.choice import pick
 from sparseffn_jax.ops.plans.costs import Platform
-from sparseffn_jax.ops.tiling import over_tokens
 
 
 class Filter(NamedTuple):
@@ -60,6 +67,42 @@ class Blocks(NamedTuple):
 
     size: int
     frequencies: tuple[int, ...]
+
+
+def hidden_layer(
+    x: Float[Array, "*batch pb"],
+    weights: HiddenMaps,
+    blocks: Blocks,
+    activate: Activate,
+    channels: Channels,
+    *,
+    implementation: str | None = None,
+    packed: Packed | None = None,
+) -> Float[Array, "*batch rb"]:
+    """Runs a hidden layer between block-circulant maps by the plan for the platform compiled for.
+
+    Args:
+      x: (..., p * b).
+      weights: the maps' :class:`Filter`, in the dtype of ``x``.
+      blocks: block size and kept frequencies.
+      activate: the function between the maps.
+      channels: its biases and coefficients.
+      implementation: as in :func:`choose`.
+      packed: filters packed before, by their plan's layout; others are packed here.
+
+    Returns:
+      (..., r * b) in the dtype of ``x``.
+    """
+
+    def run(plan: HiddenPlan, x: Array, weights: HiddenMaps, channels: Channels) -> Array:
+        ready = (packed or {}).get(plan.layout)
+        return apply(x, ready or pack(weights, plan, blocks), plan, blocks, activate, channels)
+
+    return by_platform(
+        lambda platform: choose(math.prod(x.shape[:-1]), weights, blocks, platform, implementation),
+        run,
+        *(x, weights, channels),
+    )
 
 
 def choose(
@@ -120,13 +163,13 @@ def pack(weights: HiddenMaps, plan: HiddenPlan, blocks: Blocks) -> HiddenMaps:
 
 
 def apply(
-    x: Float[Array, "t pb"],
+    x: Float[Array, "*batch pb"],
     packed: HiddenMaps,
     plan: HiddenPlan,
     blocks: Blocks,
     activate: Activate,
-    channel: Any,
-) -> Float[Array, "t rb"]:
+    channels: Channels,
+) -> Float[Array, "*batch rb"]:
     """Applies block-circulant maps, an elementwise function and another block-circulant map.
 
     The ``"dft"`` plan keeps the hidden activations channel-major, ``(b, q, T)``: the frequencies
@@ -135,30 +178,27 @@ def apply(
     of tokens that the backward pass recomputes.
 
     Args:
-      x: (tokens, p * b).
+      x: (..., p * b).
       packed: filters as :func:`pack` returns them for ``plan``.
       plan: as :func:`choose` picks it.
       blocks: block size and kept frequencies.
-      activate: called with one array for each map of ``packed.up``, and ``channel``; the arrays
-        hold tokens and hidden channels in an order that depends on the plan.
-      channel: a tree of arrays whose last axis has the hidden width, or length 1; they are given
-        to ``activate`` so that they broadcast against the other arrays.
+      activate: the function between the maps.
+      channels: its biases and coefficients.
 
     Returns:
-      (tokens, r * b) in the dtype of ``x``.
-
-    Raises:
-      ValueError: if ``x`` has not the maps' channels.
+      (..., r * b) in the dtype of ``x``.
     """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if plan.down == "dft":
-        run = _channel_major(packed, blocks, activate, channel)
-        return over_tokens(run, x, plan.tile)
+        y = over_tokens(_channel_major(packed, blocks, activate, channels), rows, plan.tile)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
     with jax.named_scope("spectral_up"):
-        us = [multiply(x, weights, plan.down, blocks) for weights in packed.up]
+        us = [multiply(rows, weights, plan.down, blocks) for weights in packed.up]
     with jax.named_scope("polynomial"):
-        hidden = activate(us, channel)
+        hidden = activate(us, channels)
     with jax.named_scope("spectral_down"):
-        return multiply(hidden, packed.down, plan.down, blocks)
+        y = multiply(hidden, packed.down, plan.down, blocks)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def pack_map(filter: Filter, plan: str, blocks: Blocks) -> Any:
@@ -251,17 +291,17 @@ def _mix_all(
 
 
 def _channel_major(
-    packed: HiddenMaps, blocks: Blocks, activate: Activate, channel: Any
+    packed: HiddenMaps, blocks: Blocks, activate: Activate, channels: Channels
 ) -> Callable[[Float[Array, "t pb"]], Float[Array, "t rb"]]:
     spectrum = Spectrum.of(*blocks)
-    channel = jax.tree.map(lambda leaf: _channels_first(leaf, blocks.size), channel)
+    channels = jax.tree.map(lambda leaf: _channels_first(leaf, blocks.size), channels)
 
     def rows(x):
         with jax.named_scope("spectral_up"):
             components = spectrum.enter(x)
             us = [spectrum.synthesise(_mix_all(weights, components)) for weights in packed.up]
         with jax.named_scope("polynomial"):
-            hidden = activate(us, channel)
+            hidden = activate(us, channels)
         with jax.named_scope("spectral_down"):
             return spectrum.leave(_mix_all(packed.down, spectrum.analyse(hidden)))
 
@@ -289,11 +329,11 @@ def _split(x: Array, filter: Filter, blocks: Blocks) -> Array:
     # Filters are multiplied as they are stored, none of it copied: the few tokens are padded.
     spectrum = jnp.einsum("tpb,bfj->fjtp", x.reshape(tokens, p, block_size), basis)
     spectrum = spectrum.reshape(count, 2 * tokens, p)
-    out = matmul(spectrum, real).reshape(count, 2, tokens, q)
+    out = (spectrum @ real).reshape(count, 2, tokens, q)
     if len(imag):
         first = int(frequencies[0] == 0)
         last = first + len(imag)
-        turned = matmul(spectrum[first:last], imag).reshape(len(imag), 2, tokens, q)
+        turned = (spectrum[first:last] @ imag).reshape(len(imag), 2, tokens, q)
         turned = jnp.stack([-turned[:, 1], turned[:, 0]], axis=1)
         out += jnp.pad(turned, ((first, count - last), (0, 0), (0, 0), (0, 0)))
     y = jnp.einsum("fjtq,bfj->tqb", out, basis)
@@ -339,7 +379,7 @@ def _materialised(filter: Filter, blocks: Blocks) -> Array:
 
 def _dense(x: Array, matrix: Array, blocks: Blocks) -> Array:
     del blocks
-    return matmul(x, matrix)
+    return x @ matrix
 
 
 class _Plan(NamedTuple):

@@ -16,18 +16,61 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseffn_jax.ops.gemm import matmul
-from sparseffn_jax.ops.hidden import Activate, HiddenMaps, HiddenPlan, MapPlan
+from sparseffn_jax.ops.hidden import (
+    Activate,
+    Channels,
+    HiddenMaps,
+    HiddenPlan,
+    MapPlan,
+    Packed,
+    by_platform,
+    over_tokens,
+)
 from sparseffn_jax.ops.masks import BlockMask, decompress
 from sparseffn_jax.ops.plans import costs
-from sparseffn_jax.ops.plans.choice import by_platform, pick
+from sparseffn_jax.ops.plans.choice import pick
 from sparseffn_jax.ops.plans.costs import Platform
-from sparseffn_jax.ops.tiling import over_tokens
 
 # Activations, as one array or as one for each block of channels.
 Pieces = Sequence[Float[Array, "*t c"]]
 # The plan of a map without a mask.
 _PLAIN = "plain"
+
+
+def hidden_layer(
+    x: Float[Array, "*batch i"],
+    weights: HiddenMaps,
+    masks: HiddenMaps,
+    activate: Activate,
+    channels: Channels,
+    *,
+    implementation: str | None = None,
+    packed: Packed | None = None,
+) -> Float[Array, "*batch o"]:
+    """Runs a hidden layer between block-sparse maps by the plan for the platform compiled for.
+
+    Args:
+      x: (..., d_in).
+      weights: the maps' stored kernels, in the dtype of ``x``.
+      masks: the maps' :class:`BlockMask`; ``None`` is a dense map.
+      activate: the function between the maps.
+      channels: its biases.
+      implementation: as in :func:`block_sparse_matmul`.
+      packed: kernels packed before, by their plan's layout; others are packed here.
+
+    Returns:
+      (..., d_out) in the dtype of ``x``.
+    """
+
+    def run(plan: HiddenPlan, x: Array, weights: HiddenMaps, channels: Channels) -> Array:
+        ready = (packed or {}).get(plan.layout)
+        return apply(x, ready or pack(weights, plan, masks), plan, masks, activate, channels)
+
+    return by_platform(
+        lambda platform: choose(math.prod(x.shape[:-1]), weights, masks, platform, implementation),
+        run,
+        *(x, weights, channels),
+    )
 
 
 def choose(
@@ -71,13 +114,13 @@ def pack(weights: HiddenMaps, plan: HiddenPlan, masks: HiddenMaps) -> HiddenMaps
 
 
 def apply(
-    x: Float[Array, "t i"],
+    x: Float[Array, "*batch i"],
     packed: HiddenMaps,
     plan: HiddenPlan,
     masks: HiddenMaps,
     activate: Activate,
-    channel: Any,
-) -> Float[Array, "t o"]:
+    channels: Channels,
+) -> Float[Array, "*batch o"]:
     """Applies block-sparse maps, an elementwise function and another block-sparse map.
 
     Where both maps run as many GEMMs, hidden units stay in the blocks that the one makes and the
@@ -85,16 +128,15 @@ def apply(
     hidden layer is kept.
 
     Args:
-      x: (tokens, d_in).
+      x: (..., d_in).
       packed: weights as :func:`pack` returns them for ``plan``.
       plan: as :func:`choose` picks it.
       masks: the maps' :class:`BlockMask`; ``None`` is a dense map.
-      activate: called with one array of hidden channels, all or a block of them, for each map of
-        ``packed.up``, and the same channels of ``channel``.
-      channel: a tree of arrays whose last axis has the hidden width.
+      activate: the function between the maps.
+      channels: its biases.
 
     Returns:
-      (tokens, d_out) in the dtype of ``x``.
+      (..., d_out) in the dtype of ``x``.
 
     Raises:
       ValueError: if ``x`` has not the channels that the masks cover.
@@ -107,15 +149,16 @@ def apply(
         maps = zip(packed.up, plan.up, masks.up, strict=True)
         us = list(zip(*(_products([x], *each) for each in maps), strict=True))
         side = width // len(us)
-        channels = [
-            jax.tree.map(lambda leaf, start=start: leaf[..., start : start + side], channel)
+        parts = [
+            jax.tree.map(lambda leaf, start=start: leaf[..., start : start + side], channels)
             for start in range(0, width, side)
         ]
-        hidden = [activate(u, part) for u, part in zip(us, channels, strict=True)]
+        hidden = [activate(u, part) for u, part in zip(us, parts, strict=True)]
         return _join(_products(hidden, packed.down, plan.down, masks.down))
 
     if any(map(_is_unrolled, (*plan.up, plan.down))):
-        return over_tokens(rows, x, plan.tile)
+        y = over_tokens(rows, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), plan.tile)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
     return rows(x)
 
 
@@ -125,6 +168,7 @@ def block_sparse_matmul(
     mask: BlockMask,
     *,
     implementation: str | None = None,
+    packed: Packed | None = None,
 ) -> Float[Array, "*batch o"]:
     """Multiplies ``x`` by the block-sparse matrix that ``kernel`` and ``mask`` describe.
 
@@ -138,6 +182,7 @@ def block_sparse_matmul(
         by side) or ``"gather"`` (the same, all output blocks with equally many in one batched
         GEMM), or ``"masked"`` (a dense GEMM; the reference, and right near density 1), or
         ``None`` to choose. Plans of many GEMMs run in tiles of tokens.
+      packed: the kernel packed before, by its plan's layout; otherwise it is packed here.
 
     Returns:
       ``(..., mask.shape[1])`` in the dtype of ``x``, accumulated in float32.
@@ -148,15 +193,16 @@ def block_sparse_matmul(
     tokens = math.prod(x.shape[:-1])
 
     def run(plan: MapPlan, x: Array, kernel: Array) -> Array:
-        return multiply(x, pack_map(kernel, plan.name, mask), plan, mask)
+        ready = (packed or {}).get(plan.layout)
+        return multiply(
+            x, pack_map(kernel, plan.name, mask) if ready is None else ready, plan, mask
+        )
 
-    y = by_platform(
+    return by_platform(
         lambda platform: choose_map(tokens, kernel, mask, platform, implementation),
         run,
-        x.reshape(tokens, x.shape[-1]),
-        kernel,
+        *(x, kernel),
     )
-    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def choose_map(
@@ -177,9 +223,9 @@ def pack_map(kernel: Float[Array, "..."], plan: str, mask: BlockMask | None) -> 
 
 
 def multiply(
-    x: Float[Array, "t i"], packed: Any, plan: MapPlan, mask: BlockMask
-) -> Float[Array, "t o"]:
-    """Applies one map to (tokens, ``mask.shape[0]``), with weights packed for its plan.
+    x: Float[Array, "*batch i"], packed: Any, plan: MapPlan, mask: BlockMask
+) -> Float[Array, "*batch o"]:
+    """Applies one map to (..., ``mask.shape[0]``), with weights packed for its plan.
 
     Raises:
       ValueError: if ``x`` has not the channels that the mask covers.
@@ -189,7 +235,10 @@ def multiply(
     def rows(x: Array) -> Array:
         return _join(_products([x], packed, plan.name, mask))
 
-    return over_tokens(rows, x, plan.tile) if _is_unrolled(plan.name) else rows(x)
+    if not _is_unrolled(plan.name):
+        return rows(x)
+    y = over_tokens(rows, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), plan.tile)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _pick(
@@ -235,7 +284,7 @@ def _is_unrolled(plan: str) -> bool:
 
 def _products(xs: Pieces, packed: Any, plan: str, mask: BlockMask | None) -> Pieces:
     if mask is None:
-        return [matmul(_join(xs), packed)]
+        return [_join(xs) @ packed]
     how = _PLANS[plan]
     if how.is_unrolled:
         return how.apply(mask, _cut(xs, mask), packed)
@@ -265,7 +314,7 @@ def _slice(mask, x, kernel):
         x = x.reshape(*batch, mask.grid[0], bi)
         x = x.at[..., np.array(mask.live_rows), :].get(indices_are_sorted=True, unique_indices=True)
         x = x.reshape(*batch, kernel.shape[0])
-    y = matmul(x, kernel)
+    y = x @ kernel
     if len(mask.live_columns) == mask.grid[1]:
         return y
     out = jnp.zeros((*batch, mask.grid[1], bo), y.dtype)
@@ -291,7 +340,7 @@ def _rows(mask, xs, weights):
     _, columns = mask.coordinates()
     terms = [[] for _ in range(mask.grid[1])]
     for (row, stored), kernel in zip(mask.stored_in_row.items(), weights, strict=True):
-        products = matmul(xs[row], kernel)
+        products = xs[row] @ kernel
         for place, column in enumerate(columns[np.array(stored)]):
             terms[column].append(products[..., place * bo : (place + 1) * bo])
     zeros = jnp.zeros((*xs[0].shape[:-1], bo), xs[0].dtype)
@@ -308,8 +357,8 @@ def _rows_backward(mask, kept, dys):
     dxs, d_weights = [jnp.zeros_like(x) for x in xs], []
     for (row, stored), kernel in zip(mask.stored_in_row.items(), weights, strict=True):
         d_products = jnp.concatenate([dys[j] for j in columns[np.array(stored)]], axis=-1)
-        dxs[row] = matmul(d_products, kernel.T)
-        d_weights.append(matmul(xs[row].T, d_products))
+        dxs[row] = d_products @ kernel.T
+        d_weights.append(xs[row].T @ d_products)
     return tuple(dxs), tuple(d_weights)
 
 
@@ -324,7 +373,7 @@ def _columns(mask, xs, kernel):
         (stored,) = np.nonzero(columns == column)
         inputs = jnp.concatenate([xs[i] for i in rows[stored]], axis=-1)
         weights = kernel[stored[0] : stored[-1] + 1].reshape(len(stored) * bi, bo)
-        ys[column] = matmul(inputs, weights)
+        ys[column] = inputs @ weights
     return tuple(ys)
 
 
@@ -358,7 +407,7 @@ def _gather(mask, x, weights):
     for (group, stored), kernel in zip(_groups(mask), weights, strict=True):
         inputs = x[:, rows[stored]].transpose(1, 0, 2, 3)
         inputs = inputs.reshape(len(group), tokens, stored.shape[1] * bi)
-        y = jnp.matmul(inputs, kernel).astype(x.dtype)
+        y = inputs @ kernel
         if len(group) < len(out):
             y = out.at[group].set(y, indices_are_sorted=True, unique_indices=True)
         out = y
@@ -367,7 +416,7 @@ def _gather(mask, x, weights):
 
 def _masked(mask, x, matrix):
     del mask
-    return matmul(x, matrix)
+    return x @ matrix
 
 
 def _as_stored(kernel, mask):

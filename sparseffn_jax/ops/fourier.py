@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseffn_jax.ops.gemm import contract_first, matmul
-
 
 def complex_frequencies(frequencies: Sequence[int], block_size: int) -> tuple[int, ...]:
     """Returns those frequencies whose component has an imaginary part."""
@@ -116,7 +114,7 @@ def _transform(basis: np.ndarray, x: Float[Array, "b n T"]) -> Float[Array, "k n
     """Applies ``basis`` (b, k) along the first axis."""
     basis = np.ascontiguousarray(basis).astype(x.dtype)
     b, n, tokens = x.shape
-    y = contract_first(basis, x.reshape(b, n * tokens)).astype(x.dtype)
+    y = jnp.einsum("bk,bt->kt", basis, x.reshape(b, n * tokens))
     return y.reshape(len(y), n, tokens)
 
 
@@ -140,7 +138,7 @@ def _leave(basis: np.ndarray, x: Float[Array, "k n T"]) -> Float[Array, "T nb"]:
     k, n, tokens = x.shape
     # The product comes last: what a loop writes into its result can then be written as it is.
     rows = x.transpose(2, 1, 0).reshape(tokens * n, k)
-    return matmul(rows, jnp.asarray(basis, x.dtype)).reshape(tokens, n * basis.shape[1])
+    return (rows @ jnp.asarray(basis, x.dtype)).reshape(tokens, n * basis.shape[1])
 
 
 _enter.defvjp(

@@ -1,17 +1,77 @@
-"""What the operators that run a hidden layer have in common: its maps, their plans, what is between.
+"""How a hidden layer runs: its maps, what lies between them, its plan by platform, its tiles.
 
 Each operator is three pure functions: ``choose`` picks a plan for shapes and a platform, ``pack``
-brings weights into the form that the plan multiplies by, and ``apply`` runs the layer.
+brings weights into the form that the plan multiplies by, and ``apply`` runs the layer. Its
+``hidden_layer`` joins the three by :func:`by_platform`: the plan depends on the platform that the
+program is compiled for, which JAX knows only when it lowers the program. The operator is therefore
+traced for each platform whose plan differs, and lowering keeps the one that is right.
+
+A layer that does little arithmetic is bound by how often its hidden activations go to memory and
+back. In tiles of tokens they stay in cache; in the backward pass every tile recomputes them from
+its inputs, so that a layer keeps nothing for it but what it was given (Chen et al. 2016,
+1604.06174).
+
+Products are plain ``@``. XLA accumulates half precision in float32 by itself; asking for a float32
+result and casting it would say the same of the forward pass, but then the cotangent is cast up too,
+and both products of the backward pass run in float32.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from jaxtyping import Array
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
-# The elementwise function of a hidden layer, called with the outputs of the maps into it, one array
-# each, and a tree of arrays that broadcast against them.
-Activate = Callable[[Sequence[Array], Any], Array]
+from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.elementwise import add_bias
+from sparseffn_jax.ops.plans.costs import Platform
+from sparseffn_jax.ops.polynomial import evaluate
+
+Plan = TypeVar("Plan", bound="MapPlan | HiddenPlan")
+# Packed weights, by the layout that a plan wants.
+Packed = Mapping[str, Any]
+
+
+class Channels(NamedTuple):
+    """What hidden units have by channel; every array's last axis is the hidden width, or 1.
+
+    Attributes:
+      biases: of each map into the hidden units (width,); empty if the layer has none.
+      coefficients: (terms, width or 1) of a polynomial; ``None`` for a plain activation.
+    """
+
+    biases: tuple[Array, ...] = ()
+    coefficients: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Activate:
+    """The elementwise function of a hidden layer: ``phi(u + bias)``, gated times ``up + bias``.
+
+    Attributes:
+      activation: name of phi where there is no polynomial, as Hugging Face's configs have it.
+      degrees: degrees that a polynomial phi keeps, ascending; empty for a plain activation.
+      radius: R > 0 of the polynomial.
+    """
+
+    activation: str
+    degrees: tuple[int, ...] = ()
+    radius: float = 1.0
+
+    def __call__(self, us: Sequence[Array], channels: Channels) -> Array:
+        if channels.biases:
+            us = [add_bias(u, bias) for u, bias in zip(us, channels.biases, strict=True)]
+        if channels.coefficients is None:
+            hidden = get_activation(self.activation)(us[0])
+        else:
+            hidden = evaluate(
+                us[0], channels.coefficients, degrees=self.degrees, radius=self.radius
+            )
+        return hidden if len(us) == 1 else hidden * us[1]
 
 
 class MapPlan(NamedTuple):
@@ -60,3 +120,65 @@ class HiddenMaps(NamedTuple):
 
     up: tuple[Any, ...]
     down: Any
+
+
+def by_platform(
+    choose: Callable[[Platform], Plan], run: Callable[..., Array], *operands: Any
+) -> Array:
+    """Runs an operator by the plan for the platform that the program is compiled for.
+
+    Args:
+      choose: gives the plan for a platform.
+      run: called with the plan and the operands.
+      *operands: trees of arrays.
+    """
+    on_cpu, on_gpu = choose("cpu"), choose("gpu")
+    if on_cpu == on_gpu:
+        return run(on_cpu, *operands)
+    return jax.lax.platform_dependent(
+        *operands, cpu=functools.partial(run, on_cpu), default=functools.partial(run, on_gpu)
+    )
+
+
+# Rows of a tile come in multiples of this: what vector units and GEMM kernels like.
+_ROWS = 16
+_KEPT = "kept"
+
+
+def kept(x: Array) -> Array:
+    """Marks what :func:`over_tokens` keeps for the backward pass, because it is narrow."""
+    return checkpoint_name(x, _KEPT)
+
+
+def over_tokens(
+    function: Callable[[Float[Array, "t i"]], Float[Array, "t o"]],
+    x: Float[Array, "T i"],
+    tile: int | None,
+) -> Float[Array, "T o"]:
+    """Applies a function that maps every row by itself, tile by tile, recomputed in backward.
+
+    Args:
+      function: of a tile's rows; may close over arrays, which get their gradients. What it marks
+        by :func:`kept` is not recomputed.
+      x: all rows.
+      tile: the most rows in a tile; ``None`` takes all rows at once.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    function = jax.checkpoint(function, policy=policy)
+    tokens, channels = x.shape
+    if tile is None or tokens <= tile:
+        return function(x)
+    count, rows = _tiles(tokens, tile)
+    padded = jnp.pad(x, ((0, count * rows - tokens), (0, 0)))
+    y = jax.lax.map(function, padded.reshape(count, rows, channels))
+    return y.reshape(count * rows, y.shape[-1])[:tokens]
+
+
+def _tiles(tokens: int, tile: int) -> tuple[int, int]:
+    """Returns how many tiles to take, and of how many rows."""
+    fewest = -(-tokens // tile)
+    # Padding copies all rows twice: tiles a little smaller that need none are cheaper.
+    for count in range(fewest, 2 * fewest):
+        if tokens % (count * _ROWS) == 0:
+            return count, tokens // count
+    return fewest, _ROWS * -(-tokens // (fewest * _ROWS))

@@ -7,17 +7,26 @@ whose transform is learned from data instead of being Fourier's. It is two plain
 and :func:`apply` runs a hidden layer between two such maps.
 """
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseffn_jax.ops.gemm import contract_first, matmul
-from sparseffn_jax.ops.hidden import Activate, HiddenMaps, HiddenPlan
+from sparseffn_jax.ops.hidden import (
+    Activate,
+    Channels,
+    HiddenMaps,
+    HiddenPlan,
+    Packed,
+    by_platform,
+    kept,
+    over_tokens,
+)
 from sparseffn_jax.ops.plans import costs
 from sparseffn_jax.ops.plans.choice import pick
 from sparseffn_jax.ops.plans.costs import Platform
-from sparseffn_jax.ops.tiling import kept, over_tokens
 
 
 class Factors(NamedTuple):
@@ -30,6 +39,40 @@ class Factors(NamedTuple):
 
     axes: Float[Array, "i r"]
     filter: Float[Array, "r o"]
+
+
+def hidden_layer(
+    x: Float[Array, "*batch i"],
+    weights: HiddenMaps,
+    activate: Activate,
+    channels: Channels,
+    *,
+    implementation: str | None = None,
+    packed: Packed | None = None,
+) -> Float[Array, "*batch o"]:
+    """Runs a hidden layer between low-rank maps by the plan for the platform compiled for.
+
+    Args:
+      x: (..., d_in).
+      weights: the maps' :class:`Factors`, in the dtype of ``x``.
+      activate: the function between the maps.
+      channels: its biases and coefficients.
+      implementation: as in :func:`choose`.
+      packed: weights packed before, by their plan's layout; others are packed here.
+
+    Returns:
+      (..., d_out) in the dtype of ``x``, accumulated in float32.
+    """
+
+    def run(plan: HiddenPlan, x: Array, weights: HiddenMaps, channels: Channels) -> Array:
+        ready = (packed or {}).get(plan.layout)
+        return apply(x, ready or pack(weights, plan), plan, activate, channels)
+
+    return by_platform(
+        lambda platform: choose(math.prod(x.shape[:-1]), weights, platform, implementation),
+        run,
+        *(x, weights, channels),
+    )
 
 
 def choose(
@@ -73,49 +116,49 @@ def pack(weights: HiddenMaps, plan: HiddenPlan) -> HiddenMaps:
 
 
 def apply(
-    x: Float[Array, "t i"],
+    x: Float[Array, "*batch i"],
     packed: HiddenMaps,
     plan: HiddenPlan,
     activate: Activate,
-    channel: Any,
-) -> Float[Array, "t o"]:
+    channels: Channels,
+) -> Float[Array, "*batch o"]:
     """Applies low-rank maps, an elementwise function and another low-rank map.
 
     It works in tiles of tokens that the backward pass recomputes: nothing as wide as the hidden
     layer is kept.
 
     Args:
-      x: (tokens, d_in).
+      x: (..., d_in).
       packed: weights as :func:`pack` returns them for ``plan``.
       plan: as :func:`choose` picks it.
-      activate: called with one (tokens, width) array for each map of ``packed.up``, and
-        ``channel``.
-      channel: a tree of arrays whose last axis has the hidden width, or length 1.
+      activate: the function between the maps.
+      channels: its biases and coefficients.
 
     Returns:
-      (tokens, d_out) in the dtype of ``x``, accumulated in float32.
+      (..., d_out) in the dtype of ``x``, accumulated in float32.
     """
 
     def rows(x):
         with jax.named_scope("spectral_up"):
             us = [multiply(x, matrices) for matrices in packed.up]
         with jax.named_scope("polynomial"):
-            hidden = activate(us, channel)
+            hidden = activate(us, channels)
         with jax.named_scope("spectral_down"):
             return multiply(hidden, packed.down)
 
-    return over_tokens(rows, x, plan.tile)
+    y = over_tokens(rows, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), plan.tile)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def pack_map(factors: Factors, plan: str) -> tuple[Array, ...]:
     """Returns the matrices of one map: both factors, or ``"merged"`` their product."""
-    return (matmul(*factors),) if plan == "merged" else tuple(factors)
+    return (factors.axes @ factors.filter,) if plan == "merged" else tuple(factors)
 
 
 def multiply(x: Float[Array, "*batch i"], matrices: tuple[Array, ...]) -> Float[Array, "*batch o"]:
     """Multiplies by the matrices of one map in turn."""
     if len(matrices) == 1:
-        return matmul(x, *matrices)
+        return x @ matrices[0]
     axes, filter = matrices
     # A few components a token: kept for the backward pass, they save it the GEMM behind them.
     return _project(kept(_project(x, axes)), filter)
@@ -123,21 +166,21 @@ def multiply(x: Float[Array, "*batch i"], matrices: tuple[Array, ...]) -> Float[
 
 @jax.custom_vjp
 def _project(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
-    """:func:`matmul` whose kernel's gradient is computed with its longer side last.
+    """Returns ``x @ kernel``, whose kernel's gradient is computed with its longer side last.
 
     On CPU a product of few columns and many rows takes several times as long as its transpose.
     """
-    return matmul(x, kernel)
+    return x @ kernel
 
 
 def _project_backward(stored, dy):
     x, kernel = stored
     rows, grads = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
     if kernel.shape[0] <= kernel.shape[1]:
-        dk = contract_first(rows, grads)
+        dk = jnp.einsum("ti,to->io", rows, grads)
     else:
-        dk = contract_first(grads, rows).T
-    return matmul(dy, kernel.T), dk.astype(kernel.dtype)
+        dk = jnp.einsum("to,ti->oi", grads, rows).T
+    return dy @ kernel.T, dk.astype(kernel.dtype)
 
 
 _project.defvjp(lambda x, kernel: (_project(x, kernel), (x, kernel)), _project_backward)

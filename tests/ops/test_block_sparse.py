@@ -11,7 +11,7 @@ from numerics import alive, assert_close, dense_of, dot_generals, draw, value_an
 
 from sparseffn_jax.ops import block_sparse
 from sparseffn_jax.ops.block_sparse import block_sparse_matmul
-from sparseffn_jax.ops.hidden import HiddenMaps
+from sparseffn_jax.ops.hidden import Activate, Channels, HiddenMaps
 from sparseffn_jax.ops.masks import BlockMask, decompress
 from sparseffn_jax.ops.plans import costs
 
@@ -127,10 +127,10 @@ def test_under_transformations(name):
         assert_close(summed, x64.T @ cotangent64 * alive(mask))
 
 
-def hidden_layer(x, weights, masks, activate, channel, implementation=None):
+def hidden_layer(x, weights, masks, channels, implementation=None):
     plan = block_sparse.choose(len(x), weights, masks, "cpu", implementation)
     packed = block_sparse.pack(weights, plan, masks)
-    return block_sparse.apply(x, packed, plan, masks, activate, channel)
+    return block_sparse.apply(x, packed, plan, masks, Activate("tanh"), channels)
 
 
 @pytest.mark.parametrize("tile", [None, 16])
@@ -166,8 +166,7 @@ def test_a_gated_ffn_equals_float64(up, down, tile, monkeypatch):
             x.reshape(40, 12),
             HiddenMaps((gate, up), down),
             HiddenMaps((up_mask, up_mask), down_mask),
-            lambda us, bias: jnp.tanh(us[0] + bias) * us[1],
-            bias,
+            Channels((bias, jnp.zeros_like(bias))),
         ).reshape(x.shape)
 
     def dense(kernel, mask):
@@ -201,8 +200,7 @@ def test_a_block_sparse_ffn_keeps_no_hidden_activations():
             x,
             HiddenMaps((kernel,), down),
             HiddenMaps((mask,), back),
-            lambda us, _: jnp.tanh(us[0]),
-            None,
+            Channels(),
             "rows",
         )
 

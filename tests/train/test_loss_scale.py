@@ -13,7 +13,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from train_models import make_model
 
 from sparseffn_jax.evaluate import losses
-from sparseffn_jax.ops.gemm import matmul
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.guard import DivergenceError, GuardConfig
 from sparseffn_jax.train.loop import train
@@ -194,4 +193,4 @@ def test_norms_softmax_and_loss_are_float32(dtype, windows):
 def test_products_accumulate_in_float32(dtype):
     # In either half precision a running sum of ones comes to a stop before 4096.
     ones = jnp.ones((2, 4096), dtype)
-    np.testing.assert_array_equal(np.asarray(matmul(ones, ones.T), np.float32), 4096.0)
+    np.testing.assert_array_equal(np.asarray(ones @ ones.T, np.float32), 4096.0)

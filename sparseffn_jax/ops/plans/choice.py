@@ -1,27 +1,19 @@
-"""How a plan is picked: a forced name, a table of measured plans, or the cost model.
-
-An operator's plan depends on the platform that the program is compiled for, which JAX knows only
-when it lowers the program. :func:`by_platform` therefore traces the operator for each platform
-whose plan differs, and lowering keeps the one that is right.
-"""
+"""How a plan is picked: a forced name, a table of measured plans, or the cost model."""
 
 import contextlib
 import contextvars
 import dataclasses
-import functools
 import json
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax
 
 from sparseffn_jax.ops.plans.costs import Platform
 
-P = TypeVar("P")
-T = TypeVar("T")
 Problem = tuple[int | str | bool, ...]
 
 
@@ -139,22 +131,6 @@ def pick(
     return plan
 
 
-def by_platform(choose: Callable[[Platform], P], run: Callable[..., T], *operands: Any) -> T:
-    """Runs an operator by the plan for the platform that the program is compiled for.
-
-    Args:
-      choose: gives the plan for a platform.
-      run: called with the plan and the operands.
-      *operands: trees of arrays.
-    """
-    on_cpu, on_gpu = choose("cpu"), choose("gpu")
-    if on_cpu == on_gpu:
-        return run(on_cpu, *operands)
-    return jax.lax.platform_dependent(
-        *operands, cpu=functools.partial(run, on_cpu), default=functools.partial(run, on_gpu)
-    )
-
-
 def platform_of(tree: Any) -> Platform:
     """Returns the platform of the device that arrays lie on, or that JAX would put them on."""
     for leaf in jax.tree.leaves(tree):
@@ -207,3 +183,13 @@ def recorded() -> Iterator[list[Choice]]:
         _recording.reset(token)
         here = _platform(jax.devices()[0])
         picked[:] = [choice for choice in picked if choice.platform == here]
+
+
+@contextlib.contextmanager
+def using(path: Path | None) -> Iterator[None]:
+    """Follows the table in a file inside the block; ``None`` follows none. Raises as :func:`use`."""
+    if path is None:
+        yield
+        return
+    with use(PlanTable.load(path)):
+        yield

@@ -5,9 +5,8 @@ import pytest
 from numerics import assert_close, dot_generals, draw, value_and_vjp
 
 from sparseffn_jax.ops import block_circulant, low_rank
-from sparseffn_jax.ops.hidden import HiddenMaps
+from sparseffn_jax.ops.hidden import Activate, Channels, HiddenMaps, kept, over_tokens
 from sparseffn_jax.ops.plans import costs
-from sparseffn_jax.ops.tiling import kept, over_tokens
 
 
 # Tiles that divide the tokens, smaller ones that do, none that does, and one tile for all.
@@ -55,19 +54,17 @@ def test_spectral_branches_are_the_same_in_tiles(operator, monkeypatch):
     blocks = block_circulant.Blocks(4, (0, 1, 2))
 
     def layer(x, bias, *factors):
-        def activate(us, bias):
-            return jnp.tanh(us[0] + bias)
-
+        activate, channels = Activate("tanh"), Channels((bias,))
         if operator == "block_circulant":
             first, last = (block_circulant.Filter(*part) for part in (factors[:2], factors[2:]))
             weights = HiddenMaps((first,), last)
             plan = block_circulant.choose(len(x), weights, blocks, "cpu", "dft")
             packed = block_circulant.pack(weights, plan, blocks)
-            return block_circulant.apply(x, packed, plan, blocks, activate, bias)
+            return block_circulant.apply(x, packed, plan, blocks, activate, channels)
         first, last = (low_rank.Factors(*part) for part in (factors[:2], factors[2:]))
         weights = HiddenMaps((first,), last)
         plan = low_rank.choose(len(x), weights, "cpu", "two_gemms")
-        return low_rank.apply(x, low_rank.pack(weights, plan), plan, activate, bias)
+        return low_rank.apply(x, low_rank.pack(weights, plan), plan, activate, channels)
 
     whole = value_and_vjp(layer, (x, bias, *factors), cotangent)
     # JAX would give the program back that it traced before.
