@@ -1,6 +1,5 @@
 """The command line, ``sparseffn``: demo, convert, finetune, evaluate, generate, inspect, bench."""
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -36,7 +35,7 @@ from sparseffn_jax.measure.layers import describe_layer
 from sparseffn_jax.measure.records import make_folder, write_json
 from sparseffn_jax.models.generation import Sampling
 from sparseffn_jax.models.text_generation import stream_text
-from sparseffn_jax.ops.plans.choice import PlanTable, use
+from sparseffn_jax.ops.plans.choice import PlanTable, using
 from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.train.config import TrainConfig
@@ -83,6 +82,7 @@ class Convert:
       calibration_windows: Windows of it to use.
       distill_steps: Of layer-wise distillation; 0 for none.
       seed: Of the choice of windows.
+      plans: Table of measured plans to choose by, as "inspect --autotune" writes it.
       overwrite: Replace an existing model in --out.
     """
 
@@ -94,6 +94,7 @@ class Convert:
     calibration_windows: int = 128
     distill_steps: int = 300
     seed: int = 0
+    plans: Path | None = None
     overwrite: bool = False
 
     def run(self, console: Console) -> None:
@@ -147,6 +148,7 @@ class Finetune:
         or "mesh", parameters and batch laid out over --mesh. A run may be resumed with another.
       mesh: Sizes of the mesh's axes, such as data=2,fsdp=2,tensor=2: data counts replicas, fsdp
         and tensor share one copy of the parameters, tensor also each layer's work.
+      plans: Table of measured plans to choose by, as "inspect --autotune" writes it.
       cluster: How several processes meet; see --distributed.
     """
 
@@ -160,6 +162,7 @@ class Finetune:
     resume: Resume = "auto"
     strategy: StrategyName = "single"
     mesh: str | None = None
+    plans: Path | None = None
     cluster: tyro.conf.OmitArgPrefixes[DistributedConfig] = dataclasses.field(
         default_factory=DistributedConfig
     )
@@ -214,6 +217,7 @@ class Evaluate:
       window: Tokens in a window; default n_positions.
       stride: Tokens between the beginnings of two windows.
       batch_size: Windows computed at once; changes the time, not the result.
+      plans: Table of measured plans to choose by, as "inspect --autotune" writes it.
       json: File to write loss, tokens and perplexity to.
     """
 
@@ -222,6 +226,7 @@ class Evaluate:
     window: int | None = None
     stride: int | None = None
     batch_size: int = 8
+    plans: Path | None = None
     json: Path | None = None
 
     def run(self, console: Console) -> None:
@@ -272,6 +277,7 @@ class Generate:
       top_p: Sample from the likeliest tokens only, as few as have this probability together.
       repetition_penalty: Above 1 makes tokens that are there already less likely.
       stop: Strings that end the text; they are not printed.
+      plans: Table of measured plans to choose by, as "inspect --autotune" writes it.
       seed: Of sampling.
     """
 
@@ -283,6 +289,7 @@ class Generate:
     top_p: float | None = None
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    plans: Path | None = None
     seed: int = 0
 
     def run(self, console: Console) -> None:
@@ -332,9 +339,7 @@ class Inspect:
         pretrained = load_pretrained(self.model)
         if self.autotune:
             self._autotune(pretrained, console)
-        with contextlib.ExitStack() as stack:
-            if self.plans is not None:
-                stack.enter_context(use(PlanTable.load(self.plans)))
+        with using(self.plans):
             self._show(pretrained, console)
 
     def _autotune(self, pretrained: Pretrained, console: Console) -> None:
@@ -413,7 +418,10 @@ def main(argv: list[str] | None = None) -> None:
             description="Sparse feed-forward layers for pretrained transformers.",
             args=argv,
         )
-        command.run(Console())
+        # Inspect shows what a table changes, and writes it first if it is asked to.
+        plans = None if isinstance(command, Inspect) else getattr(command, "plans", None)
+        with using(plans):
+            command.run(Console())
     except KeyboardInterrupt as interrupt:
         errors.print(str(interrupt) or "stopped", markup=False, highlight=False)
         sys.exit(130)

@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import sparse
 from jaxtyping import Float
 
+from sparseffn_jax.ops.plans.choice import platform_of
+
 Run = Callable[[], Any]
 Weight = Float[np.ndarray, "i o"]
 Precision = Literal["float32", "bfloat16"]
@@ -44,7 +46,7 @@ class ExternalPeer:
 
     def refusal(self, precision: Precision = "float32") -> str | None:
         """Says why this peer cannot run here, or ``None`` if it can."""
-        platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
+        platform = platform_of(None)
         if platform not in self.platforms:
             return f"it needs a {' or '.join(self.platforms)}, this is a {platform}"
         if precision not in self.precisions:

@@ -1,4 +1,4 @@
-"""What a measurement leaves behind: its folder, its JSON file and the versions it was taken with."""
+"""What a measurement leaves behind: a folder, a JSON file, the versions it was taken with."""
 
 import json
 import os

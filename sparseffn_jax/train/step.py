@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from sparseffn_jax.evaluate import losses
 from sparseffn_jax.nn.lora import init_lora, is_attention_kernel, merge_lora
+from sparseffn_jax.ops.plans.choice import platform_of
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.loss_scale import dynamic_loss_scale, has_overflowed, scale_of
 from sparseffn_jax.train.recipes import (
@@ -160,9 +161,13 @@ def make_step(
     return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
 
 
-def compiler_options() -> dict[str, str]:
-    """Returns what XLA must be told to compile an update well on this backend."""
-    if jax.default_backend() != "cpu":
+def compiler_options(arguments: Any = None) -> dict[str, str]:
+    """Returns what XLA must be told to compile an update well for where its arguments lie.
+
+    Args:
+      arguments: arrays, or shapes with shardings; ``None`` stands for JAX's first device.
+    """
+    if platform_of(arguments) != "cpu":
         return {}
     # That pass removes optimization barriers before fusion, which they are there to bound.
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}

@@ -87,7 +87,7 @@ class SingleDevice:
           batch_shape: ``(batch_size, window + 1)``, the shape of a batch on all devices together.
         """
         batch = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
-        step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
+        step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options(state))
         return step.lower(state, frozen, teacher, batch, *_SCALARS).compile()
 
     def report(self, placed: Any) -> str | None:
@@ -161,7 +161,7 @@ class MeshSharding(SingleDevice):
         step = jax.jit(
             update,
             donate_argnums=0,
-            compiler_options=compiler_options(),
+            compiler_options=compiler_options(state),
             out_shardings=(sharding.shardings(self.mesh, state), everywhere),
         )
         return step.lower(state, frozen, teacher, batch, *_SCALARS).compile()

@@ -50,9 +50,15 @@ LAYERS = {
         D, 128, spectral=SpectralConfig("low_rank", 48, rank=8, down_rank=5),
         polynomial=PolynomialConfig(degree=4, radius=0.5, groups=6), micro=micro(),
     ),
-    "circulant, odd polynomial": SparseFFNConfig(D, 128, spectral=circulant(8), polynomial=SLOPE),
-    "circulant without DC and Nyquist": SparseFFNConfig(D, 128, "gelu", spectral=circulant(8, 1, 3)),
-    "circulant of DC and Nyquist alone": SparseFFNConfig(D, 128, "silu", spectral=circulant(4, 0, 2)),
+    "circulant, odd polynomial": SparseFFNConfig(
+        D, 128, spectral=circulant(8), polynomial=SLOPE
+    ),
+    "circulant without DC and Nyquist": SparseFFNConfig(
+        D, 128, "gelu", spectral=circulant(8, 1, 3)
+    ),
+    "circulant of DC and Nyquist alone": SparseFFNConfig(
+        D, 128, "silu", spectral=circulant(4, 0, 2)
+    ),
     "odd circulant": SparseFFNConfig(30, 120, spectral=circulant(5, 0, 2, width=60), polynomial=SLOPE),
     "unstructured masks": SparseFFNConfig(
         D, 128, "relu", micro=micro(up_mask=SCATTERED_IN, down_mask=SCATTERED_OUT)

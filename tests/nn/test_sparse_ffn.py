@@ -30,6 +30,7 @@ from sparseffn_jax.config import (
 from sparseffn_jax.measure.costs import flops_per_token
 from sparseffn_jax.measure.flops import count_flops
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
+from sparseffn_jax.ops.block_sparse import block_sparse_matmul
 from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.ops.plans import costs
 from sparseffn_jax.ops.plans.choice import recorded
@@ -391,6 +392,31 @@ def test_a_call_with_another_plan_packs_its_own_weights():
     both = layer.pack(params, 1, 3000)
     assert len(both["packed"]["spectral"]) == 2
     assert_close(layer.apply(both, many), y)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"), [("low rank", None), ("circulant", "dft"), ("unstructured core", None)]
+)
+def test_tiles_follow_the_platform_that_is_lowered_for(name, plan):
+    config = with_plans(CONFIGS[name], plan, "rows")
+    layer, params = SparseFFN(config), {"params": shapes_of(config)}
+    # More tokens than a tile has on CPU; elsewhere all are taken at once.
+    x = jax.ShapeDtypeStruct((200_000, D), jnp.float32)
+    traced = jax.jit(lambda v, x: jax.grad(lambda v: layer.apply(v, x).sum())(v)).trace(params, x)
+    assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "stablehlo.while" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_plan_is_chosen_for_each_platform():
+    scattered = BlockMask.from_array(np.eye(8, dtype=bool) | (np.arange(8) == 0), (64, 64))
+    (x, kernel), _ = draw(0, (2048, 512), scattered.kernel_shape)
+    traced = jax.jit(lambda x, k: block_sparse_matmul(x, k, scattered)).trace(x, kernel)
+    # A GEMM a block row on CPU; on a GPU one for all block columns with equally many blocks.
+    products = [
+        traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.dot_general")
+        for platform in ("cpu", "cuda")
+    ]
+    assert products == [8, 2]
 
 
 def test_a_training_layer_has_no_packed_weights():

@@ -132,10 +132,14 @@ def pick(
 
 
 def platform_of(tree: Any) -> Platform:
-    """Returns the platform of the device that arrays lie on, or that JAX would put them on."""
+    """Returns the platform of the devices that arrays, or shapes with shardings, lie on.
+
+    Where they lie nowhere yet it is the platform of the device that JAX would put them on.
+    """
     for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            return _platform(next(iter(leaf.devices())))
+        placed = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if placed is not None:
+            return _platform(next(iter(placed.device_set)))
     return _platform(jax.devices()[0])
 
 
@@ -187,7 +191,7 @@ def recorded() -> Iterator[list[Choice]]:
 
 @contextlib.contextmanager
 def using(path: Path | None) -> Iterator[None]:
-    """Follows the table in a file inside the block; ``None`` follows none. Raises as :func:`use`."""
+    """Follows the table in a file inside the block, as :func:`use` does; ``None`` follows none."""
     if path is None:
         yield
         return
