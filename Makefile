@@ -1,7 +1,7 @@
 # Each target creates what it needs: a virtual environment and the packages in it.
 PYTHON ?= python3
 # Needs transformers < 5, the last line with Flax models; the CLI runs the rest of the package.
-FLAX_TESTS := tests/nn/test_flax.py tests/convert/test_checkpoint.py tests/test_cli.py
+FLAX_TESTS := tests/models/test_flax.py tests/checkpoints tests/test_cli.py
 PYTEST := -m pytest -q -n auto
 
 .PHONY: demo bench test lint format docs clean
