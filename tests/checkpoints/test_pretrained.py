@@ -144,7 +144,7 @@ def split_in_two(tensors):
         ("transformer.h.11.ln_1.bias", "transformer.h.11.ln_1.bias", False),
         ("transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_attn.kernel", True),
         ("transformer.h.7.mlp.c_proj.weight", "transformer.h.7.mlp.c_proj.kernel", True),
-        ("transformer.h.7.mlp.expand.axes", "transformer.h.7.mlp.expand.axes", False),
+        ("transformer.h.7.mlp.spectral.up.axes", "transformer.h.7.mlp.spectral.up.axes", False),
         ("transformer.ln_f.weight", "transformer.ln_f.scale", False),
         ("lm_head.weight", "lm_head.kernel", True),
     ],
@@ -489,7 +489,7 @@ def test_what_cannot_be_saved(tmp_path):
     own, own_params = make_model((None, lambda **_: nn.Dense(D, name="mlp")))
     with pytest.raises(CheckpointError, match="layer 1 has an FFN of your own"):
         save_pretrained(tmp_path / "model", own, own_params)
-    with pytest.raises(CheckpointError, match=r"params lacks 7 of .*h\.0\.mlp\.contract\.axes, "):
+    with pytest.raises(CheckpointError, match=r"params lacks 7 of .*h\.0\.mlp\.spectral\.down"):
         save_pretrained(tmp_path / "model", GPT2LMHeadModel(model.config, (LOW_RANK, None)), params)
     wider = GPT2LMHeadModel(make_config(n_positions=25))
     with pytest.raises(CheckpointError, match=r"params holds .*wpe.embedding with shape"):

@@ -98,7 +98,7 @@ def test_weight_decay_is_for_matrices_alone(params):
         for path in updates
         if path.endswith(("kernel", "axes", "filter", "kernel/a", "kernel/b"))
     }
-    assert "transformer/h/0/mlp/polynomial" in updates
+    assert "transformer/h/0/mlp/spectral/polynomial" in updates
 
 
 def test_gradients_are_clipped_by_their_global_norm():
