@@ -41,7 +41,7 @@ from sparseffn_jax.checkpoints.untrusted import (
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.models.decoder import Decoder, DecoderSpec, Dtype
 from sparseffn_jax.models.families import family
-from sparseffn_jax.models.names import NAME_MAPS, NameMap
+from sparseffn_jax.models.names import NameMap
 
 PathLike = str | os.PathLike[str]
 # The folder of a small GPT-2 that writes Python; its README.md says what it was trained on.
@@ -132,8 +132,9 @@ def load_pretrained(
     else:
         folder, ffns, where = None, (), "the config"
         config, weights = _open_live(source)
-    expected = _expected_leaves(family(config.model_type)(config, ffns), where)
-    params = _load(weights, expected, NAME_MAPS[config.model_type], param_dtype, sharding)
+    model = family(config.model_type)(config, ffns)
+    expected = _expected_leaves(model, where)
+    params = _load(weights, expected, model.names, param_dtype, sharding)
     return Pretrained(config, params, ffns, folder)
 
 
@@ -167,18 +168,17 @@ def save_pretrained(
         are not the model's, or if a layer's FFN is neither dense nor a ``SparseFFNConfig``.
     """
     target = Path(folder).expanduser().resolve()
-    names = NAME_MAPS[model.config.model_type]
     tensors = _in_memory("params", flatten_dict(dict(params), sep="."))
     expected = _expected_leaves(model, "the model's config")
     placed = {path: (path, False) for path in tensors}
-    _check_names("params", placed, expected, names)
+    _check_names("params", placed, expected, model.names)
     _check_shapes(tensors, placed, expected)
     config = _config_json(model, tensors, dtype)
     try:
         check_replaceable(target, overwrite)
         with _replacing(target) as staging:
             (staging / "config.json").write_text(config, encoding="utf-8")
-            _write_safetensors(staging, tensors, names, dtype, max_shard_size)
+            _write_safetensors(staging, tensors, model.names, dtype, max_shard_size)
             _write_tokenizer(staging, tokenizer)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error

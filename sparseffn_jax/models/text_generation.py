@@ -72,7 +72,7 @@ def stream_text(
       A piece for each prompt, which may be empty.
 
     Raises:
-      ValueError: as :func:`sparseffn_jax.models.generation.generate`; also if a stop string is empty.
+      ValueError: as :func:`sparseffn_jax.models.generation.generate`, or if a stop string is empty.
     """
     if "" in stop:
         raise ValueError("a stop string is empty: it would stop before the first token")

@@ -33,7 +33,6 @@ from sparseffn_jax.config import (
     SpectralConfig,
 )
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
-from sparseffn_jax.models.names import GPT2
 from sparseffn_jax.ops.masks import BlockMask
 
 D, D_FF, VOCAB = 32, 128, 97
@@ -150,10 +149,11 @@ def split_in_two(tensors):
     ],
 )
 def test_names_go_both_ways(name, path, transposed):
-    assert GPT2.to_path(name) == (path, transposed)
-    assert GPT2.to_name(path) == (name, transposed)
-    assert GPT2.to_path(path) == (path, False)  # Flax's own names need no rule.
-    assert GPT2.to_path(name.removeprefix("transformer.")) == (path, transposed)
+    names = GPT2LMHeadModel.names
+    assert names.to_path(name) == (path, transposed)
+    assert names.to_name(path) == (name, transposed)
+    assert names.to_path(path) == (path, False)  # Flax's own names need no rule.
+    assert names.to_path(name.removeprefix("transformer.")) == (path, transposed)
 
 
 # --- loading -----------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from train_models import SPARSE_FFN, make_model
 
-from sparseffn_jax.nn.lora import init_lora, is_attention_kernel
+from sparseffn_jax.models.paths import is_attention_kernel
+from sparseffn_jax.nn.lora import init_lora
 from sparseffn_jax.train import recipes
 from sparseffn_jax.train.recipes import combine, partition, warmup_cosine
 
