@@ -7,7 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseffn_jax.checkpoints.pretrained import CheckpointError, PathLike, save_pretrained
+from sparseffn_jax.checkpoints.errors import CheckpointError
+from sparseffn_jax.checkpoints.folders import PathLike
+from sparseffn_jax.checkpoints.pretrained import save_pretrained
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.models.decoder import (
     FFN,

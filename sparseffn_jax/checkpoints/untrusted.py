@@ -16,6 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sparseffn_jax.checkpoints.errors import CheckpointError
+
 # A checkpoint of 100 billion parameters has some thousands of tensors, described in under a
 # megabyte.
 _MOST_TENSORS = 100_000
@@ -48,10 +50,6 @@ SAFETENSORS_BITS = {
     "I64": 64,
     "U64": 64,
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message says why, and how to mend it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ import pytest
 import transformers
 from tiny_models import D, make_model, shapes_of
 
+from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.export import export_dense
-from sparseffn_jax.checkpoints.pretrained import CheckpointError, load_pretrained
+from sparseffn_jax.checkpoints.pretrained import load_pretrained
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,

@@ -17,14 +17,10 @@ from flax.traverse_util import flatten_dict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from sparseffn_jax.checkpoints import pretrained
-from sparseffn_jax.checkpoints.pretrained import (
-    CheckpointError,
-    check_tokenizer,
-    load_pretrained,
-    load_tokenizer,
-    save_pretrained,
-)
+from sparseffn_jax.checkpoints import folders, weights
+from sparseffn_jax.checkpoints.errors import CheckpointError
+from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -302,7 +298,7 @@ def test_a_hub_name(tmp_path, monkeypatch):
         calls.append((name, allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr(pretrained, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(folders, "snapshot_download", snapshot_download)
     assert_same_tree(load_pretrained("someone/some-gpt2").params, params)
     assert {name for name, _ in calls} == {"someone/some-gpt2"}
     # The msgpack is fetched because there was no safetensors, and never a pickle.
@@ -472,7 +468,7 @@ def test_a_failed_save_leaves_what_was(tmp_path, monkeypatch, exists):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "save_file", save_file)
+    monkeypatch.setattr(weights, "save_file", save_file)
     with pytest.raises(CheckpointError, match=r"cannot write .*model: .*No space left on device"):
         save_pretrained(tmp_path / "model", model, params, overwrite=True)
     assert snapshot(tmp_path) == before

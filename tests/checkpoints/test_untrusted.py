@@ -7,8 +7,8 @@ import pytest
 import safetensors.numpy
 from flax import serialization
 
+from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.untrusted import (
-    CheckpointError,
     check_finite,
     check_safetensors,
     check_sizes,
