@@ -24,7 +24,7 @@ from sparseffn_jax.checkpoints.errors import CheckpointError, one_line, some
 from sparseffn_jax.checkpoints.folders import MSGPACK, SAFETENSORS
 from sparseffn_jax.checkpoints.untrusted import (
     check_finite,
-    check_safetensors,
+    open_safetensors,
     read_flax_msgpack,
     read_json,
 )
@@ -191,22 +191,15 @@ def _open_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> Weig
 
 
 def _open_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        check_safetensors(file)
-        handle = safe_open(file, framework="numpy")
-        tensors = {}
-        for name in handle.keys():  # noqa: SIM118 (the handle itself cannot be iterated)
-            header = handle.get_slice(name)
-            read = functools.partial(_read_finite, name, str(file), _read_tensor(name), file)
-            code = str(header.get_dtype())
-            dtype = _DTYPES_BY_CODE.get(code, code)
-            tensors[name] = Tensor(str(file), tuple(header.get_shape()), dtype, read)
-        return tensors
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is not a whole safetensors file ({one_line(error)}): it is damaged, cut "
-            "short, or a Git LFS pointer; copy or download it again"
-        ) from error
+    handle = open_safetensors(file)
+    tensors = {}
+    for name in handle.keys():  # noqa: SIM118 (the handle itself cannot be iterated)
+        header = handle.get_slice(name)
+        read = functools.partial(_read_finite, name, str(file), _read_tensor(name), file)
+        code = str(header.get_dtype())
+        dtype = _DTYPES_BY_CODE.get(code, code)
+        tensors[name] = Tensor(str(file), tuple(header.get_shape()), dtype, read)
+    return tensors
 
 
 def _read_tensor(name: str) -> Callable[[Path], np.ndarray]:
