@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from sparseffn_jax.models.decoder import Decoder, DecoderSpec
+from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.models.gptj import GPTJForCausalLM
 from sparseffn_jax.models.llama import LlamaForCausalLM
@@ -52,15 +52,6 @@ def family(model_type: Any) -> type[Decoder]:
             f"model_type={model_type!r}: known model families are {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
-
-
-def decoder_spec(config: Any) -> DecoderSpec:
-    """Returns what a config says, under one name in all families.
-
-    Raises:
-      ValueError: if its family is not known, or the config cannot be honoured.
-    """
-    return family(getattr(config, "model_type", None)).spec_of(config)
 
 
 def _is_class_variable(annotation: Any) -> bool:

@@ -30,7 +30,7 @@ from sparseffn_jax.config import (
 )
 from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.models.decoder import ffn_module, init_cache, layers_of
-from sparseffn_jax.models.families import FAMILIES, decoder_spec, family
+from sparseffn_jax.models.families import FAMILIES, family
 from sparseffn_jax.models.paths import is_attention_kernel, is_attention_or_norm
 from sparseffn_jax.nn.lora import init_lora
 from sparseffn_jax.sparsify.sizing import size_model
@@ -83,7 +83,7 @@ ALL_CONFIGS = [(name, variant) for name in CONFIGS for variant in CONFIGS[name]]
 
 
 def sparse_ffn(name):
-    spec = decoder_spec(make_config(name))
+    spec = FAMILIES[name].spec_of(make_config(name))
     return SparseFFNConfig(
         D,
         spec.d_ff,
@@ -270,7 +270,7 @@ def test_remat_and_dropout(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_family_says_of_itself(name):
     config = make_config(name)
-    spec = decoder_spec(config)
+    spec = FAMILIES[name].spec_of(config)
     assert (spec.n_layer, spec.d_model, spec.d_ff) == (2, D, D_FF[name])
     assert spec.n_positions == POSITIONS
     assert spec.gated == (name in ("llama", "mistral"))
@@ -295,13 +295,14 @@ def test_what_a_family_says_of_itself(name):
     ],
 )
 def test_scaling_lengthens_the_context(scaling, positions):
-    assert decoder_spec(make_config("llama", rope_scaling=scaling)).n_positions == positions
+    config = make_config("llama", rope_scaling=scaling)
+    assert FAMILIES["llama"].spec_of(config).n_positions == positions
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.4, 1.0])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_sparse_ffn_sized_for_a_family(name, ratio):
-    ffn = size_model(decoder_spec(make_config(name)), ratio)
+    ffn = size_model(FAMILIES[name].spec_of(make_config(name)), ratio)
     assert 0.85 * ratio < flops_ratio(ffn) <= ratio
     shapes = shapes_of(FAMILIES[name](make_config(name), (ffn, None)))
     collection = shapes[FAMILIES[name].layer_path[0]][FAMILIES[name].layer_path[1]]
