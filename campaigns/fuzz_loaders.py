@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import sparseffn_jax as sf
-from sparseffn_jax.checkpoints.pretrained import check_tokenizer
+from sparseffn_jax.checkpoints.tokenizers import check_tokenizer
 
 SECONDS, ALLOWANCE, ADDRESS_SPACE = 20, 48 * 2**20, 8 * 2**30
 Files = dict[str, bytes]

@@ -24,7 +24,6 @@ from safetensors.numpy import save_file
 from transformers import LlamaConfig
 
 from sparseffn_jax import LlamaForCausalLM, load_pretrained
-from sparseffn_jax.models.names import LLAMA
 
 SHARD_BYTES = 500_000_000
 
@@ -78,7 +77,7 @@ def write_checkpoint(folder: Path, parameters: int) -> int:
     leaves = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     shapes = {}
     for path, leaf in flatten_dict(leaves, sep=".").items():
-        name, transposed = LLAMA.to_name(path)
+        name, transposed = LlamaForCausalLM.names.to_name(path)
         shapes[name] = leaf.shape[::-1] if transposed else leaf.shape
     # The shard in which a tensor's first byte falls when all are laid end to end.
     starts = np.cumsum([0, *(2 * math.prod(shape) for shape in shapes.values())])

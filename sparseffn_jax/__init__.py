@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sparseffn_jax.checkpoints.errors import CheckpointError
     from sparseffn_jax.checkpoints.export import export_dense
     from sparseffn_jax.checkpoints.pretrained import (
         EMBEDDED_MODEL,
-        CheckpointError,
         Pretrained,
         load_pretrained,
-        load_tokenizer,
         save_pretrained,
     )
+    from sparseffn_jax.checkpoints.tokenizers import load_tokenizer
     from sparseffn_jax.config import (
         CoreConfig,
         MicroRefinementConfig,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "EMBEDDED_MODEL": "checkpoints.pretrained",
     "BlockMask": "ops.masks",
-    "CheckpointError": "checkpoints.pretrained",
+    "CheckpointError": "checkpoints.errors",
     "CoreConfig": "config",
     "Decoder": "models.decoder",
     "DecoderSpec": "models.decoder",
@@ -85,7 +85,7 @@ _HOMES = {
     "generate_text": "models.text_generation",
     "init_cache": "models.decoder",
     "load_pretrained": "checkpoints.pretrained",
-    "load_tokenizer": "checkpoints.pretrained",
+    "load_tokenizer": "checkpoints.tokenizers",
     "load_windows": "train.data",
     "make_strategy": "train.strategies",
     "save_pretrained": "checkpoints.pretrained",

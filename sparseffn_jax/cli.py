@@ -16,15 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseffn_jax.bench.commands import BenchAll, BenchFFN, BenchModel, BenchQuality
+from sparseffn_jax.checkpoints.folders import check_replaceable
 from sparseffn_jax.checkpoints.pretrained import (
     EMBEDDED_MODEL,
     Pretrained,
-    check_replaceable,
-    check_tokenizer,
     load_pretrained,
-    load_tokenizer,
     save_pretrained,
 )
+from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.demo import DemoSettings, run_demo
 from sparseffn_jax.evaluate.losses import evaluate_tokens

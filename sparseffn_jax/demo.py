@@ -19,11 +19,10 @@ from sparseffn_jax.bench.stacks import ffn_stack, time_stacks
 from sparseffn_jax.checkpoints.pretrained import (
     EMBEDDED_MODEL,
     Pretrained,
-    check_tokenizer,
     load_pretrained,
-    load_tokenizer,
     save_pretrained,
 )
+from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.losses import cross_entropy, make_evaluator
 from sparseffn_jax.evaluate.windows import check_window

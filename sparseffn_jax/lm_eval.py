@@ -19,7 +19,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from sparseffn_jax.checkpoints.pretrained import check_tokenizer, load_pretrained, load_tokenizer
+from sparseffn_jax.checkpoints.pretrained import load_pretrained
+from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
 from sparseffn_jax.evaluate.perplexity import make_scorer
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.models.generation import Sampling

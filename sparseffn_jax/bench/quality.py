@@ -18,7 +18,8 @@ from sparseffn_jax.bench.fairness import Conditions, check_comparable, token_has
 from sparseffn_jax.bench.peers import METHODS, FFNShape, Method, Searched, WarmStart
 from sparseffn_jax.bench.sizing import Sizer
 from sparseffn_jax.bench.stacks import ffn_stack, fresh_ffns, time_stacks
-from sparseffn_jax.checkpoints.pretrained import check_tokenizer, load_pretrained, load_tokenizer
+from sparseffn_jax.checkpoints.pretrained import load_pretrained
+from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
 from sparseffn_jax.evaluate.losses import make_evaluator
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure import records

@@ -7,9 +7,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseffn_jax.checkpoints.pretrained import CheckpointError, PathLike, save_pretrained
+from sparseffn_jax.checkpoints.errors import CheckpointError
+from sparseffn_jax.checkpoints.folders import PathLike
+from sparseffn_jax.checkpoints.pretrained import save_pretrained
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.models.decoder import FFN, Decoder, DecoderSpec, Dtype, layers_of, replace_ffns
+from sparseffn_jax.models.decoder import (
+    FFN,
+    FFN_NAME,
+    Decoder,
+    DecoderSpec,
+    Dtype,
+    layers_of,
+    replace_ffns,
+)
 from sparseffn_jax.ops.masks import BlockMask, decompress
 
 
@@ -71,7 +81,7 @@ def to_dense(model: Decoder, params: Mapping[str, Any]) -> tuple[Decoder, dict[s
         )
     layers = layers_of(model, params)
     narrow = {
-        i: _dense_leaves(model, ffn, layers[i]["mlp"])
+        i: _dense_leaves(model, ffn, layers[i][FFN_NAME])
         for i, ffn in enumerate(ffns)
         if isinstance(ffn, SparseFFNConfig)
     }

@@ -15,6 +15,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sparseffn_jax.checkpoints.errors import CheckpointError, one_line
 
 # A checkpoint of 100 billion parameters has some thousands of tensors, described in under a
 # megabyte.
@@ -23,35 +26,6 @@ _MOST_JSON_BYTES = 2**25
 _MOST_NESTING = 32
 _LONGEST_NAME = 1024
 _CHECKED_AT_ONCE = 2**20
-
-SAFETENSORS_BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message says why, and how to mend it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,42 +72,38 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
 
 
-def check_safetensors(file: Path) -> None:
-    """Checks a safetensors file's header against the file.
+def open_safetensors(file: Path) -> Any:
+    """Opens a safetensors file whose header is what it should be.
 
-    Its length, the names, which must differ, and every tensor's type, shape and place: within the
-    file, as long as type and shape make it, one after the other.
+    safetensors itself refuses a header that is cut short, has more than 100 MB, or is not UTF-8 or
+    not JSON; an entry that lacks a key or has one twice, or whose dtype is not known; a size that
+    overflows or differs from the offsets'; and offsets that overlap, leave bytes out or end before
+    or after the file does. What it lets pass is refused here: a header that describes far too much,
+    several tensors of one name, of which it would take the last, and a name of any length.
+
+    Returns:
+      What ``safetensors.safe_open`` gives for NumPy.
 
     Raises:
-      CheckpointError: if something does not hold.
+      CheckpointError: if the file cannot be read, or something does not hold.
     """
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        (length,) = struct.unpack("<Q", f.read(8).ljust(8, b"\xff"))
-        if length > min(size - 8, _MOST_JSON_BYTES):
-            raise CheckpointError(
-                f"{file} is not a whole safetensors file (it has {size:,} bytes and announces a "
-                f"header of {length:,}): it is damaged, cut short, or a Git LFS pointer; copy or "
-                "download it again"
-            )
-        header = _parse_json(f.read(length), f"the header of {file}")
-    header.pop("__metadata__", None)
-    places = sorted(_safetensors_place(file, name, entry) for name, entry in header.items())
-    expected = 0
-    for start, end, name in places:
-        if start != expected:
-            raise CheckpointError(
-                f"{file} is not a whole safetensors file ({name} begins at byte {start:,} of its "
-                f"data, but the tensor before ends at {expected:,}): it is damaged, or its header "
-                "lies"
-            )
-        expected = end
-    if expected != size - 8 - length:
+    where = f"the header of {file}"
+    try:
+        with file.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))
+            if length > _MOST_JSON_BYTES:
+                raise _not_whole(file, f"it announces a header of {length:,} bytes")
+            header = f.read(length)
+        _check_extent(header, where)
+        opened = safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise _not_whole(file, one_line(error)) from error
+    longest = max(map(len, _parse_json(header, where)), default=0)
+    if longest > _LONGEST_NAME:
         raise CheckpointError(
-            f"{file} is not a whole safetensors file (it has {size - 8 - length:,} bytes of data, "
-            f"and its header describes {expected:,}): it is damaged or cut short; copy or download "
-            "it again"
+            f"{where} has a name of {longest:,} characters: at most {_LONGEST_NAME:,} are read"
         )
+    return opened
 
 
 def read_flax_msgpack(file: Path, data: memoryview) -> dict[str, StoredArray]:
@@ -210,10 +180,21 @@ def check_sizes(
             )
 
 
-def _parse_json(data: bytes, where: str) -> dict[str, Any]:
+def _not_whole(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is not a whole safetensors file ({why}): it is damaged, cut short, or a Git LFS "
+        "pointer; copy or download it again"
+    )
+
+
+def _check_extent(data: bytes, where: str) -> None:
     # What these characters part becomes an object in memory, many times their size.
     if sum(data.count(mark) for mark in (b"{", b"[", b",")) > 16 * _MOST_TENSORS:
         raise CheckpointError(f"{where} describes more than {_MOST_TENSORS:,} tensors")
+
+
+def _parse_json(data: bytes, where: str) -> dict[str, Any]:
+    _check_extent(data, where)
     try:
         values = json.loads(data, object_pairs_hook=_unique)
     except RecursionError as error:
@@ -232,28 +213,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"it names {twice[:_LONGEST_NAME]!r} twice")
     return values
-
-
-def _safetensors_place(file: Path, name: str, entry: Any) -> tuple[int, int, str]:
-    def is_size(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-    wrong = CheckpointError(
-        f"{file} describes {name[:_LONGEST_NAME]!r} as {str(entry)[:200]}: expected a known dtype, "
-        "a shape, and data_offsets that fit both"
-    )
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise wrong
-    bits, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(bits, str) or bits not in SAFETENSORS_BITS:
-        raise wrong
-    if not (isinstance(shape, list) and len(shape) <= _MOST_NESTING and all(map(is_size, shape))):
-        raise wrong
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(is_size, offsets))):
-        raise wrong
-    if 8 * (offsets[1] - offsets[0]) != math.prod(shape) * SAFETENSORS_BITS[bits]:
-        raise wrong
-    return offsets[0], offsets[1], name
 
 
 class _Malformed(Exception):

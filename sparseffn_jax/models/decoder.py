@@ -18,10 +18,14 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int
 
 from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.models.names import NameMap
+from sparseffn_jax.nn.paths import ShardingRule
 from sparseffn_jax.nn.sparse_ffn import PACKED, SparseFFN
 from sparseffn_jax.ops.plans.costs import Platform
 
 Dtype = Any
+# What every family calls the feed-forward layer of a block.
+FFN_NAME = "mlp"
 FFN = SparseFFNConfig | Callable[..., nn.Module] | None
 
 
@@ -91,6 +95,7 @@ class Decoder(nn.Module):
     remat: bool = False
 
     # What a family says of itself.
+    # The class of its configs, whose model_type is the family's name.
     config_class: ClassVar[type]
     # Where the blocks lie in parameters, cache and intermediates.
     layer_path: ClassVar[tuple[str, str]]
@@ -98,6 +103,15 @@ class Decoder(nn.Module):
     # The config's key for the dense FFN's hidden width.
     d_ff_key: ClassVar[str]
     block: ClassVar[type["Block"]]
+    # What checkpoints call its tensors.
+    names: ClassVar[NameMap]
+    # How its own parameters are dealt out on a mesh. Flax's Dense keeps its kernel as (in, out). A
+    # parameter that no rule names is whole on every device.
+    sharding: ClassVar[tuple[ShardingRule, ...]]
+    # What a block calls its attention.
+    attention: ClassVar[str]
+    # What the norms in the blocks and after them are called.
+    norms: ClassVar[tuple[str, ...]]
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:
@@ -230,7 +244,7 @@ def make_ffn(
     ffn: FFN, dense: Callable[..., nn.Module], config: Any, dtype: Dtype, param_dtype: Dtype
 ) -> nn.Module:
     """Returns a layer's feed-forward module, named ``mlp``: ``ffn``, or ``dense`` if it is None."""
-    settings = {"name": "mlp", "dtype": dtype, "param_dtype": param_dtype}
+    settings = {"name": FFN_NAME, "dtype": dtype, "param_dtype": param_dtype}
     if ffn is None:
         return dense(config, **settings)
     if isinstance(ffn, SparseFFNConfig):
@@ -289,9 +303,9 @@ def pack_ffns(
             variables = (
                 ffn_module(model, i)
                 .clone(name=None)
-                .pack({"params": layers[i]["mlp"]}, tokens, platform=platform)
+                .pack({"params": layers[i][FFN_NAME]}, tokens, platform=platform)
             )
-            packed[str(i)] = {"mlp": variables[PACKED]}
+            packed[str(i)] = {FFN_NAME: variables[PACKED]}
     return {body: {collection: packed}} if packed else {}
 
 
@@ -307,7 +321,7 @@ def replace_ffns(
     """Returns ``params`` with other ``mlp`` leaves in some layers; all other leaves are shared."""
     body, collection = model.layer_path
     layers = dict(params[body][collection])
-    layers |= {str(i): {**layers[str(i)], "mlp": leaves} for i, leaves in ffns.items()}
+    layers |= {str(i): {**layers[str(i)], FFN_NAME: leaves} for i, leaves in ffns.items()}
     return {**params, body: {**params[body], collection: layers}}
 
 

@@ -1,23 +1,44 @@
-"""The model families, by the ``model_type`` of their Hugging Face configs."""
+"""The model families, by the ``model_type`` of their Hugging Face configs.
 
+A family is one subclass of :class:`Decoder`, which says all that this library asks of a family, and
+one line that registers it.
+"""
+
+import typing
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from sparseffn_jax.models.decoder import Decoder, DecoderSpec
+from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.models.gptj import GPTJForCausalLM
 from sparseffn_jax.models.llama import LlamaForCausalLM
 from sparseffn_jax.models.mistral import MistralForCausalLM
 
-FAMILIES: Mapping[str, type[Decoder]] = MappingProxyType(
-    {
-        "gpt2": GPT2LMHeadModel,
-        "gptj": GPTJForCausalLM,
-        "llama": LlamaForCausalLM,
-        "mistral": MistralForCausalLM,
-    }
-)
+_families: dict[str, type[Decoder]] = {}
+FAMILIES: Mapping[str, type[Decoder]] = MappingProxyType(_families)
+
+
+def register(decoder: type[Decoder]) -> None:
+    """Adds a model family, under the ``model_type`` of its config class.
+
+    Raises:
+      ValueError: if the class does not say all that :class:`Decoder` asks of a family, or if
+        another class has that ``model_type``.
+    """
+    asked = [name for name, kind in Decoder.__annotations__.items() if _is_class_variable(kind)]
+    if missing := [name for name in asked if not hasattr(decoder, name)]:
+        raise ValueError(
+            f"{decoder.__name__} cannot be registered as a model family: give it the class "
+            f"attributes {', '.join(missing)}, which Decoder describes"
+        )
+    model_type = decoder.config_class.model_type
+    known = _families.setdefault(model_type, decoder)
+    if known is not decoder:
+        raise ValueError(
+            f"{decoder.__name__} cannot be registered as model_type={model_type!r}, which is "
+            f"{known.__name__}'s: give its config class another model_type"
+        )
 
 
 def family(model_type: Any) -> type[Decoder]:
@@ -33,6 +54,11 @@ def family(model_type: Any) -> type[Decoder]:
     return FAMILIES[model_type]
 
 
-def decoder_spec(config: Any) -> DecoderSpec:
-    """Returns what a config of any known family says; raises ``ValueError`` as :func:`family`."""
-    return family(getattr(config, "model_type", None)).spec_of(config)
+def _is_class_variable(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is typing.ClassVar
+
+
+register(GPT2LMHeadModel)
+register(GPTJForCausalLM)
+register(LlamaForCausalLM)
+register(MistralForCausalLM)

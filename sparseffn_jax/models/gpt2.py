@@ -18,6 +18,7 @@ from sparseffn_jax.models.decoder import (
     FFNLayout,
     layer_norm,
 )
+from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.ops.activations import get_activation
 
@@ -161,6 +162,36 @@ class GPT2LMHeadModel(Decoder):
     ffn_layout = FFNLayout(up="c_fc", down="c_proj", transposed=True)
     d_ff_key = "n_inner"
     block = GPT2Block
+    names = NameMap(
+        # GPT-2's Conv1D keeps its weight as (in, out); FlaxConv1D, unlike other Flax layers, its
+        # kernel as (out, in).
+        rules=(
+            Rule("transformer.wte.embedding", "transformer.wte.weight"),
+            Rule("transformer.wpe.embedding", "transformer.wpe.weight"),
+            Rule("transformer.h.*.ln_1.scale", "transformer.h.*.ln_1.weight"),
+            *linear_rules("transformer.h.*.attn", ("c_attn", "c_proj")),
+            Rule("transformer.h.*.ln_2.scale", "transformer.h.*.ln_2.weight"),
+            *linear_rules("transformer.h.*.mlp", ("c_fc", "c_proj")),
+            Rule("transformer.ln_f.scale", "transformer.ln_f.weight"),
+            Rule("lm_head.kernel", "lm_head.weight", True),
+        ),
+        prefix="transformer.",
+        buffers=frozenset(("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias")),
+        tied=frozenset(("lm_head.kernel",)),
+    )
+    sharding = (
+        (r"wte/embedding", ("tensor", "fsdp")),
+        (r"wpe/embedding", (None, "fsdp")),
+        (r"attn/c_attn/kernel", ("tensor", "fsdp")),
+        (r"attn/c_attn/bias", ("tensor",)),
+        (r"attn/c_proj/kernel", ("fsdp", "tensor")),
+        (r"mlp/c_fc/kernel", ("tensor", "fsdp")),
+        (r"mlp/c_fc/bias", ("tensor",)),
+        (r"mlp/c_proj/kernel", ("fsdp", "tensor")),
+        (r"lm_head/kernel", ("fsdp", "tensor")),
+    )
+    attention = "attn"
+    norms = ("ln_1", "ln_2", "ln_f")
 
     def setup(self):
         self.transformer = GPT2Model(*self._body_settings())

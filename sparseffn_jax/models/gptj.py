@@ -23,6 +23,7 @@ from sparseffn_jax.models.decoder import (
     layer_norm,
 )
 from sparseffn_jax.models.gpt2 import gpt_spec
+from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.nn.rotary import Table, rotary_table, rotate
 from sparseffn_jax.ops.activations import get_activation
@@ -133,6 +134,32 @@ class GPTJForCausalLM(Decoder):
     ffn_layout = FFNLayout(up="fc_in", down="fc_out")
     d_ff_key = "n_inner"
     block = GPTJBlock
+    names = NameMap(
+        rules=(
+            Rule("transformer.wte.embedding", "transformer.wte.weight"),
+            Rule("transformer.h.*.ln_1.scale", "transformer.h.*.ln_1.weight"),
+            *linear_rules("transformer.h.*.attn", ("q_proj", "k_proj", "v_proj", "out_proj")),
+            *linear_rules("transformer.h.*.mlp", ("fc_in", "fc_out")),
+            Rule("transformer.ln_f.scale", "transformer.ln_f.weight"),
+            Rule("lm_head.kernel", "lm_head.weight", True),
+        ),
+        prefix="transformer.",
+        buffers=frozenset(
+            f"transformer.h.*.attn.{name}" for name in ("bias", "masked_bias", "embed_positions")
+        ),
+    )
+    sharding = (
+        (r"wte/embedding", ("tensor", "fsdp")),
+        (r"attn/[qkv]_proj/kernel", ("fsdp", "tensor")),
+        (r"attn/out_proj/kernel", ("tensor", "fsdp")),
+        (r"mlp/fc_in/kernel", ("fsdp", "tensor")),
+        (r"mlp/fc_in/bias", ("tensor",)),
+        (r"mlp/fc_out/kernel", ("tensor", "fsdp")),
+        (r"lm_head/kernel", ("fsdp", "tensor")),
+        (r"lm_head/bias", ("tensor",)),
+    )
+    attention = "attn"
+    norms = ("ln_1", "ln_f")
 
     def setup(self):
         self.transformer = GPTJModel(*self._body_settings())

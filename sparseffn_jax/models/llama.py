@@ -24,6 +24,7 @@ from sparseffn_jax.models.decoder import (
     dense,
     embed,
 )
+from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.nn.rotary import Table, rope_positions, rotary_table, rotate
 from sparseffn_jax.ops.activations import get_activation
@@ -175,6 +176,29 @@ class LlamaForCausalLM(Decoder):
     ffn_layout = FFNLayout(up="up_proj", down="down_proj", gate="gate_proj")
     d_ff_key = "intermediate_size"
     block = LlamaBlock
+    names = NameMap(
+        rules=(
+            Rule("model.embed_tokens.embedding", "model.embed_tokens.weight"),
+            *linear_rules("model.layers.*.self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
+            *linear_rules("model.layers.*.mlp", ("gate_proj", "up_proj", "down_proj")),
+            Rule("lm_head.kernel", "lm_head.weight", True),
+        ),
+        prefix="model.",
+        buffers=frozenset(("model.layers.*.self_attn.rotary_emb.inv_freq",)),
+        tied=frozenset(("lm_head.kernel",)),
+    )
+    sharding = (
+        (r"embed_tokens/embedding", ("tensor", "fsdp")),
+        (r"self_attn/[qkv]_proj/kernel", ("fsdp", "tensor")),
+        (r"self_attn/[qkv]_proj/bias", ("tensor",)),
+        (r"self_attn/o_proj/kernel", ("tensor", "fsdp")),
+        (r"mlp/(gate|up)_proj/kernel", ("fsdp", "tensor")),
+        (r"mlp/(gate|up)_proj/bias", ("tensor",)),
+        (r"mlp/down_proj/kernel", ("tensor", "fsdp")),
+        (r"lm_head/kernel", ("fsdp", "tensor")),
+    )
+    attention = "self_attn"
+    norms = ("input_layernorm", "post_attention_layernorm", "norm")
 
     def setup(self):
         self.model = LlamaModel(self.block, *self._body_settings())

@@ -72,7 +72,11 @@ def stream_text(
       A piece for each prompt, which may be empty.
 
     Raises:
+    <<<<<<< HEAD
       ValueError: if a stop string is empty, and as :func:`generate` raises it.
+    =======
+      ValueError: as :func:`sparseffn_jax.models.generation.generate`, or if a stop string is empty.
+    >>>>>>> ckpt-work
     """
     if "" in stop:
         raise ValueError("a stop string is empty: it would stop before the first token")

@@ -12,8 +12,16 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PRNGKeyArray
 
+from sparseffn_jax.nn.paths import ShardingRule
+
 Params = dict[str, Any]
 Path = tuple[str, ...]
+
+# How the adapters are dealt out on a mesh: the rank, which is small, stays whole.
+LORA_SHARDING: tuple[ShardingRule, ...] = (
+    (r"kernel/a", ("fsdp", None)),
+    (r"kernel/b", (None, "tensor")),
+)
 
 
 def init_lora(
@@ -28,7 +36,8 @@ def init_lora(
       params: a model's parameters, or their shapes.
       rank: of the update; at most the smaller side of every target.
       is_target: says of a leaf's path, such as ``("transformer", "h", "0", "attn", "c_attn",
-        "kernel")``, whether it gets an adapter; see :func:`is_attention_kernel`.
+        "kernel")``, whether it gets an adapter; such as
+        :func:`sparseffn_jax.models.paths.is_attention_kernel`.
 
     Returns:
       A float32 tree in which each target's path holds ``{"a": ..., "b": ...}``.
@@ -69,8 +78,3 @@ def merge_lora(params: Params, adapters: Params, alpha: float) -> Params:
         update = (alpha / a.shape[1]) * (a @ b)
         merged[path] = merged[path] + update.astype(merged[path].dtype)
     return unflatten_dict(merged)
-
-
-def is_attention_kernel(path: Path) -> bool:
-    """Whether ``path`` is an attention projection's kernel, the targets of Hu et al."""
-    return path[-1] == "kernel" and ("attn" in path or "self_attn" in path)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.models.decoder import Decoder, layers_of, replace_ffns
+from sparseffn_jax.models.decoder import FFN_NAME, Decoder, layers_of, replace_ffns
 from sparseffn_jax.sparsify.calibration import check_calibration, collect_ffn_inputs
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.distill import distill_layers
@@ -64,7 +64,9 @@ def sparsify(
     for i, layer_config in enumerate(configs):
         if layer_config is None:
             continue
-        dense[i] = DenseFFN.from_params(layers[i]["mlp"], model.ffn_layout, layer_config.activation)
+        dense[i] = DenseFFN.from_params(
+            layers[i][FFN_NAME], model.ffn_layout, layer_config.activation
+        )
         fitted_configs[i], fitted[i] = fit(dense[i], layer_config, inputs[i])
     if distill_steps:
         trainable = {i: fitted_configs[i] for i in fitted if not is_whole(configs[i])}
@@ -77,7 +79,7 @@ def sparsify(
             seed=seed,
         )
     for i, leaves in fitted.items():
-        dtype = jax.tree.leaves(layers[i]["mlp"])[0].dtype
+        dtype = jax.tree.leaves(layers[i][FFN_NAME])[0].dtype
         fitted[i] = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), leaves)
     ffns = tuple(
         old if new is None else new

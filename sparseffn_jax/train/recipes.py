@@ -21,9 +21,15 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sparseffn_jax.models.paths import (
+    in_sparse_ffns,
+    is_attention_or_norm,
+    is_decayed,
+    is_ffn,
+)
+
 Params = dict[str, Any]
 Labels = dict[str, Any]
-Path = tuple[str, ...]
 Recipe = Callable[..., tuple[optax.GradientTransformation, Labels]]
 
 
@@ -111,7 +117,7 @@ def stepwise(
     Gradual unfreezing is from Howard & Ruder 2018 (1801.06146). Embeddings never train. ``stage``
     says which stage it is; the other arguments and what is returned are those of :func:`full`.
     """
-    trains = is_ffn if stage == 1 else lambda path: is_ffn(path) or _is_attention_or_norm(path)
+    trains = is_ffn if stage == 1 else lambda path: is_ffn(path) or is_attention_or_norm(path)
     return _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
 
 
@@ -143,11 +149,6 @@ def split_ffn(params: Params) -> tuple[Params, Params]:
     return unflatten_dict(parts[0]), unflatten_dict(parts[1])
 
 
-def is_ffn(path: Path) -> bool:
-    """Says whether a path in the parameter tree leads into a feed-forward layer."""
-    return "mlp" in path
-
-
 def combine(trainable: Params, frozen: Params) -> Params:
     """Joins two trees without common leaves, as :func:`partition` and :func:`split_ffn` give."""
     return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
@@ -175,12 +176,9 @@ def warmup_cosine(peak: float, warmup_steps: int, steps: int) -> optax.Schedule:
 
 def _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm):
     paths = flatten_dict(params).keys()
-    new = _sparse_ffns(paths)
+    new = in_sparse_ffns(paths)
     labels = unflatten_dict(
-        {
-            path: "frozen" if not trains(path) else "ffn" if _ffn_of(path) in new else "rest"
-            for path in paths
-        }
+        {path: "frozen" if not trains(path) else "ffn" if path in new else "rest" for path in paths}
     )
 
     def adamw(rate):
@@ -197,23 +195,5 @@ def _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip
 
 def _decayed(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim >= 2 and path[-1].key not in ("embedding", "polynomial"),
-        params,
+        lambda path, leaf: is_decayed(tuple(entry.key for entry in path), leaf.ndim), params
     )
-
-
-def _is_attention_or_norm(path: Path) -> bool:
-    return any(name.endswith(("attn", "norm")) or name.startswith("ln_") for name in path)
-
-
-def _ffn_of(path: Path) -> Path:
-    return path[: path.index("mlp") + 1] if is_ffn(path) else ()
-
-
-def _sparse_ffns(paths) -> set[Path]:
-    # A SparseFFN has a spectral branch or a core; no other FFN has a part of that name.
-    return {
-        _ffn_of(path)
-        for path in paths
-        if is_ffn(path) and path[path.index("mlp") + 1] in ("spectral", "core")
-    }

@@ -1,4 +1,4 @@
-"""How parameters are laid out on a mesh of devices: one table of rules by parameter path.
+"""How parameters are laid out on a mesh of devices: rules by parameter path, which families give.
 
 The mesh has three axes. ``data`` holds replicas; ``fsdp`` holds replicas of the computation that
 share one copy of the weights (ZeRO, Rajbhandari et al. 2019, 1910.02054); ``tensor`` splits the
@@ -16,57 +16,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sparseffn_jax.models.paths import sharding_rules
+from sparseffn_jax.nn.paths import Axes
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 _LARGE = 2**20
-
-Axes = tuple[str | None, ...]
-# Each rule has the end of a path and the axis of each dimension. The first that fits a leaf's path
-# and number of dimensions counts, and a leaf that none fits is replicated. Flax's Dense keeps its
-# kernel as (in, out), FlaxConv1D as (out, in).
-RULES: tuple[tuple[str, Axes], ...] = (
-    # Embeddings and head.
-    (r"(wte|embed_tokens)/embedding", ("tensor", "fsdp")),
-    (r"wpe/embedding", (None, "fsdp")),
-    (r"lm_head/kernel", ("fsdp", "tensor")),
-    (r"lm_head/bias", ("tensor",)),
-    # Attention: heads are outputs of the first projection and inputs of the last.
-    (r"\w*attn/c_attn/kernel", ("tensor", "fsdp")),
-    (r"\w*attn/c_attn/bias", ("tensor",)),
-    (r"\w*attn/c_proj/kernel", ("fsdp", "tensor")),
-    (r"\w*attn/[qkv]_proj/kernel", ("fsdp", "tensor")),
-    (r"\w*attn/[qkv]_proj/bias", ("tensor",)),
-    (r"\w*attn/(o|out)_proj/kernel", ("tensor", "fsdp")),
-    # Dense FFNs.
-    (r"mlp/c_fc/kernel", ("tensor", "fsdp")),
-    (r"mlp/c_proj/kernel", ("fsdp", "tensor")),
-    (r"mlp/(fc_in|gate_proj|up_proj)/kernel", ("fsdp", "tensor")),
-    (r"mlp/(fc_out|down_proj)/kernel", ("tensor", "fsdp")),
-    (r"mlp/(c_fc|fc_in|gate_proj|up_proj)/bias", ("tensor",)),
-    # Sparse FFNs, low rank: components are few, so no device waits for another's. Only the hidden
-    # units are dealt out, and the sum over the axis has `rank` numbers a token instead of d_model.
-    (r"mlp/spectral/(gate|up)/axes", ("fsdp", None)),
-    (r"mlp/spectral/(gate|up)/filter", ("fsdp", "tensor")),
-    (r"mlp/spectral/down/axes", ("tensor", "fsdp")),
-    (r"mlp/spectral/down/filter", (None, "fsdp")),
-    # Block-circulant, (frequencies, p, q): no frequency meets another, and p and q are d_model and
-    # the hidden units in blocks. The transforms stay within a block, that is on one device.
-    (r"mlp/spectral/(gate|up)/(real|imag)", (None, "fsdp", "tensor")),
-    (r"mlp/spectral/down/(real|imag)", (None, "tensor", "fsdp")),
-    (r"mlp/(spectral|core)/(gate|up)/bias", ("tensor",)),
-    (r"mlp/spectral/polynomial", ("tensor", None)),
-    # The core: dense, or a structured mask.
-    (r"mlp/core/(gate|up)/kernel", ("fsdp", "tensor")),
-    (r"mlp/core/down/kernel", ("tensor", "fsdp")),
-    (r"mlp/correction_\d+/kernel", ("fsdp", "tensor")),
-    # Living blocks, (n, in, out), sorted by output block: a device holds some output blocks.
-    (r"mlp/core/(gate|up)/kernel", ("tensor", "fsdp", None)),
-    (r"mlp/core/down/kernel", ("tensor", None, "fsdp")),
-    (r"mlp/correction_\d+/kernel", ("tensor", "fsdp", None)),
-    # LoRA adapters, thin as they are.
-    (r"kernel/a", ("fsdp", None)),
-    (r"kernel/b", (None, "tensor")),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +100,7 @@ def leaf_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedShardin
       shape: the leaf's shape.
     """
     name = path_name(path)
-    for pattern, axes in RULES:
+    for pattern, axes in sharding_rules():
         if len(axes) == len(shape) and re.search(rf"(^|/){pattern}$", name):
             return NamedSharding(mesh, _fit(mesh, axes, shape))
     return NamedSharding(mesh, PartitionSpec())

@@ -11,7 +11,8 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from sparseffn_jax.evaluate import losses
-from sparseffn_jax.nn.lora import init_lora, is_attention_kernel, merge_lora
+from sparseffn_jax.models.paths import is_attention_kernel
+from sparseffn_jax.nn.lora import init_lora, merge_lora
 from sparseffn_jax.ops.plans.choice import platform_of
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.loss_scale import dynamic_loss_scale, has_overflowed, scale_of

@@ -8,8 +8,9 @@ import pytest
 import transformers
 from tiny_models import D, make_model, shapes_of
 
+from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.export import export_dense
-from sparseffn_jax.checkpoints.pretrained import CheckpointError, load_pretrained
+from sparseffn_jax.checkpoints.pretrained import load_pretrained
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -21,9 +22,9 @@ from sparseffn_jax.ops.masks import BlockMask
 
 WIDTH = 32
 # The first and third quarter of the units live; the first of these sees half of the channels.
-EXPAND = BlockMask.from_array(np.outer([1, 0, 1, 1], [1, 0, 1, 1]), (8, 8))
-CONTRACT = BlockMask.from_array(np.outer([1, 0, 1, 0], [1, 1, 0, 1]), (8, 8))
-FREE = BlockMask.from_array(np.eye(4), (8, 8))
+UP = BlockMask.from_array(np.outer([1, 0, 1, 1], [1, 0, 1, 1]), (8, 8))
+DOWN = BlockMask.from_array(np.outer([1, 0, 1, 0], [1, 1, 0, 1]), (8, 8))
+UNSTRUCTURED = BlockMask.from_array(np.eye(4), (8, 8))
 
 
 def core(spec, width=WIDTH, **masks):
@@ -38,7 +39,7 @@ def core(spec, width=WIDTH, **masks):
 def test_pytorch_computes_the_same(tmp_path, name, masked):
     torch = pytest.importorskip("torch")
     spec = make_model(name)[0].spec
-    masks = {"up_mask": EXPAND, "down_mask": CONTRACT} if masked else {}
+    masks = {"up_mask": UP, "down_mask": DOWN} if masked else {}
     ffn = core(spec, **masks)
     model, params = make_model(name, (ffn, ffn))
     export_dense(tmp_path / "model", model, params)
@@ -63,11 +64,12 @@ def test_what_is_not_dense_is_named(tmp_path):
     spec = make_model("llama")[0].spec
     plain = core(spec)
     spectral = dataclasses.replace(plain, spectral=SpectralConfig("low_rank", 16, rank=4))
-    stepped = dataclasses.replace(plain, micro=dataclasses.replace(plain.micro, steps=(FREE,)))
+    corrections = dataclasses.replace(plain.micro, corrections=(UNSTRUCTURED,))
+    corrected = dataclasses.replace(plain, micro=corrections)
     for ffns, message in [
         ((spectral, plain), "layer 0 has a spectral branch. Save it with save_pretrained"),
-        ((stepped, spectral), "layer 0 has linear steps; layer 1 has a spectral branch"),
-        ((plain, core(spec, up_mask=FREE)), "layer 1 has a core with free blocks"),
+        ((corrected, spectral), "layer 0 has linear corrections; layer 1 has a spectral branch"),
+        ((plain, core(spec, up_mask=UNSTRUCTURED)), "layer 1 has a core with an unstructured mask"),
         ((dataclasses.replace(plain, bias=True), plain), "layer 0 has biases, for which"),
         ((plain, core(spec, 16)), "layer 0 has 32 units, layer 1 has 16 units"),
         ((plain, None), "layer 0 has 32 units, layer 1 has 88 units"),

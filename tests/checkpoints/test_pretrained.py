@@ -17,14 +17,10 @@ from flax.traverse_util import flatten_dict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from sparseffn_jax.checkpoints import pretrained
-from sparseffn_jax.checkpoints.pretrained import (
-    CheckpointError,
-    check_tokenizer,
-    load_pretrained,
-    load_tokenizer,
-    save_pretrained,
-)
+from sparseffn_jax.checkpoints import folders, weights
+from sparseffn_jax.checkpoints.errors import CheckpointError
+from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -33,7 +29,6 @@ from sparseffn_jax.config import (
     SpectralConfig,
 )
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
-from sparseffn_jax.models.names import GPT2
 from sparseffn_jax.ops.masks import BlockMask
 
 D, D_FF, VOCAB = 32, 128, 97
@@ -144,16 +139,17 @@ def split_in_two(tensors):
         ("transformer.h.11.ln_1.bias", "transformer.h.11.ln_1.bias", False),
         ("transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_attn.kernel", True),
         ("transformer.h.7.mlp.c_proj.weight", "transformer.h.7.mlp.c_proj.kernel", True),
-        ("transformer.h.7.mlp.expand.axes", "transformer.h.7.mlp.expand.axes", False),
+        ("transformer.h.7.mlp.spectral.up.axes", "transformer.h.7.mlp.spectral.up.axes", False),
         ("transformer.ln_f.weight", "transformer.ln_f.scale", False),
         ("lm_head.weight", "lm_head.kernel", True),
     ],
 )
 def test_names_go_both_ways(name, path, transposed):
-    assert GPT2.to_path(name) == (path, transposed)
-    assert GPT2.to_name(path) == (name, transposed)
-    assert GPT2.to_path(path) == (path, False)  # Flax's own names need no rule.
-    assert GPT2.to_path(name.removeprefix("transformer.")) == (path, transposed)
+    names = GPT2LMHeadModel.names
+    assert names.to_path(name) == (path, transposed)
+    assert names.to_name(path) == (name, transposed)
+    assert names.to_path(path) == (path, False)  # Flax's own names need no rule.
+    assert names.to_path(name.removeprefix("transformer.")) == (path, transposed)
 
 
 # --- loading -----------------------------------------------------------------------------------
@@ -302,7 +298,7 @@ def test_a_hub_name(tmp_path, monkeypatch):
         calls.append((name, allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr(pretrained, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(folders, "snapshot_download", snapshot_download)
     assert_same_tree(load_pretrained("someone/some-gpt2").params, params)
     assert {name for name, _ in calls} == {"someone/some-gpt2"}
     # The msgpack is fetched because there was no safetensors, and never a pickle.
@@ -472,7 +468,7 @@ def test_a_failed_save_leaves_what_was(tmp_path, monkeypatch, exists):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "save_file", save_file)
+    monkeypatch.setattr(weights, "save_file", save_file)
     with pytest.raises(CheckpointError, match=r"cannot write .*model: .*No space left on device"):
         save_pretrained(tmp_path / "model", model, params, overwrite=True)
     assert snapshot(tmp_path) == before
@@ -489,7 +485,7 @@ def test_what_cannot_be_saved(tmp_path):
     own, own_params = make_model((None, lambda **_: nn.Dense(D, name="mlp")))
     with pytest.raises(CheckpointError, match="layer 1 has an FFN of your own"):
         save_pretrained(tmp_path / "model", own, own_params)
-    with pytest.raises(CheckpointError, match=r"params lacks 7 of .*h\.0\.mlp\.contract\.axes, "):
+    with pytest.raises(CheckpointError, match=r"params lacks 7 of .*h\.0\.mlp\.spectral\.down"):
         save_pretrained(tmp_path / "model", GPT2LMHeadModel(model.config, (LOW_RANK, None)), params)
     wider = GPT2LMHeadModel(make_config(n_positions=25))
     with pytest.raises(CheckpointError, match=r"params holds .*wpe.embedding with shape"):

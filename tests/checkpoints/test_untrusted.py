@@ -7,11 +7,11 @@ import pytest
 import safetensors.numpy
 from flax import serialization
 
+from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.untrusted import (
-    CheckpointError,
     check_finite,
-    check_safetensors,
     check_sizes,
+    open_safetensors,
     read_flax_msgpack,
     read_json,
 )
@@ -20,43 +20,76 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 TWO = {"dtype": "BF16", "shape": [2, 2], "data_offsets": [8, 16]}
 
 
+def as_json(entry):
+    return json.dumps(entry).encode()
+
+
 def write_header(file, header, data=bytes(16), length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text = header if isinstance(header, bytes) else as_json(header)
     file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return file
 
 
+def shapes_in(file):
+    opened = open_safetensors(file)
+    return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
 def test_a_true_header_passes(tmp_path):
-    check_safetensors(write_header(tmp_path / "x", {"a": ONE, "b": TWO, "__metadata__": {}}))
+    file = write_header(tmp_path / "x", {"a": ONE, "b": TWO, "__metadata__": {}})
+    assert shapes_in(file) == {"a": (2,), "b": (2, 2)}
     arrays = {"a": np.ones(3, np.int8), "b": np.ones((0, 2), np.float16), "c": np.array(1.0)}
     (tmp_path / "y").write_bytes(safetensors.numpy.save(arrays))
-    check_safetensors(tmp_path / "y")
+    assert shapes_in(tmp_path / "y") == {name: array.shape for name, array in arrays.items()}
+    assert shapes_in(write_header(tmp_path / "z", {}, b"")) == {}
+
+
+DAMAGED = "is not a whole safetensors file .*: it is damaged"
 
 
 @pytest.mark.parametrize(
     ("header", "options", "message"),
     [
-        ({"a": ONE}, {"length": 2**32}, r"announces a header of 4,294,967,296"),
-        ({"a": ONE}, {"length": 2**63}, r"announces a header"),
-        ({"a": ONE, "b": {**TWO, "data_offsets": [4, 12]}}, {}, "b begins at byte 4"),
-        ({"a": ONE, "b": {**TWO, "data_offsets": [2**40, 2**40 + 8]}}, {}, "b begins at byte"),
-        ({"a": ONE, "b": {**TWO, "shape": [2, 3]}}, {}, "describes 'b'"),
-        ({"a": ONE, "b": {**TWO, "dtype": "F64"}}, {}, "describes 'b'"),
-        ({"a": ONE, "b": {**TWO, "dtype": "OBJECT"}}, {}, "describes 'b'"),
-        ({"a": ONE, "b": {**TWO, "shape": [-2, -2]}}, {}, "describes 'b'"),
-        ({"a": ONE, "b": {**TWO, "shape": [2**62, 2**62]}}, {}, "describes 'b'"),
-        ({"a": ONE, "b": []}, {}, "describes 'b'"),
-        ({"a": ONE, "b": TWO}, {"data": bytes(17)}, "it has 17 bytes of data"),
-        ({"a": ONE, "b": TWO}, {"data": bytes(15)}, "it has 15 bytes of data"),
-        (b'{"a": 1, "a": 2}', {}, "names 'a' twice"),
-        (b"[" * 100_000, {}, "nested too deeply"),
-        (b"[]", {}, "must hold a JSON object"),
+        # What safetensors refuses.
+        ({"a": ONE}, {"length": 500}, DAMAGED),
+        ({"a": ONE, "b": {**TWO, "data_offsets": [4, 12]}}, {}, DAMAGED),
+        ({"a": ONE, "b": {**TWO, "data_offsets": [12, 20]}}, {"data": bytes(20)}, DAMAGED),
+        ({"a": ONE, "b": {**TWO, "data_offsets": [16, 8]}}, {}, DAMAGED),
+        ({"a": ONE, "b": {**TWO, "data_offsets": [2**40, 2**40 + 8]}}, {}, DAMAGED),
+        ({"a": ONE, "b": {**TWO, "shape": [2, 3]}}, {}, DAMAGED),
+        ({"a": ONE, "b": {**TWO, "shape": [-2, -2]}}, {}, DAMAGED),
+        ({"a": ONE, "b": {**TWO, "shape": [2.0, 2.0]}}, {}, DAMAGED),
+        ({"a": ONE, "b": {**TWO, "shape": [2**62, 2**62]}}, {}, DAMAGED),
+        ({"a": ONE, "b": {**TWO, "dtype": "F64"}}, {}, DAMAGED),
+        ({"a": ONE, "b": {**TWO, "dtype": "OBJECT"}}, {}, DAMAGED),
+        ({"a": ONE, "b": {"dtype": "BF16", "shape": [2, 2]}}, {}, DAMAGED),
+        ({"a": ONE, "b": []}, {}, DAMAGED),
+        ({"a": ONE, "b": TWO}, {"data": bytes(17)}, DAMAGED),
+        ({"a": ONE, "b": TWO}, {"data": bytes(15)}, DAMAGED),
+        (b'{"\xff": 1}', {}, DAMAGED),
+        (b'{"a":' * 50_000, {}, DAMAGED),
+        (b"[]", {}, DAMAGED),
+        # What it lets pass.
+        ({"a": ONE}, {"length": 2**25 + 1}, r"announces a header of 33,554,433 bytes\): it is dam"),
+        ({"a": ONE}, {"length": 2**63}, r"announces a header of 9,223,"),
         (b'{"a": [0' + b",0" * 2_000_000 + b"]}", {}, "describes more than 100,000 tensors"),
+        (b'{"a": %s, "b": %s, "b": %s}' % tuple(map(as_json, (ONE, TWO, TWO))), {}, "names 'b' tw"),
+        ({"a": ONE, "b" * 1025: TWO}, {}, "has a name of 1,025 characters: at most 1,024 are read"),
     ],
 )
 def test_headers_that_lie(tmp_path, header, options, message):
-    with pytest.raises(CheckpointError, match=message):
-        check_safetensors(write_header(tmp_path / "x", header, **options))
+    file = write_header(tmp_path / "x", header, **options)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_safetensors(file)
+    assert str(file) in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_safetensors_file_too_short_for_a_header(tmp_path):
+    for content in (b"", b"1234567", bytes(8)):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(CheckpointError, match=DAMAGED):
+            open_safetensors(tmp_path / "x")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])

@@ -59,7 +59,9 @@ LAYERS = {
     "circulant of DC and Nyquist alone": SparseFFNConfig(
         D, 128, "silu", spectral=circulant(4, 0, 2)
     ),
-    "odd circulant": SparseFFNConfig(30, 120, spectral=circulant(5, 0, 2, width=60), polynomial=SLOPE),
+    "odd circulant": SparseFFNConfig(
+        30, 120, spectral=circulant(5, 0, 2, width=60), polynomial=SLOPE
+    ),
     "unstructured masks": SparseFFNConfig(
         D, 128, "relu", micro=micro(up_mask=SCATTERED_IN, down_mask=SCATTERED_OUT)
     ),

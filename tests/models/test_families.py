@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from tiny_models import (
     D_FF,
     POSITIONS,
@@ -29,8 +30,11 @@ from sparseffn_jax.config import (
 )
 from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.models.decoder import ffn_module, init_cache, layers_of
-from sparseffn_jax.models.families import FAMILIES, decoder_spec, family
+from sparseffn_jax.models.families import FAMILIES, family
+from sparseffn_jax.models.paths import is_attention_kernel, is_attention_or_norm
+from sparseffn_jax.nn.lora import init_lora
 from sparseffn_jax.sparsify.sizing import size_model
+from sparseffn_jax.train.sharding import leaf_sharding
 
 BATCH, TOKENS = 3, 12
 NEW = ("gptj", "llama", "mistral")
@@ -79,7 +83,7 @@ ALL_CONFIGS = [(name, variant) for name in CONFIGS for variant in CONFIGS[name]]
 
 
 def sparse_ffn(name):
-    spec = decoder_spec(make_config(name))
+    spec = FAMILIES[name].spec_of(make_config(name))
     return SparseFFNConfig(
         D,
         spec.d_ff,
@@ -266,7 +270,7 @@ def test_remat_and_dropout(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_family_says_of_itself(name):
     config = make_config(name)
-    spec = decoder_spec(config)
+    spec = FAMILIES[name].spec_of(config)
     assert (spec.n_layer, spec.d_model, spec.d_ff) == (2, D, D_FF[name])
     assert spec.n_positions == POSITIONS
     assert spec.gated == (name in ("llama", "mistral"))
@@ -291,17 +295,50 @@ def test_what_a_family_says_of_itself(name):
     ],
 )
 def test_scaling_lengthens_the_context(scaling, positions):
-    assert decoder_spec(make_config("llama", rope_scaling=scaling)).n_positions == positions
+    config = make_config("llama", rope_scaling=scaling)
+    assert FAMILIES["llama"].spec_of(config).n_positions == positions
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.4, 1.0])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_sparse_ffn_sized_for_a_family(name, ratio):
-    ffn = size_model(decoder_spec(make_config(name)), ratio)
+    ffn = size_model(FAMILIES[name].spec_of(make_config(name)), ratio)
     assert 0.85 * ratio < flops_ratio(ffn) <= ratio
     shapes = shapes_of(FAMILIES[name](make_config(name), (ffn, None)))
     collection = shapes[FAMILIES[name].layer_path[0]][FAMILIES[name].layer_path[1]]
     assert ("bias" in collection["0"]["mlp"]) == (not ffn.gated)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_matrix_is_dealt_out_and_hidden_units_over_the_tensor_axis(name):
+    mesh = jax.sharding.AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"))
+    params = shapes_of(FAMILIES[name](make_config(name), (sparse_ffn(name), None)))
+    params["lora"] = jax.eval_shape(
+        lambda key: init_lora(key, params, 2, is_attention_kernel), jax.random.key(0)
+    )
+    hidden = {D_FF[name], 40, 16}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        spec = leaf_sharding(mesh, path, leaf.shape).spec
+        if leaf.ndim == 2 and path[-1].key != "polynomial":
+            assert any(spec), path
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            assert size not in hidden or axis == "tensor", path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_and_norms_are_what_the_family_calls_them(name):
+    paths = list(flatten_dict(shapes_of(FAMILIES[name](make_config(name)))))
+    # What is left of a block without its FFN, and of the body without its embeddings.
+    expected = {
+        path
+        for path in paths
+        if "mlp" not in path and path[-1] != "embedding" and path[0] != "lm_head"
+    }
+    assert {path for path in paths if is_attention_or_norm(path)} == expected
+    used = {part for path in expected for part in path}
+    assert used >= {FAMILIES[name].attention, *FAMILIES[name].norms}
+    kernels = {path for path in expected if path[-1] == "kernel"}
+    assert {path for path in paths if is_attention_kernel(path)} == kernels
 
 
 def test_an_unknown_family_is_refused():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from transformers import GPT2Config
 
-from sparseffn_jax.checkpoints.pretrained import load_tokenizer
+from sparseffn_jax.checkpoints.tokenizers import load_tokenizer
 from sparseffn_jax.demo import EMBEDDED_MODEL
 from sparseffn_jax.models import generation
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from sparseffn_jax.nn.lora import init_lora, is_attention_kernel, merge_lora
+from sparseffn_jax.models.paths import is_attention_kernel
+from sparseffn_jax.nn.lora import init_lora, merge_lora
 
 RNG = np.random.default_rng(0)
 

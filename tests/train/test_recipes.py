@@ -6,7 +6,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from train_models import SPARSE_FFN, make_model
 
-from sparseffn_jax.nn.lora import init_lora, is_attention_kernel
+from sparseffn_jax.models.paths import is_attention_kernel
+from sparseffn_jax.nn.lora import init_lora
 from sparseffn_jax.train import recipes
 from sparseffn_jax.train.recipes import combine, partition, warmup_cosine
 
@@ -98,7 +99,7 @@ def test_weight_decay_is_for_matrices_alone(params):
         for path in updates
         if path.endswith(("kernel", "axes", "filter", "kernel/a", "kernel/b"))
     }
-    assert "transformer/h/0/mlp/polynomial" in updates
+    assert "transformer/h/0/mlp/spectral/polynomial" in updates
 
 
 def test_gradients_are_clipped_by_their_global_norm():

@@ -23,7 +23,8 @@ HERE = Path(__file__).parent
 
 
 def start(*arguments):
-    roots = os.pathsep.join((str(HERE), str(HERE.parents[1])))
+    root = HERE.parents[1]
+    roots = os.pathsep.join(map(str, (root, root / "tests", root / "campaigns")))
     return subprocess.Popen(
         [sys.executable, HERE / "parallel_worker.py", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": roots, "JAX_PLATFORMS": "cpu"},
@@ -106,7 +107,7 @@ def test_the_mesh_splits_what_the_table_says(eight):
     seen, _ = eight
     specs = {path.removeprefix("transformer/"): spec for path, spec in seen["specs"].items()}
     assert specs["h/1/mlp/c_fc/kernel"] == ["tensor", "fsdp"]
-    assert specs["h/0/mlp/contract/axes"] == ["tensor", "fsdp"]
+    assert specs["h/0/mlp/spectral/down/axes"] == ["tensor", "fsdp"]
     assert specs["h/0/attn/c_proj/kernel"] == ["fsdp", "tensor"]
     # 97 tokens cannot be dealt out to two, so both axes share the channels.
     assert specs["wte/embedding"] == ["None", "('tensor', 'fsdp')"]
@@ -138,9 +139,9 @@ def mesh_of(**sizes):
 @pytest.mark.parametrize(
     ("path", "shape", "spec"),
     [
-        ("mlp/expand/real", (5, 4, 16), P(None, "fsdp", "tensor")),
-        ("mlp/contract/imag", (3, 16, 4), P(None, "tensor", "fsdp")),
-        ("mlp/expand_gate/filter", (8, 32), P("fsdp", "tensor")),
+        ("mlp/spectral/up/real", (5, 4, 16), P(None, "fsdp", "tensor")),
+        ("mlp/spectral/down/imag", (3, 16, 4), P(None, "tensor", "fsdp")),
+        ("mlp/spectral/gate/filter", (8, 32), P("fsdp", "tensor")),
         ("mlp/core/up/kernel", (6, 16, 8), P("tensor", "fsdp", None)),
         ("mlp/core/down/kernel", (6, 16, 8), P("tensor", None, "fsdp")),
         ("mlp/core/up/kernel", (32, 64), P("fsdp", "tensor")),

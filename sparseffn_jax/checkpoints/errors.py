@@ -1,0 +1,21 @@
+"""The error of all that reads and writes checkpoints, and the wording that its messages share."""
+
+from collections.abc import Collection
+
+_LONGEST = 300
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; the message says why, and how to mend it."""
+
+
+def one_line(error: Exception) -> str:
+    """Returns another library's message on one line, cut where a damaged file makes it endless."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def some(names: Collection[str]) -> str:
+    """Returns the first three names in order, and how many more there are."""
+    first = ", ".join(sorted(names)[:3])
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first

@@ -1,0 +1,102 @@
+"""A model's folder as a whole: finding it, here or on the Hugging Face Hub, and replacing it."""
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from sparseffn_jax.checkpoints.errors import CheckpointError
+
+PathLike = str | os.PathLike[str]
+
+SAFETENSORS = "model.safetensors"
+MSGPACK = "flax_model.msgpack"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def find_folder(source: PathLike) -> Path:
+    """Returns a local folder, or downloads the model of that name and returns where it lies.
+
+    Raises:
+      CheckpointError: if there is neither.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file: give the folder that holds it")
+    name = os.fspath(source)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise CheckpointError(f"there is no folder {name}")
+    try:
+        folder = _download(name, SAFETENSORS)
+        if not any(folder.glob("*.safetensors")):
+            folder = _download(name, MSGPACK)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name!r} is not a folder here, and the Hugging Face Hub did not give such a model "
+            f"({type(error).__name__}): check its spelling and the network, or give a local folder"
+        ) from error
+    return folder
+
+
+def check_replaceable(folder: PathLike, overwrite: bool) -> None:
+    """Checks that ``save_pretrained`` may write ``folder``, before the work that leads there.
+
+    Raises:
+      CheckpointError: if something is there that must not be replaced.
+    """
+    target = Path(folder).expanduser()
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file: name a folder")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{target} is not empty, nothing was written: name another folder, or pass "
+            "overwrite=True to replace it"
+        )
+    if not (target / "config.json").is_file():
+        raise CheckpointError(
+            f"{target} is not a model folder (it has no config.json) and will not be replaced: "
+            "name another one"
+        )
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``target`` that takes its place when the block succeeds."""
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    old = staging.with_suffix(".old")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if target.exists():
+            target.rename(old)
+        staging.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for folder in (staging, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(name: str, weights: str) -> Path:
+    stem, suffix = weights.split(".")
+    files = (weights, f"{stem}-*.{suffix}", f"{weights}.index.json")
+    return Path(snapshot_download(name, allow_patterns=["config.json", *TOKENIZER_FILES, *files]))

@@ -1,0 +1,70 @@
+"""Tokenizers that lie in a model's folder: reading them, checking them and taking them along."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from sparseffn_jax.checkpoints.errors import CheckpointError, one_line
+from sparseffn_jax.checkpoints.folders import TOKENIZER_FILES, PathLike
+
+
+def load_tokenizer(source: PathLike) -> Any:
+    """Returns the fast tokenizer of a model folder, or of a model on the Hugging Face Hub.
+
+    Raises:
+      CheckpointError: if there is none, or it cannot be read.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        # Given a folder without them, some versions of transformers make up an empty tokenizer.
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise CheckpointError(
+                f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
+            )
+        source = folder
+    try:
+        # Never the code that a folder may bring: without a word transformers would ask for leave.
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    # The tokenizers library raises bare Exceptions.
+    except Exception as error:
+        raise CheckpointError(
+            f"no tokenizer can be read from {source}: {one_line(error)}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"the tokenizer of {source} has no fast form, tokenizer.json")
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Checks that every token that ``tokenizer`` can give has an embedding.
+
+    Raises:
+      CheckpointError: if it has more tokens than the model.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"wrong tokenizer: it has {len(tokenizer)} tokens, but the model has "
+            f"vocab_size={config.vocab_size}; use the tokenizer that the model was trained with"
+        )
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Writes a tokenizer, or copies the tokenizer files of another folder; ``None`` is neither.
+
+    Raises:
+      CheckpointError: if the other folder has no such files.
+    """
+    if tokenizer is None:
+        return
+    if not isinstance(tokenizer, str | os.PathLike):
+        tokenizer.save_pretrained(folder)
+        return
+    source = Path(tokenizer).expanduser()
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not files:
+        raise CheckpointError(f"{source} has no tokenizer files to copy, such as tokenizer.json")
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
