@@ -20,6 +20,7 @@ from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.sparsify import closed_form
 from sparseffn_jax.sparsify.closed_form import Moments
 from sparseffn_jax.sparsify.dense import DenseFFN, Linear
+from sparseffn_jax.sparsify.selection import floored, root_mean_square
 
 Dtype = Any
 
@@ -137,9 +138,7 @@ def fit_monarch(
     u = dense_up(x)
     slope = np.asarray(jax.jvp(phi, (u,), (jnp.ones_like(u),))[1])
     # How strongly an error of each pre-activation moves the output, root mean square.
-    scale = np.sqrt(np.mean(np.square(slope), 0, dtype=np.float64))
-    scale *= np.linalg.norm(dense.down.weight, axis=1)
-    scale = np.maximum(scale, 1e-3 * scale.mean() + np.finfo(np.float64).tiny)
+    scale = floored(root_mean_square(slope) * np.linalg.norm(dense.down.weight, axis=1))
 
     inputs = Moments.of(x, x[:, :0])
     first = dense_up.weight
