@@ -19,6 +19,7 @@ from rich.table import Table
 
 from sparseffn_jax.bench import pictures
 from sparseffn_jax.bench.external import EXTERNAL
+from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -86,9 +87,7 @@ class FFNBenchSettings:
                 f"d_model={self.d_model} and d_ff={self.d_ff} must be multiples of {_BLOCK} and "
                 f"{4 * _BLOCK}, for the grid's blocks"
             )
-        for name in ("tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_counts(self, "tokens", "repeats")
         known = grid(self.d_model, self.d_ff)
         if unknown := set(self.only) - set(known):
             raise ValueError(
@@ -185,8 +184,7 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
         compiled, arguments = programs[name, "forward"]
         parts[name] = time_by_part(compiled, *arguments, repeats=3).seconds
     result: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings) | {"out": str(settings.out)},
-        "versions": records.versions(),
+        **begin_report(settings),
         "peak": dataclasses.asdict(peak),
         "rows": rows,
         "seconds_by_part": parts,

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import GPT2Config
 
 from sparseffn_jax.bench.fairness import token_hash
+from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.config import SparseFFNConfig, SpectralConfig
 from sparseffn_jax.measure import records
 from sparseffn_jax.measure.costs import flops_ratio
@@ -57,9 +58,7 @@ class ModelBenchSettings:
     out: Path = Path("runs/bench")
 
     def __post_init__(self):
-        for name in ("block_size", "batch_size", "window", "decoded", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_counts(self, "block_size", "batch_size", "window", "decoded", "repeats")
         width, n_layer, _ = _SIZES[self.size]
         if width % self.block_size:
             raise ValueError(f"block_size={self.block_size} does not divide d_model={width}")
@@ -91,8 +90,7 @@ def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str,
         _VOCABULARY, size=(settings.batch_size, settings.window + 1), dtype=np.int32
     )
     result: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings) | {"out": str(settings.out)},
-        "versions": records.versions(),
+        **begin_report(settings),
         "token_hash": token_hash(tokens),
         "promised_ffn_speedup": 1.0 / flops_ratio(ffn),
         "times": {},
