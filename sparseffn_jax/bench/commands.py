@@ -86,7 +86,7 @@ class BenchAll:
         console.print(model_table(model))
         quality = run_quality(
             QualitySettings(
-                str(EMBEDDED_MODEL),
+                model=str(EMBEDDED_MODEL),
                 out=work / "quality",
                 targets=(2.0,),
                 methods=("SparseFFN", "narrow", "low-rank"),
