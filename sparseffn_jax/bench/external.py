@@ -1,4 +1,4 @@
-"""Other libraries' products, timed only: what a block-sparse or dense FFN costs elsewhere.
+"""Other libraries' products, timed only: what a block-sparse or dense product costs elsewhere.
 
 PyTorch is optional (``pip install 'sparseffn_jax[torch]'``); without it, or on the wrong device,
 a peer says why it cannot run. Weights are ``(inputs, outputs)`` as everywhere here.
@@ -79,40 +79,15 @@ class ExternalPeer:
         Raises:
           ValueError: if the peer cannot run here; the message says why.
         """
-        self._check(precision)
+        if (reason := self.refusal(precision)) is not None:
+            raise ValueError(f"this peer cannot run: {reason}")
         backend = _BACKENDS[self.library]
         return backend(lambda array: self._made(array(weight), block), x, precision)
-
-    def ffn(
-        self,
-        expand: Weight,
-        contract: Weight,
-        x: Float[np.ndarray, "t d"],
-        *,
-        block: int = 32,
-        precision: Precision = "float32",
-    ) -> Run:
-        """Returns a function that computes ``gelu(x @ expand) @ contract`` and waits for it.
-
-        GELU is the tanh approximation, GPT-2's. See :meth:`product` for the arguments.
-        """
-        self._check(precision)
-        gelu = _GELUS[self.library]()
-
-        def build(array: Callable[[np.ndarray], Any]) -> Callable[[Any], Any]:
-            first, second = (self._made(array(weight), block) for weight in (expand, contract))
-            return lambda x: second(gelu(first(x)))
-
-        return _BACKENDS[self.library](build, x, precision)
 
     def _made(self, weight: Any, block: int) -> Callable[[Any], Any]:
         if self.pattern == "2:4":
             weight = _two_of_four(weight)
         return self.linear(weight, block)
-
-    def _check(self, precision: Precision) -> None:
-        if (reason := self.refusal(precision)) is not None:
-            raise ValueError(f"this peer cannot run: {reason}")
 
 
 def _run_jax(build: Callable[..., Any], x: np.ndarray, precision: Precision) -> Run:
@@ -143,16 +118,6 @@ def _run_torch(build: Callable[..., Any], x: np.ndarray, precision: Precision) -
         return y
 
     return synchronized
-
-
-def _jax_gelu() -> Callable[[Any], Any]:
-    return jax.nn.gelu
-
-
-def _torch_gelu() -> Callable[[Any], Any]:
-    import torch
-
-    return lambda x: torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def _jax_dense(weight: Any, block: int) -> Callable[[Any], Any]:
@@ -202,7 +167,6 @@ def _two_of_four(weight: Any) -> Any:
 
 
 _BACKENDS = {"jax": _run_jax, "torch": _run_torch}
-_GELUS = {"jax": _jax_gelu, "torch": _torch_gelu}
 EXTERNAL: Mapping[str, ExternalPeer] = MappingProxyType(
     {
         "jax dense": ExternalPeer("jax", _jax_dense, pattern=None),
