@@ -11,8 +11,8 @@ out="campaigns/results/$(date +%F)-$device"
 sparseffn=${SPARSEFFN:-sparseffn}
 for d_model in 1024 2048 4096; do
     "$sparseffn" bench ffn --d-model "$d_model" --d-ff $((4 * d_model)) --tokens 16384 \
-        --dtype bfloat16 --repeats 5 --no-plans --no-external \
-        --only dft-8 dft-16 narrow-1/4 default-0.4 --out "$out/d$d_model"
+        --dtype bfloat16 --repeats 5 --no-all-plans --no-external \
+        --only circulant-8 circulant-16 narrow-1/4 default-0.4 --out "$out/d$d_model"
 done
 "$sparseffn" bench model --size small --dtype bfloat16 --batch-size 16 --window 1024 \
     --repeats 5 --out "$out/gpt2-small"

@@ -14,6 +14,7 @@ from sparseffn_jax.bench.model import ModelBenchSettings, model_table, run_model
 from sparseffn_jax.bench.quality import QualitySettings, run_quality
 from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL
 from sparseffn_jax.measure.records import make_folder, versions, write_json
+from sparseffn_jax.ops.plans.choice import using
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +27,16 @@ class BenchFFN(FFNBenchSettings):
 
     Attributes:
       json: Print what ffn.json holds instead of the tables.
+      plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
     """
 
     json: bool = False
+    plans: Path | None = None
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        result = run_ffn_bench(self, Console(stderr=True))
+        with using(self.plans):
+            result = run_ffn_bench(self, Console(stderr=True))
         if self.json:
             print(json.dumps(result, indent=2))
             return
@@ -43,11 +47,19 @@ class BenchFFN(FFNBenchSettings):
 
 @dataclasses.dataclass(frozen=True)
 class BenchModel(ModelBenchSettings):
-    """A whole GPT-2 of random weights: forward pass, training step, decoding with the cache."""
+    """A whole GPT-2 of random weights: forward pass, training step, decoding with the cache.
+
+    Attributes:
+      plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
+    """
+
+    plans: Path | None = None
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        console.print(model_table(run_model_bench(self, console)))
+        with using(self.plans):
+            result = run_model_bench(self, console)
+        console.print(model_table(result))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +68,18 @@ class BenchQuality(QualitySettings):
 
     About 40 minutes on two CPU cores with the embedded model; --steps, --targets and --methods
     shorten it. A stopped run goes on where it was.
+
+    Attributes:
+      plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
     """
 
     model: str = str(EMBEDDED_MODEL)
+    plans: Path | None = None
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        run_quality(self, console)
+        with using(self.plans):
+            run_quality(self, console)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +96,7 @@ class BenchAll:
         """Runs the command."""
         make_folder(self.out)
         work = Path("runs/bench")
-        ffn = run_ffn_bench(FFNBenchSettings(out=work, repeats=7, plans=False), console)
+        ffn = run_ffn_bench(FFNBenchSettings(out=work, repeats=7, all_plans=False), console)
         for table in ffn_tables(ffn):
             console.print(table)
         model = run_model_bench(ModelBenchSettings(out=work, repeats=3), console)

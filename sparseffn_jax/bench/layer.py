@@ -63,7 +63,7 @@ class FFNBenchSettings:
       dtype: Of weights and computation.
       repeats: Runs of each program, taken in turn with the dense one's and in three rounds over
         the grid; medians count.
-      plans: Also measure every plan, to see what the cost model's choice loses.
+      all_plans: Also measure every plan, to see what the chosen one loses to the best.
       external: Also time other libraries' products.
       out: Folder for ffn.json and the pictures.
 
@@ -77,7 +77,7 @@ class FFNBenchSettings:
     only: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     repeats: int = 11
-    plans: bool = True
+    all_plans: bool = True
     external: bool = True
     out: Path = Path("runs/bench")
 
@@ -270,7 +270,7 @@ def _row(name, mode: Mode, config, dense, times: PairedTimes, settings) -> dict[
         row["memory_ratio"] = _training_bytes(config, tokens, dtype) / _training_bytes(
             dense, tokens, dtype
         )
-    if settings.plans:
+    if settings.all_plans:
         measured = time_plans(
             config, tokens, dtype, train=mode == "training", repeats=settings.repeats
         )

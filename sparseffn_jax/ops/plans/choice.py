@@ -207,3 +207,13 @@ def recorded() -> Iterator[list[Choice]]:
         _recording.reset(token)
         here = _platform(jax.devices()[0])
         picked[:] = [choice for choice in picked if choice.platform == here]
+
+
+@contextlib.contextmanager
+def using(path: Path | None) -> Iterator[None]:
+    """Follows the table in a file inside the block; ``None`` follows none. Raises as :func:`use`."""
+    if path is None:
+        yield
+        return
+    with use(PlanTable.load(path)):
+        yield
