@@ -15,18 +15,22 @@ from sparseffn_jax.sparsify.selection import choose_units, score_units
 def select_layer(
     dense: DenseFFN, config: SparseFFNConfig, x: np.ndarray
 ) -> tuple[SparseFFNConfig, dict[str, Any]]:
-    """Starts a layer plainly, to show what the closed forms are worth: nothing is refitted.
+    """Starts a layer plainly, to show what the closed forms are worth: no weight is refitted.
 
     The most important units stay as they are, the others' weights are cut to their largest singular
-    values, and the polynomial is the activation's own.
+    values, and the polynomial is fitted to the activation itself.
 
     Args:
       dense: the FFN to stand in for.
-      config: a layer with a dense core, a low-rank branch and a polynomial, with biases.
-      x: (n, d_model) calibration activations.
+      config: configuration of a layer with an unmasked core, a low-rank branch, a polynomial and
+        biases.
+      x: (n, d_model) inputs of the FFN on calibration text, float32.
 
     Returns:
-      The config with the polynomial's fitted radius, and float32 parameters.
+      The configuration with the polynomial's fitted radius, and float32 parameters.
+
+    Raises:
+      ValueError: if the layer lacks one of the three parts.
     """
     branch, core = config.spectral, config.micro and config.micro.core
     if branch is None or core is None or config.polynomial is None:

@@ -19,14 +19,14 @@ from sparseffn_jax.ops.plans.choice import using
 
 @dataclasses.dataclass(frozen=True)
 class BenchFFN(FFNBenchSettings):
-    """One layer: a grid of configurations against the dense FFN, in turn, on the same activations.
+    """Measure one layer: a grid of configurations in turn with the dense FFN, on the same inputs.
 
-    Shows for each what its FLOPs promise, what the clock says, forward, in training and decoding
-    one token after the other, the memory that training takes, and what the chosen plan loses to
-    the best one.
+    Shows what the FLOPs of each configuration promise, and what the clock says: in the forward
+    pass, in training, and in decoding one token after the other. Shows too the memory that training
+    takes, and what the chosen plan loses to the best one.
 
     Attributes:
-      json: Print what ffn.json holds instead of the tables.
+      json: Print the contents of ffn.json instead of the tables.
       plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
     """
 
@@ -47,7 +47,7 @@ class BenchFFN(FFNBenchSettings):
 
 @dataclasses.dataclass(frozen=True)
 class BenchModel(ModelBenchSettings):
-    """A whole GPT-2 of random weights: forward pass, training step, decoding with the cache.
+    """Measure a GPT-2 of random weights: forward pass, training step, decoding with the cache.
 
     Attributes:
       plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
@@ -64,10 +64,10 @@ class BenchModel(ModelBenchSettings):
 
 @dataclasses.dataclass(frozen=True)
 class BenchQuality(QualitySettings):
-    """Loss at equal measured FFN time: SparseFFN and other ways to thin an FFN, trained alike.
+    """Compare losses at equal measured FFN time: SparseFFN and other ways to thin an FFN.
 
-    About 40 minutes on two CPU cores with the embedded model; --steps, --targets and --methods
-    shorten it. A stopped run goes on where it was.
+    All of them train alike. This takes about 40 minutes on two CPU cores with the embedded model;
+    --steps, --targets and --methods shorten it. A stopped run goes on where it was.
 
     Attributes:
       plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
@@ -84,10 +84,10 @@ class BenchQuality(QualitySettings):
 
 @dataclasses.dataclass(frozen=True)
 class BenchAll:
-    """The layer, the model and a short comparison of quality, in one dated file.
+    """Measure the layer and the model and compare quality for a short time, for one dated file.
 
     Attributes:
-      out: Folder for DATE-DEVICE.json; pictures and parts go to runs/bench.
+      out: Folder that DATE-DEVICE.json is written to. Pictures and parts go to runs/bench.
     """
 
     out: Path = Path("campaigns/results")

@@ -46,7 +46,8 @@ class ComparisonSettings:
       window: Tokens in a window. The default is the model's n_positions, which is also the most.
       learning_rate: Peak learning rate of sparse models.
       dense_learning_rate: Peak learning rate of the dense model, which has less far to go.
-      calibration_windows: Windows of training text that sparse models are started from.
+      calibration_windows: Windows of training text that the sparse models' closed forms are
+        fitted to.
       distill_steps: Steps of layer-wise distillation between the closed forms and fine-tuning.
       evaluation_windows: Held-out windows that every loss is the mean over.
       seed: Seed of the order of the data and of the choice of windows.

@@ -30,12 +30,12 @@ class ExternalPeer:
     """One way that a library multiplies activations by a weight.
 
     Attributes:
-      library: ``"jax"`` or ``"torch"``.
-      linear: how; ``None`` for the library's plain dense product.
-      platforms: where it runs.
-      precisions: in which it runs.
-      pattern: of the zeros that it can skip: ``"free"`` blocks; ``"2:4"``, two of every four
-        inputs, to which weights are pruned first; or ``None``, it skips none.
+      library: the library that runs it.
+      linear: makes the product of a weight, in the library's own arrays.
+      platforms: the platforms on which it runs.
+      precisions: the dtypes in which it runs.
+      pattern: which zeros it can skip. ``"free"`` means any blocks; ``"2:4"`` two of every four
+        inputs, to which weights are pruned first; and ``None`` that it skips none.
     """
 
     library: Literal["jax", "torch"]
@@ -45,7 +45,7 @@ class ExternalPeer:
     pattern: Literal["free", "2:4"] | None = "free"
 
     def refusal(self, precision: Precision = "float32") -> str | None:
-        """Says why this peer cannot run here, or ``None`` if it can."""
+        """Returns the reason why this peer cannot run here, or ``None`` if it can."""
         platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
         if platform not in self.platforms:
             return f"it needs a {' or '.join(self.platforms)}, this is a {platform}"
@@ -71,13 +71,13 @@ class ExternalPeer:
         """Returns a function that computes ``x @ weight`` and waits for it.
 
         Args:
-          weight: its zeros are what the peer may skip.
-          x: activations.
+          weight: (i, o) weight, whose zeros are what the peer may skip.
+          x: (t, i) activations.
           block: side of the blocks that hold the zeros.
-          precision: of both.
+          precision: dtype that weight and activations are cast to.
 
         Raises:
-          ValueError: if the peer cannot run here; the message says why.
+          ValueError: if the peer cannot run here; the message gives the reason.
         """
         if (reason := self.refusal(precision)) is not None:
             raise ValueError(f"this peer cannot run: {reason}")

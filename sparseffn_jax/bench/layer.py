@@ -53,19 +53,19 @@ _ROUNDS = 3
 
 @dataclasses.dataclass(frozen=True)
 class FFNBenchSettings:
-    """The grid.
+    """Which layers are measured, on what and how often.
 
     Attributes:
-      d_model: Channels in and out.
-      d_ff: Hidden units of the dense FFN.
-      tokens: Rows of activations, for the forward pass and for training.
-      only: Names of configurations; all without it.
-      dtype: Of weights and computation.
-      repeats: Runs of each program, taken in turn with the dense one's and in three rounds over
-        the grid; medians count.
+      d_model: Number of channels in and out of the layers.
+      d_ff: Number of hidden units of the dense FFN.
+      tokens: Rows of activations in the forward pass and in training.
+      only: Names of the configurations to measure. The default is the whole grid.
+      dtype: Precision of the weights and of the computation.
+      repeats: Runs of each program, which take turns with the dense one's in three rounds over
+        the grid. Medians over the runs count.
       all_plans: Also measure every plan, to see what the chosen one loses to the best.
-      external: Also time other libraries' products.
-      out: Folder for ffn.json and the pictures.
+      external: Also time the products of other libraries.
+      out: Folder that ffn.json and the pictures are written to.
 
     Raises:
       ValueError: on construction, if a value is out of its range.
@@ -97,7 +97,12 @@ class FFNBenchSettings:
 
 
 def grid(d_model: int, d_ff: int) -> dict[str, SparseFFNConfig]:
-    """Returns the configurations that are measured, by name."""
+    """Returns the configurations that are measured, by name.
+
+    Args:
+      d_model: number of channels in and out, a multiple of 64.
+      d_ff: number of hidden units of the dense FFN, a multiple of 256.
+    """
 
     def layer(**parts: Any) -> SparseFFNConfig:
         return SparseFFNConfig(d_model, d_ff, _ACTIVATION, **parts)
@@ -144,7 +149,13 @@ def grid(d_model: int, d_ff: int) -> dict[str, SparseFFNConfig]:
 
 
 def unstructured_mask(rows: int, columns: int, density: float = 0.25) -> BlockMask:
-    """Returns a random mask of 64 x 64 blocks, equally many in every column."""
+    """Returns a random mask of 64 x 64 blocks that keeps equally many of them in every column.
+
+    Args:
+      rows: number of blocks in a column.
+      columns: number of columns of blocks.
+      density: the share of the blocks that is kept; in every column it is rounded up.
+    """
     scores = np.random.default_rng(0).random((rows, columns))
     kept = np.argsort(np.argsort(scores, axis=0), axis=0) < density * rows
     return BlockMask.from_array(kept, (_BLOCK, _BLOCK))
@@ -156,18 +167,20 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
     Every configuration is timed in turn with the dense FFN on identical activations: forward,
     forward with backward, and decoding, one token after the other.
 
+    Args:
+      settings: which layers are measured, on what and how often.
+      console: shows the progress.
+
     Returns:
       What ``ffn.json`` holds.
+
+    Raises:
+      ValueError: if ``out`` cannot be written to.
     """
     records.make_folder(settings.out)
     configs = grid(settings.d_model, settings.d_ff)
     chosen = settings.only or tuple(configs)
-    dense = configs["dense"] = SparseFFNConfig(
-        settings.d_model,
-        settings.d_ff,
-        _ACTIVATION,
-        micro=MicroRefinementConfig(CoreConfig(settings.d_ff)),
-    )
+    dense = configs["dense"] = size_ffn(settings.d_model, settings.d_ff, 1.0, _ACTIVATION)
     dtype = _DTYPES[settings.dtype]
     peak = measure_peak(dtype)
     tokens = settings.tokens
@@ -207,7 +220,11 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
 
 
 def ffn_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Returns the tables that show a person what :func:`run_ffn_bench` measured."""
+    """Returns two tables of what :func:`run_ffn_bench` measured: the grid, and pairs of programs.
+
+    Args:
+      result: what :func:`run_ffn_bench` returned.
+    """
     rows = result["rows"]
     grid_table = Table(
         title="FFN speed-up over dense, and the share of the promise that it realises",

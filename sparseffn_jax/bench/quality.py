@@ -44,7 +44,7 @@ class QualitySettings(ComparisonSettings):
       targets: Speed-ups of the FFNs to compare at, as measured on this machine.
       methods: Names of the methods to compare. The default is all of them.
       timed_tokens: Rows of activations that the FFNs are timed on.
-      seed: Seed of the order of the data, of the choice of windows and of these activations.
+      seed: Seed of the order of the data, of the choice of windows and of the timed activations.
 
     Raises:
       ValueError: on construction, if a value is out of its range.
@@ -74,12 +74,20 @@ class QualitySettings(ComparisonSettings):
 
 
 def run_quality(settings: QualitySettings, console: Console) -> dict[str, Any]:
-    """Compares all methods at equal measured time; returns what it writes to ``quality.json``.
+    """Compares all methods at equal measured time.
 
     Every method is sized until its FFNs run at the target speed-up on this machine, or a little
-    above it; started in closed form, distilled layer by layer, fine-tuned on the same batches as
-    the dense model, and evaluated on the same held-out text. Losses are in nats a token. The
-    report is written after each point, so that the same call goes on where a stopped one was.
+    above it. It is then started in closed form, distilled layer by layer, fine-tuned on the same
+    batches as the dense model, and evaluated on the same held-out text. Losses are in nats a
+    token. The report is written after each point, so that the same call goes on where a stopped
+    one was.
+
+    Args:
+      settings: what is compared, at which speed, and how long it trains.
+      console: gets the progress and the table.
+
+    Returns:
+      What it writes to ``quality.json``.
 
     Raises:
       CheckpointError, FileNotFoundError, ValueError: if model, text or settings do not fit, or
@@ -101,7 +109,7 @@ class Settled(NamedTuple):
 
 
 class _Job:
-    """What is known so far."""
+    """A comparison of methods, and its report so far."""
 
     def __init__(self, settings: QualitySettings, console: Console):
         self.settings, self.console = settings, console
@@ -192,7 +200,7 @@ class _Job:
             self.save(_folder(name, target))
 
     def settle(self, method: Method, sizer: Sizer, target: float) -> Settled | None:
-        """Sizes a method, and measures the result again, longer; a smaller one if too slow."""
+        """Sizes a method and measures the result longer; if it is too slow, sizes again."""
         while (sized := sizer.meet(target)) is not None:
             times = self.speedup(method, sized.config, _FINAL_REPEATS)
             if times["speedup"] >= target:
@@ -201,7 +209,7 @@ class _Job:
         return None
 
     def best(self, candidates: Mapping[str, Method], found: Mapping[str, Settled]) -> str:
-        """Returns the candidate with the lowest loss on calibration text after closed forms."""
+        """Returns the candidate with the lowest loss on calibration text after the closed forms."""
         if len(found) == 1:
             return next(iter(found))
         losses = {}
@@ -262,7 +270,11 @@ class _Job:
 
 
 def quality_table(results: Mapping[str, Any]) -> Table:
-    """Returns the report of :func:`run_quality` as a table, by target and then by loss."""
+    """Returns the report of :func:`run_quality` as a table, by target and then by loss.
+
+    Args:
+      results: the report.
+    """
     dense = results["dense"]
     table = Table(
         title=f"Loss at equal FFN time, nats a token; dense: {dense['loss']:.4f} fine-tuned",
