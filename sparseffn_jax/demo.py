@@ -48,8 +48,8 @@ class DemoSettings(ComparisonSettings):
         replaced.
       flops: FFN FLOPs of the sparse model over those of the dense one.
       sweep: FFN FLOPs ratios that the picture of quality against time shows.
-      sweep_steps: Fine-tuning steps for each of these ratios, after layer-wise distillation. With
-        0 the picture shows the losses right after the closed forms.
+      sweep_steps: Fine-tuning steps for each of these ratios, after layer-wise distillation. If
+        it is 0, the picture shows the losses right after the closed forms.
       prompt: Text that both models continue.
       seed: Seed of the order of the data, of the choice of windows and of sampling.
 
@@ -76,17 +76,25 @@ class DemoSettings(ComparisonSettings):
 
 
 def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
-    """Runs the main job and returns what it writes to ``report.json``.
+    """Runs the main job, from a pretrained model to a report, pictures and a sparse model.
 
-    Load, evaluate, sparsify in three stages, fine-tune sparse and dense on the same batches,
-    evaluate, time both in turn, let both write; losses are in nats a token on held-out text.
+    It loads and evaluates the dense model, replaces its FFNs in three stages, fine-tunes the sparse
+    and the dense model on the same batches, evaluates both, times them in turn, and lets both
+    write. Losses are in nats a token on held-out text.
+
+    Args:
+      settings: what the job runs on, and for how long.
+      console: gets the progress and the tables.
+
+    Returns:
+      What it writes to ``report.json``.
 
     Raises:
       CheckpointError, FileNotFoundError, ValueError: if model, text or settings do not fit.
     """
     started = time.perf_counter()
     job = _Job(settings, console)
-    # An earlier demo's training, with another sweep perhaps, would be taken for this one's.
+    # The runs of an earlier demo, of another sweep perhaps, would be taken for this one's.
     shutil.rmtree(settings.out / "training", ignore_errors=True)
     job.evaluate_dense()
     job.sparsify()
@@ -100,7 +108,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
 
 
 class _Job:
-    """What is known so far; every method adds its part of the report."""
+    """The main job so far, to whose report every method adds its part."""
 
     def __init__(self, settings: DemoSettings, console: Console):
         self.settings, self.console = settings, console
@@ -110,6 +118,12 @@ class _Job:
         self.config = size_model(dense.spec, settings.flops)
         self.comparison = Comparison(settings, dense, timed_tokens=_TIMED_TOKENS, timing_seed=0)
         self.model, self.pretrained = self.comparison.model, dense.params
+        self.prompt: list[int] = self.comparison.tokenizer.encode(settings.prompt)
+        if not 1 <= len(self.prompt) < dense.spec.n_positions:
+            raise ValueError(
+                f"prompt has {len(self.prompt)} tokens: give at least 1, and fewer than the "
+                f"model's n_positions={dense.spec.n_positions}"
+            )
         self.report: dict[str, Any] = {
             "model": settings.model,
             "text": settings.text,
@@ -219,8 +233,7 @@ class _Job:
 
     def write_samples(self) -> None:
         self.say("Letting both write")
-        tokenizer = self.comparison.tokenizer
-        ids = jnp.asarray([tokenizer.encode(self.settings.prompt)], jnp.int32)
+        tokenizer, ids = self.comparison.tokenizer, jnp.asarray([self.prompt], jnp.int32)
         new = min(120, self.model.spec.n_positions - ids.shape[1])
         for name, model, params in (
             ("dense", self.model, self.dense_params),
@@ -319,7 +332,7 @@ def _gradient(model: Decoder, params: Any) -> Callable[[Any], Any]:
         logits: Any = model.apply({"params": params}, batch[:, :-1])
         return cross_entropy(logits, batch[:, 1:])
 
-    # As a training step is compiled.
+    # Compiled as a training step is.
     run = jax.jit(jax.grad(loss), compiler_options=compiler_options())
     params = jax.device_put(params)
     return lambda batch: run(params, batch)
