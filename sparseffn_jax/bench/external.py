@@ -45,7 +45,7 @@ class ExternalPeer:
     pattern: Literal["free", "2:4"] | None = "free"
 
     def refusal(self, precision: Precision = "float32") -> str | None:
-        """Returns the reason why this peer cannot run here, or ``None`` if it can."""
+        """Says why this peer cannot run here, or ``None`` if it can."""
         platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
         if platform not in self.platforms:
             return f"it needs a {' or '.join(self.platforms)}, this is a {platform}"

@@ -211,7 +211,7 @@ def recorded() -> Iterator[list[Choice]]:
 
 @contextlib.contextmanager
 def using(path: Path | None) -> Iterator[None]:
-    """Follows the table in a file inside the block; ``None`` follows none. Raises as :func:`use`."""
+    """Follows the table in a file inside the block, as :func:`use` does; ``None`` follows none."""
     if path is None:
         yield
         return
