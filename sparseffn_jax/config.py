@@ -6,7 +6,6 @@ Every mask here is static: XLA compiles the masked program, and what is masked h
 import dataclasses
 import json
 import math
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -14,9 +13,11 @@ import numpy as np
 
 from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.masks import BlockMask
+from sparseffn_jax.parsing import check_fields, parse_dataclass
 
 Transform = Literal["low_rank", "block_circulant"]
 _HIGHEST_DEGREE = 64  # Beyond it nothing is gained.
+_BLOCK_SPARSE_PLANS = ("slice", "rows", "columns", "gather", "masked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class SpectralConfig:
     implementation: str | None = None
 
     def __post_init__(self):
-        _check_types(self)
+        check_fields(self)
         _check_positive("spectral width", self.width)
         others = {
             "low_rank": ("block_size", "frequency_mask"),
@@ -114,7 +115,7 @@ class PolynomialConfig:
     groups: int = 1
 
     def __post_init__(self):
-        _check_types(self)
+        check_fields(self)
         _check_positive("polynomial degree", self.degree)
         if self.degree > _HIGHEST_DEGREE:
             raise ValueError(f"polynomial degree={self.degree}: expected at most {_HIGHEST_DEGREE}")
@@ -160,7 +161,7 @@ class CoreConfig:
     implementation: str | None = None
 
     def __post_init__(self):
-        _check_types(self)
+        check_fields(self)
         _check_positive("core width", self.width)
         _check_implementation(self.implementation, _BLOCK_SPARSE_PLANS)
 
@@ -219,7 +220,7 @@ class MicroRefinementConfig:
     implementation: str | None = None
 
     def __post_init__(self):
-        _check_types(self)
+        check_fields(self)
         if self.core is None and not self.corrections:
             raise ValueError(
                 "micro-refinement needs a core or at least one correction: or leave it out"
@@ -257,7 +258,7 @@ class SparseFFNConfig:
     bias: bool = True
 
     def __post_init__(self):
-        _check_types(self)
+        check_fields(self)
         _check_positive("d_model", self.d_model)
         _check_positive("d_ff", self.d_ff)
         get_activation(self.activation)
@@ -320,7 +321,7 @@ class SparseFFNConfig:
           ValueError: for an unknown, missing or wrongly typed key, and for values that do not
             fit together.
         """
-        return _from_dict(cls, values, "config")
+        return parse_dataclass(cls, values, "config")
 
     @classmethod
     def layers_from_json(cls, text: str) -> Self | tuple[Self | None, ...]:
@@ -333,7 +334,7 @@ class SparseFFNConfig:
         if not isinstance(values, list):
             return cls.from_dict(values)
         return tuple(
-            None if layer is None else _from_dict(cls, layer, f"layer {i}")
+            None if layer is None else parse_dataclass(cls, layer, f"layer {i}")
             for i, layer in enumerate(values)
         )
 
@@ -354,12 +355,6 @@ def _load_json(text: str) -> Any:
         raise ValueError(f"the config is not JSON: {error}") from error
 
 
-def _check_types(config: Any) -> None:
-    """Checks fields against their annotations; lists become tuples, NumPy values Python's."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        object.__setattr__(config, name, _parse(hint, getattr(config, name), name))
-
-
 def _digits(row: tuple[bool, ...]) -> str:
     return "".join("01"[block] for block in row)
 
@@ -369,76 +364,6 @@ def _json_dict(items: list[tuple[str, Any]]) -> dict[str, Any]:
         name: [_digits(row) for row in value] if name == "blocks" else value
         for name, value in items
     }
-
-
-def _from_dict(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must be a JSON object, got {type(values).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := set(values) - set(fields):
-        raise ValueError(
-            f"{where} has unknown keys {', '.join(sorted(map(str, unknown)))}: expected some of "
-            f"{', '.join(fields)}"
-        )
-    if missing := [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and name not in values
-    ]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    hints = typing.get_type_hints(cls)
-    parsed = {name: _parse(hints[name], value, f"{where}.{name}") for name, value in values.items()}
-    try:
-        return cls(**parsed)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _parse(hint: Any, value: Any, where: str) -> Any:
-    """Reads one value, of JSON or Python, as the type that a field is annotated with."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise ValueError(f"{where} must not be null")
-    (hint,) = (option for option in options if option is not type(None))
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        hint = typing.cast(type, hint)
-        return value if isinstance(value, hint) else _from_dict(hint, value, where)
-    if origin is tuple:
-        return _parse_tuple(typing.get_args(hint), value, where)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ValueError(f"{where}={value!r}: expected one of {', '.join(choices)}")
-        return value
-    # Python takes True for 1; a config does not.
-    if isinstance(value, bool) is not (hint is bool) or not isinstance(value, _ACCEPTED[hint]):
-        raise ValueError(f"{where}={value!r}: expected {_NAMES[hint]}")
-    try:
-        return hint(value)
-    except OverflowError as error:
-        raise ValueError(f"{where} is an integer too large for a number") from error
-
-
-def _parse_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    item = args[0]
-    if isinstance(value, str) and item is bool:
-        if set(value) - {"0", "1"}:
-            raise ValueError(f"{where}={value!r}: a row of a mask is written with 0 and 1")
-        return tuple(digit == "1" for digit in value)
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{where} must be a list, got {type(value).__name__}")
-    return tuple(_parse(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
-
-
-_UNIONS = (typing.Union, type(int | None))
-_BLOCK_SPARSE_PLANS = ("slice", "rows", "columns", "gather", "masked")
-_ACCEPTED = {bool: bool, int: int, float: (int, float), str: str}
-_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
 def _check_positive(name: str, value: int) -> None:
