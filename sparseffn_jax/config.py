@@ -1,6 +1,7 @@
-"""What a SparseFFN is made of: frozen, self-validating, hashable, exact in JSON.
+"""These frozen dataclasses say what a SparseFFN is made of.
 
-Every mask here is static: XLA compiles the masked program, and what is masked has no parameter.
+A config checks itself when it is built, can be hashed, and is read back exactly from its JSON.
+Every mask in it is static: XLA compiles the masked program, and what is masked has no parameter.
 """
 
 import dataclasses
@@ -22,24 +23,35 @@ _BLOCK_SPARSE_PLANS = ("slice", "rows", "columns", "gather", "masked")
 
 @dataclasses.dataclass(frozen=True)
 class SpectralConfig:
-    """The spectral branch: ``down(activation(up(x)))``, both maps in a transform domain.
+    """The spectral branch is an FFN, ``down(activation(up(x)))``, with maps in a transform domain.
 
-    Gated, it is ``down(activation(gate(x)) * up(x))``.
+    A gated layer's branch is ``down(activation(gate(x)) * up(x))``.
 
     Attributes:
-      transform: ``"low_rank"``, data-adapted axes of which ``rank`` are kept (the Karhunen-Loeve
-        transform); or ``"block_circulant"``, Fourier's axes within blocks of channels, of whose
-        ``block_size // 2 + 1`` frequencies a mask keeps some.
-      width: number of hidden units in this branch; a multiple of ``block_size`` if block-circulant.
-      rank: low rank only: number of components that the maps into the hidden units keep.
-      down_rank: low rank only: number of components that the map out of them keeps; 0 takes
+      transform: ``"low_rank"`` writes the maps on axes that are adapted to the data, and keeps
+        ``rank`` of them (the Karhunen-Loeve transform). ``"block_circulant"`` writes them on
+        Fourier's axes within blocks of channels, where a mask may keep some of the
+        ``block_size // 2 + 1`` frequencies.
+      width: The branch has this many hidden units. A block-circulant branch needs a multiple of
+        ``block_size``.
+      rank: The low-rank maps into the hidden units keep this many components.
+      down_rank: The low-rank map out of the hidden units keeps this many components; 0 stands for
         ``rank``.
-      block_size: block-circulant only: side b of one circulant block; divides ``d_model`` and
-        ``width``.
-      frequency_mask: block-circulant only: ``block_size // 2 + 1`` booleans, ``True`` keeps a
-        frequency; ``None`` keeps all.
-      implementation: plan to force (low rank: ``"two_gemms"``, ``"merged"``; block-circulant:
-        ``"fft"``, ``"dft"``, ``"split"``, ``"dense"``); ``None`` lets the cost model choose.
+      block_size: A circulant block has this many rows and columns; the number must divide
+        ``d_model`` and ``width``.
+      frequency_mask: Each of ``block_size // 2 + 1`` booleans says whether the block-circulant
+        maps keep that frequency; ``None`` keeps all.
+      implementation: The layer runs this plan: ``"two_gemms"`` or ``"merged"`` for low rank;
+        ``"fft"``, ``"dft"``, ``"split"`` or ``"dense"`` for block-circulant maps. ``None`` lets
+        the cost model choose.
+
+    Example:
+      >>> low_rank = SpectralConfig("low_rank", width=3072, rank=128)
+      >>> circulant = SpectralConfig(
+      ...     "block_circulant", width=8, block_size=4, frequency_mask=(True, False, True)
+      ... )
+      >>> circulant.frequencies
+      (0, 2)
     """
 
     transform: Transform = "low_rank"
@@ -91,7 +103,7 @@ class SpectralConfig:
 
     @property
     def frequencies(self) -> tuple[int, ...]:
-        """The kept rFFT frequencies of a block-circulant map, ascending."""
+        """Lists the rFFT frequencies that a block-circulant map keeps, in ascending order."""
         count = self.block_size // 2 + 1
         return tuple(
             f for f in range(count) if self.frequency_mask is None or self.frequency_mask[f]
@@ -100,13 +112,21 @@ class SpectralConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PolynomialConfig:
-    """The learned activation of the spectral branch, ``sum_k c_k T_k(u / radius)``.
+    """The spectral branch learns its activation as a polynomial, ``sum_k c_k T_k(u / radius)``.
 
     Attributes:
-      degree: highest degree of the Chebyshev basis.
-      degree_mask: ``degree + 1`` booleans, ``True`` keeps the term; ``None`` keeps all.
-      radius: R > 0; outside ``[-R, R]`` the polynomial goes on as its tangent lines.
-      groups: channel groups with coefficients of their own; divides the spectral width.
+      degree: The Chebyshev polynomials ``T_k`` go up to this degree.
+      degree_mask: Each of ``degree + 1`` booleans says whether the polynomial keeps that term;
+        ``None`` keeps all.
+      radius: The polynomial holds for inputs in ``[-radius, radius]``; beyond either end it goes
+        on as its tangent line there.
+      groups: The hidden units fall into this many groups, each with coefficients of its own; the
+        number must divide the spectral width.
+
+    Example:
+      >>> polynomial = PolynomialConfig(degree=3, degree_mask=(True, True, False, True))
+      >>> polynomial.degrees
+      (0, 1, 3)
     """
 
     degree: int = 4
@@ -134,7 +154,7 @@ class PolynomialConfig:
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """The kept degrees, ascending."""
+        """Lists the degrees that the polynomial keeps, in ascending order."""
         return tuple(
             k for k in range(self.degree + 1) if self.degree_mask is None or self.degree_mask[k]
         )
@@ -142,17 +162,27 @@ class PolynomialConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CoreConfig:
-    """Micro-refinement of kind "ffn": ``W2 phi(W1 x + b1)`` on ``width`` hidden units.
+    """The core is a small or block-sparse FFN, ``W2 phi(W1 x + b1)``, beside the spectral branch.
 
-    Gated, it is ``W2 (phi(Wg x + bg) * (Wu x + bu))``.
+    A gated layer's core is ``W2 (phi(Wg x + bg) * (Wu x + bu))``.
 
     Attributes:
-      width: number of hidden units; all ``d_ff`` of them without masks is the dense FFN itself.
-      up_mask: blocks kept of W1, or of both Wg and Wu, over ``(d_model, width)``; ``None`` keeps
-        every block.
-      down_mask: blocks kept of W2, over ``(width, d_model)``; ``None`` keeps every block.
-      implementation: plan to force where there is a mask: ``"slice"``, ``"rows"``, ``"columns"``,
-        ``"gather"`` or ``"masked"``, as :func:`block_sparse_matmul` describes them.
+      width: The core has this many hidden units. With all ``d_ff`` of them and no mask, it is the
+        dense FFN itself.
+      up_mask: This mask over ``(d_model, width)`` says which blocks of W1, or of both Wg and Wu,
+        are kept; ``None`` keeps every block.
+      down_mask: This mask over ``(width, d_model)`` says which blocks of W2 are kept; ``None``
+        keeps every block.
+      implementation: Maps with a mask run this plan: ``"slice"``, ``"rows"``, ``"columns"``,
+        ``"gather"`` or ``"masked"``, as :func:`block_sparse_matmul` describes them. ``None`` lets
+        the cost model choose.
+
+    Example:
+      No output reads the last four of these eight hidden units.
+
+      >>> core = CoreConfig(width=8, down_mask=BlockMask((4, 16), ((True,), (False,))))
+      >>> core.without_dead_units()
+      CoreConfig(width=4, up_mask=None, down_mask=None, implementation=None)
     """
 
     width: int
@@ -167,7 +197,7 @@ class CoreConfig:
 
     @property
     def runs_in_tiles(self) -> bool:
-        """Whether an unstructured mask has it run as many small products, as a rule."""
+        """Tells whether the core runs, as a rule, in small products for an unstructured mask."""
         if self.implementation in ("masked", "gather"):
             return False
         core = self.without_dead_units()
@@ -206,13 +236,20 @@ class CoreConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MicroRefinementConfig:
-    """The micro-refinement: a core FFN beside the spectral branch, and corrections after both.
+    """The micro-refinement adds a core FFN to the spectral branch, and corrects what both give.
 
     Attributes:
-      core: an FFN of few hidden units, or of few blocks, added to the spectral branch.
-      corrections: masks over ``(d_model, d_model)``, one for each linear correction ``y + y B``
-        of the layer's output.
-      implementation: plan to force for the corrections; :class:`CoreConfig` lists the names.
+      core: This FFN of few hidden units, or of few blocks, is added to the spectral branch.
+      corrections: Each of these masks over ``(d_model, d_model)`` adds one linear correction of
+        the layer's output, ``y + y B``, in which B has the blocks that the mask keeps.
+      implementation: The corrections run this plan; :class:`CoreConfig` lists the names. ``None``
+        lets the cost model choose.
+
+    Example:
+      >>> diagonal = BlockMask((4, 4), ((True, False), (False, True)))
+      >>> micro = MicroRefinementConfig(core=CoreConfig(width=16), corrections=(diagonal,))
+      >>> micro.corrections[0].density
+      0.5
     """
 
     core: CoreConfig | None = None
@@ -230,22 +267,32 @@ class MicroRefinementConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SparseFFNConfig:
-    """A sparse feed-forward layer: what stands in for a dense ``d_model -> d_ff -> d_model`` one.
+    """A SparseFFN stands in for a dense feed-forward layer, ``d_model -> d_ff -> d_model``.
 
     Attributes:
-      d_model: channels in and out.
-      d_ff: hidden width of the dense FFN that it stands for.
-      activation: phi, by its Hugging Face name; used by the core, and by the spectral branch
-        when ``polynomial`` is ``None``.
-      spectral: the spectral branch, or ``None``.
-      polynomial: the spectral branch's activation, or ``None`` for phi itself.
-      micro: the micro-refinement, or ``None``.
-      gated: whether a hidden unit is ``phi(gate) * up``, two maps of the input, as in LLaMA.
-      bias: whether the maps have biases; a model whose FFN has none converts without any.
+      d_model: The layer takes and returns this many channels.
+      d_ff: The dense FFN that the layer stands for has this many hidden units.
+      activation: The activation phi goes by its Hugging Face name. The core uses it, and so does
+        the spectral branch when ``polynomial`` is ``None``.
+      spectral: This describes the spectral branch; ``None`` leaves it out.
+      polynomial: The spectral branch learns this activation; with ``None`` it uses phi.
+      micro: This describes the micro-refinement; ``None`` leaves it out.
+      gated: If true, a hidden unit is ``phi(gate) * up``, made of two maps of the input, as in
+        LLaMA.
+      bias: If true, the maps have biases; a model whose FFN has none converts without any.
 
     Raises:
-      ValueError: on construction, if the parts do not fit together; the message names the value
-        and what was expected.
+      ValueError: If a value is of another type than its field, or if the parts do not fit
+        together. The message names the value and what was expected.
+
+    Example:
+      >>> spectral = SpectralConfig("low_rank", width=3072, rank=128)
+      >>> config = SparseFFNConfig(d_model=768, d_ff=3072, spectral=spectral)
+      >>> SparseFFNConfig.from_json(config.to_json()) == config
+      True
+      >>> SparseFFNConfig(d_model=768, d_ff="3072", spectral=spectral)
+      Traceback (most recent call last):
+      ValueError: d_ff='3072': expected an integer
     """
 
     d_model: int
@@ -306,7 +353,7 @@ class SparseFFNConfig:
 
     @property
     def up_maps(self) -> tuple[str, ...]:
-        """Names of the maps into a hidden unit: the gate, on which phi acts, comes first."""
+        """Names the maps into a hidden unit; the gate, on which phi acts, comes first."""
         return ("gate", "up") if self.gated else ("up",)
 
     def to_dict(self) -> dict[str, Any]:
@@ -318,21 +365,28 @@ class SparseFFNConfig:
         """Builds a config from :meth:`to_dict`'s output.
 
         Raises:
-          ValueError: for an unknown, missing or wrongly typed key, and for values that do not
-            fit together.
+          ValueError: If a key is unknown or missing, if a value is of another type than its
+            field, or if the values do not fit together.
         """
         return parse_dataclass(cls, values, "config")
 
     @classmethod
     def layers_from_json(cls, text: str) -> Self | tuple[Self | None, ...]:
-        """Reads one config for every layer, or a list with one, or null for dense, for each.
+        """Reads the configs of a model's layers.
+
+        Args:
+          text: One JSON object stands for every layer. A list has one entry for each layer: an
+            object, or null for a layer that stays dense.
+
+        Returns:
+          The config of every layer; or, for a list, a tuple with a config or ``None`` for each.
 
         Raises:
-          ValueError: as :meth:`from_json`.
+          ValueError: If the text is not JSON, or if an object is not a config.
         """
         values = _load_json(text)
         if not isinstance(values, list):
-            return cls.from_dict(values)
+            return parse_dataclass(cls, values, "config")
         return tuple(
             None if layer is None else parse_dataclass(cls, layer, f"layer {i}")
             for i, layer in enumerate(values)
@@ -344,8 +398,12 @@ class SparseFFNConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Builds a config from :meth:`to_json`'s output; raises ``ValueError`` if it is not one."""
-        return cls.from_dict(_load_json(text))
+        """Builds a config from :meth:`to_json`'s output.
+
+        Raises:
+          ValueError: If the text is not JSON, or not a config, as :meth:`from_dict` says.
+        """
+        return parse_dataclass(cls, _load_json(text), "config")
 
 
 def _load_json(text: str) -> Any:
