@@ -233,6 +233,19 @@ class SparseFFN(nn.Module):
       dtype: dtype of the computation; products accumulate in float32, the polynomial runs in
         float32.
       param_dtype: dtype of the parameters.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> layer = sf.SparseFFN(sf.size_ffn(d_model=64, d_ff=256, flops_ratio=0.5))
+      >>> x = jnp.ones((2, 16, 64))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> layer.apply(variables, x).shape
+      (2, 16, 64)
+      >>> packed = layer.pack(variables, 1)  # Packs the weights for calls of one token.
+      >>> layer.apply(packed, x[:1, :1]).shape
+      (1, 1, 64)
     """
 
     config: SparseFFNConfig

@@ -45,6 +45,16 @@ class PlanTable:
     Attributes:
       device: kind of the device that they were measured on, as JAX names it.
       plans: plan by operator and problem.
+
+    Example:
+      >>> import tempfile
+      >>> import sparseffn_jax as sf
+      >>> table = sf.PlanTable("cpu", {("low_rank", (1, 64, 32, 128, "float32")): "merged"})
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     table.save(f"{folder}/plans.json")
+      ...     loaded = sf.PlanTable.load(f"{folder}/plans.json")
+      >>> loaded == table
+      True
     """
 
     device: str
@@ -155,6 +165,18 @@ def use(table: PlanTable) -> Iterator[None]:
 
     Raises:
       ValueError: if the table was measured on another kind of device.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> branch = sf.SpectralConfig("low_rank", width=64, rank=32)
+      >>> layer = sf.SparseFFN(sf.SparseFFNConfig(64, 128, spectral=branch))
+      >>> x = jnp.ones((1, 64))
+      >>> with sf.use_plans(sf.autotune(layer.config, [1], repeats=1)):
+      ...     y, variables = layer.init_with_output(jax.random.key(0), x)
+      >>> y.shape
+      (1, 64)
     """
     device = jax.devices()[0]
     if table.device != device.device_kind:
