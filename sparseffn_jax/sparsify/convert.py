@@ -74,7 +74,7 @@ def sparsify(
       >>> sparse, params = sf.sparsify(dense, params, ffn, text, distill_steps=0)
       >>> sparse.ffns[0].micro.core.width
       48
-      >>> sparse.apply({"params": params}, ids).shape
+      >>> jax.jit(sparse.apply)({"params": params}, ids).shape
       (2, 8, 97)
     """
     configs = _per_layer(model, config)

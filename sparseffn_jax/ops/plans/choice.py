@@ -172,11 +172,12 @@ def use(table: PlanTable) -> Iterator[None]:
       >>> import sparseffn_jax as sf
       >>> branch = sf.SpectralConfig("low_rank", width=64, rank=32)
       >>> layer = sf.SparseFFN(sf.SparseFFNConfig(64, 128, spectral=branch))
-      >>> x = jnp.ones((1, 64))
-      >>> with sf.use_plans(sf.autotune(layer.config, [1], repeats=1)):
+      >>> x = jnp.ones((64, 64))
+      >>> table = sf.autotune(layer.config, shapes=[64], repeats=1)
+      >>> with sf.use_plans(table):
       ...     y, variables = layer.init_with_output(jax.random.key(0), x)
       >>> y.shape
-      (1, 64)
+      (64, 64)
     """
     device = jax.devices()[0]
     if table.device != device.device_kind:
