@@ -103,6 +103,24 @@ def evaluate_loss(
 
     Raises:
       ValueError: if there is no window, or a token id that the model does not know.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPT2Config
+      >>> config = GPT2Config(
+      ...     vocab_size=97, n_positions=16, n_embd=32, n_layer=1, n_head=2,
+      ...     bos_token_id=0, eos_token_id=0,
+      ... )
+      >>> model = sf.GPT2LMHeadModel(config)
+      >>> ids = jnp.zeros((2, 8), int)
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+      >>> windows = np.random.default_rng(0).integers(97, size=(10, 17))
+      >>> loss = sf.evaluate_loss(model, params, windows, batch_size=4)
+      >>> round(loss - np.log(97))  # A model with random weights does no better than guessing.
+      0
     """
     check_token_ids(model, params, windows)
     return make_evaluator(model)(params, windows, batch_size)

@@ -39,7 +39,7 @@ def autotune(
     Example:
       >>> import sparseffn_jax as sf
       >>> branch = sf.SpectralConfig("low_rank", width=64, rank=32)
-      >>> table = sf.autotune(sf.SparseFFNConfig(64, 128, spectral=branch), [1], repeats=1)
+      >>> table = sf.autotune(sf.SparseFFNConfig(64, 128, spectral=branch), [64], repeats=1)
       >>> sorted({operator for operator, _ in table.plans})
       ['low_rank']
     """

@@ -41,6 +41,13 @@ class DecoderSpec:
       activation: of the dense FFN, by its Hugging Face name.
       gated: whether the dense FFN is ``W2 (phi(Wg x) * (Wu x))``.
       ffn_bias: whether the dense FFN has biases.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPT2Config
+      >>> spec = sf.GPT2LMHeadModel(GPT2Config()).spec
+      >>> spec.n_layer, spec.d_model, spec.d_ff, spec.activation
+      (12, 768, 3072, 'gelu_new')
     """
 
     n_layer: int
@@ -86,6 +93,24 @@ class Decoder(nn.Module):
       dtype: of the computation. Norms' statistics, softmax and logits are float32 always.
       param_dtype: of the parameters.
       remat: recompute each block in the backward pass instead of storing its activations.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPT2Config
+      >>> config = GPT2Config(
+      ...     vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=2,
+      ...     bos_token_id=0, eos_token_id=0,
+      ... )
+      >>> ffn = sf.size_ffn(d_model=32, d_ff=128, flops_ratio=0.5)
+      >>> model = sf.GPT2LMHeadModel(config, ffns=(ffn, None))  # The second layer stays dense.
+      >>> isinstance(model, sf.Decoder)
+      True
+      >>> ids = jnp.zeros((2, 8), int)
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+      >>> model.apply({"params": params}, ids).shape
+      (2, 8, 97)
     """
 
     config: Any
@@ -261,6 +286,27 @@ def init_cache(model: Decoder, batch_size: int, max_length: int) -> dict[str, An
 
     Raises:
       ValueError: if ``max_length`` exceeds the model's ``n_positions``.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPT2Config
+      >>> config = GPT2Config(
+      ...     vocab_size=97, n_positions=16, n_embd=32, n_layer=1, n_head=2,
+      ...     bos_token_id=0, eos_token_id=0,
+      ... )
+      >>> model = sf.GPT2LMHeadModel(config)
+      >>> ids = jnp.zeros((2, 8), int)
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+      >>> variables = {"params": params, "cache": sf.init_cache(model, 2, max_length=16)}
+      >>> logits, changed = model.apply(variables, ids, mutable=["cache"])
+      >>> logits.shape
+      (2, 8, 97)
+      >>> variables |= changed  # The next call continues behind these eight tokens.
+      >>> logits, changed = model.apply(variables, ids[:, :1], mutable=["cache"])
+      >>> logits.shape
+      (2, 1, 97)
     """
     n_positions = model.spec.n_positions
     if max_length > n_positions:

@@ -40,6 +40,14 @@ class Sampling:
 
     Raises:
       ValueError: on construction, if a value is out of its range; the message names it.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> sf.Sampling(temperature=0.8, top_p=0.95)
+      Sampling(repetition_penalty=1.0, temperature=0.8, top_k=None, top_p=0.95)
+      >>> sf.Sampling(top_k=0)
+      Traceback (most recent call last):
+      ValueError: top_k=0 must be at least 1
     """
 
     repetition_penalty: float = 1.0
@@ -118,6 +126,22 @@ def generate(
     Raises:
       ValueError: if a prompt is empty or padded on the right, or holds an unknown token; if prompt
         and continuation exceed the model's positions; or if a setting is out of range.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPT2Config
+      >>> config = GPT2Config(
+      ...     vocab_size=97, n_positions=16, n_embd=32, n_layer=1, n_head=2,
+      ...     bos_token_id=0, eos_token_id=0,
+      ... )
+      >>> model = sf.GPT2LMHeadModel(config)
+      >>> ids = jnp.zeros((2, 8), int)
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+      >>> prompts = [[3, 14, 15], [9, 2]]  # The second one gets one token of padding.
+      >>> sf.generate(model, params, prompts, max_new_tokens=5).shape
+      (2, 8)
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p)
     state = start(

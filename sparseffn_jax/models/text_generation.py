@@ -28,7 +28,16 @@ def generate_text(
     key: PRNGKeyArray | None = None,
     least_length: int = 0,
 ) -> list[str]:
-    """Returns what the model writes after each prompt; see :func:`stream_text`."""
+    """Returns what the model writes after each prompt; see :func:`stream_text`.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> loaded = sf.load_pretrained(sf.EMBEDDED_MODEL)
+      >>> tokenizer = sf.load_tokenizer(sf.EMBEDDED_MODEL)
+      >>> prompts = ["if __name__ =="]
+      >>> sf.generate_text(loaded.model(), loaded.params, tokenizer, prompts, max_new_tokens=5)
+      [" '__main__':"]
+    """
     chunk = _TOKENS_BETWEEN_LOOKS if stop else max_new_tokens
     pieces = stream_text(
         model, params, tokenizer, prompts, max_new_tokens, sampling,
@@ -72,11 +81,22 @@ def stream_text(
       A piece for each prompt, which may be empty.
 
     Raises:
-    <<<<<<< HEAD
       ValueError: if a stop string is empty, and as :func:`generate` raises it.
-    =======
-      ValueError: as :func:`sparseffn_jax.models.generation.generate`, or if a stop string is empty.
-    >>>>>>> ckpt-work
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> loaded = sf.load_pretrained(sf.EMBEDDED_MODEL)
+      >>> tokenizer = sf.load_tokenizer(sf.EMBEDDED_MODEL)
+      >>> pieces = sf.stream_text(
+      ...     loaded.model(), loaded.params, tokenizer, ["if __name__ =="], 10, stop=[":"]
+      ... )
+      >>> for (piece,) in pieces:
+      ...     print(repr(piece))
+      " '"
+      '__'
+      'main'
+      '__'
+      "'"
     """
     if "" in stop:
         raise ValueError("a stop string is empty: it would stop before the first token")

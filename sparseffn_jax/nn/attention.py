@@ -1,4 +1,4 @@
-"""What attention has in common in all model families: masks, the key/value cache and dropout.
+"""The attention that all model families share: masks, the key/value cache and dropout.
 
 Shape letters: B batch, T tokens, S keys (cached ones included), H heads, G key/value heads, K head
 width.
@@ -11,10 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class CausalAttention(nn.Module):
-    """Base of the families' attention modules; has no parameters of its own.
+    """Base class of the families' attention modules, without parameters of its own.
 
-    The cache lies in the module's ``cache`` collection under the names that transformers' Flax
-    models use: ``cached_key``, ``cached_value`` (B, S, G, K) and ``cache_index``.
+    The cache lies in the module's collection ``cache``, under the names that transformers' Flax
+    models use: ``cached_key`` and ``cached_value``, both (B, S, G, K), and the scalar
+    ``cache_index``.
     """
 
     def attend(
@@ -30,18 +31,22 @@ class CausalAttention(nn.Module):
         dropout_rate: float = 0.0,
         window: int | None = None,
     ) -> Float[Array, "B T HK"]:
-        """Attends to what came before, cached keys and values included.
+        """Attends from T new tokens to themselves and all earlier ones, cached ones included.
 
         Args:
-          query: of T new tokens.
-          key: of the same tokens; H is a multiple of G.
-          value: likewise.
-          attention_mask: 1 for real tokens, 0 for padding; over the whole cache if there is one.
+          query: queries of the new tokens.
+          key: keys of the new tokens; H is a multiple of G.
+          value: values of the new tokens.
+          attention_mask: 1 for real tokens, 0 for padding; it covers the whole cache if there is
+            one, and the new tokens otherwise. ``None`` means that there is no padding.
           deterministic: whether dropout is off.
-          init_cache: whether to make an empty cache as long as ``key``.
-          scale: of the logits; by default ``K ** -0.5``.
-          dropout_rate: of the attention weights.
-          window: tokens that a token sees, itself included; ``None`` is all.
+          init_cache: whether to create an empty cache as long as ``key``.
+          scale: factor of the logits; by default ``K ** -0.5``.
+          dropout_rate: probability that an attention weight is dropped.
+          window: number of tokens that a token attends to, itself included; ``None`` sets no limit.
+
+        Returns:
+          The heads' outputs side by side, in the dtype of ``query``.
 
         Raises:
           ValueError: if ``attention_mask`` does not cover the keys, or they exceed the cache.
@@ -94,7 +99,10 @@ class CausalAttention(nn.Module):
         )
 
     def _update_cache(self, key, value, is_decoding):
-        """Writes T new positions into the cache; returns its keys and values, and their start."""
+        """Writes T new positions into the cache.
+
+        Returns the cache's keys and values, and the first new position.
+        """
         cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
         cached_value = self.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
         index = self.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))

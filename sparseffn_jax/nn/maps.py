@@ -19,7 +19,7 @@ _kernel_init = nn.initializers.lecun_normal()
 
 
 class LowRankMap(nn.Module):
-    """The parameters of one low-rank map: ``axes`` (channels, rank) and ``filter``.
+    """The parameters of one low-rank map: ``axes`` (channels, rank), ``filter`` (rank, features).
 
     Attributes:
       channels: number of input channels.
@@ -57,8 +57,8 @@ class CirculantMap(nn.Module):
       channels: number of input channels.
       features: number of output channels.
       blocks: block size and kept frequencies.
-      band_limited: whether the inputs lie mostly in the kept frequencies already, so that at
-        initialisation a mask takes nothing from them that the others must make up for.
+      band_limited: whether the inputs lie mostly in the kept frequencies already. The initial
+        filter then need not make up for frequencies that are left out.
       use_bias: whether there is a parameter ``bias`` (features,).
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters.
@@ -104,7 +104,7 @@ class BlockSparseMap(nn.Module):
     Attributes:
       channels: number of input channels.
       features: number of output channels.
-      mask: over ``(channels, features)``; ``None`` is a dense kernel.
+      mask: mask over ``(channels, features)``; ``None`` stands for a dense kernel.
       use_bias: whether there is a parameter ``bias`` (features,).
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters.
@@ -136,5 +136,5 @@ class BlockSparseMap(nn.Module):
 
 
 def bias_of(module: Any, features: int) -> Float[Array, " o"]:
-    """Makes a module's parameter ``bias`` (features,), zero at first."""
+    """Returns a module's parameter ``bias`` (features,), which is initialised to zero."""
     return module.param("bias", nn.initializers.zeros, (features,), module.param_dtype)

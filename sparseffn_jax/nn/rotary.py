@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al. 2021, 2104.09864), and their scalings to longer contexts.
 
-Each pair of channels turns by its frequency times the position. Shape letters: B batch, T tokens,
-H heads, K head width, R channels of a head that turn.
+Each pair of channels is rotated by its frequency times the position. Shape letters: B batch, T
+tokens, H heads, K head width, R channels of a head that are rotated.
 """
 
 from collections.abc import Mapping
@@ -30,16 +30,20 @@ _NEEDED = {
 def rotary_table(
     position_ids: Int[Array, "B T"], channels: int, config: Any | None = None
 ) -> Table:
-    """Returns sines and cosines of every position's angles, in float32.
+    """Returns the sines and cosines of every position's angles, in float32.
 
     Args:
-      position_ids: from 0.
-      channels: R, even.
-      config: of the model, with Hugging Face's ``rope_theta`` and ``rope_scaling`` (transformers
-        4) or ``rope_parameters`` (transformers 5); ``None`` is theta 10000 and no scaling.
+      position_ids: positions (B, T), counted from 0.
+      channels: number R of channels of a head that are rotated; even.
+      config: config of the model, with Hugging Face's ``rope_theta`` and ``rope_scaling``
+        (transformers 4) or ``rope_parameters`` (transformers 5). ``None`` stands for a theta of
+        10000 without scaling.
+
+    Returns:
+      The sines and the cosines, both (B, T, 1, R / 2).
 
     Raises:
-      ValueError: if R is odd, or the config scales in a way that is not known or not complete.
+      ValueError: if R is odd, or the config's scaling is of an unknown kind or incomplete.
     """
     if channels < 2 or channels % 2:
         raise ValueError(f"{channels} rotary channels of a head: expected a positive even number")
@@ -52,12 +56,16 @@ def rotary_table(
 def rotate(
     x: Float[Array, "B T H K"], table: Table, *, interleaved: bool
 ) -> Float[Array, "B T H K"]:
-    """Turns the first R channels of every head and passes on the others.
+    """Rotates the first R channels of every head and leaves the others unchanged.
 
     Args:
-      x: queries or keys; turned in float32.
-      table: from :func:`rotary_table`.
-      interleaved: whether a pair is neighbours (GPT-J) or a half of R apart (LLaMA).
+      x: queries or keys; they are rotated in float32.
+      table: sines and cosines as :func:`rotary_table` returns them.
+      interleaved: whether the two channels of a pair are neighbours, as in GPT-J; otherwise they
+        are R / 2 channels apart, as in LLaMA.
+
+    Returns:
+      An array of the shape and dtype of ``x``.
     """
     sin, cos = table
     channels = 2 * sin.shape[-1]
@@ -75,10 +83,10 @@ def rotate(
 
 
 def rope_parameters(config: Any) -> Mapping[str, Any]:
-    """Returns a config's rotary settings in the form of transformers 5, checked.
+    """Checks a config's rotary settings and returns them in the form of transformers 5.
 
     Raises:
-      ValueError: if they scale in a way that is not known or not complete.
+      ValueError: if the scaling is of an unknown kind or incomplete.
     """
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
@@ -97,9 +105,13 @@ def rope_parameters(config: Any) -> Mapping[str, Any]:
 
 
 def rope_positions(config: Any) -> int:
-    """Returns the positions that a config's model can tell apart.
+    """Returns how many positions a config's model can tell apart.
 
-    With linear and dynamic scaling ``max_position_embeddings`` is the length before scaling.
+    With linear and dynamic scaling ``max_position_embeddings`` is the number before scaling, so
+    that it is multiplied by the scaling's factor.
+
+    Raises:
+      ValueError: if the scaling is of an unknown kind or incomplete.
     """
     parameters = rope_parameters(config)
     scaled = parameters["rope_type"] in ("linear", "dynamic")
@@ -125,7 +137,7 @@ def _frequencies(parameters, channels, config, position_ids):
 
 
 def _llama3(frequencies, parameters):
-    """Slows down what turns rarely within the trained length, and nothing else (Llama 3.1)."""
+    """Lowers the frequencies that turn rarely within the trained length (Llama 3.1)."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)

@@ -1,8 +1,9 @@
 """The sparse feed-forward layer: spectral map, learned polynomial, micro-refinement.
 
 Each branch is a module that owns its weights. Its operator picks a plan for the platform that the
-program is compiled for, and packs the weights for that plan in every call; or they are packed once,
-by :meth:`SparseFFN.pack`, into the collection ``packed``, where calls with the same plan find them.
+program is compiled for. Weights are packed for that plan in every call, unless
+:meth:`SparseFFN.pack` has packed them once into the collection ``packed``, where calls with the
+same plan find them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,9 @@ _DENSE = "dense"
 
 
 class _Branch(nn.Module):
-    """A branch with maps ``gate``, if gated, and ``up`` into hidden units and ``down`` out of them.
+    """Base class of a branch with maps into its hidden units and a map out of them.
+
+    The maps are the submodules ``gate``, in a gated layer only, ``up`` and ``down``.
 
     Attributes:
       config: configuration of the whole layer.
@@ -63,13 +66,13 @@ class SpectralBranch(_Branch):
 
     @property
     def branch(self) -> SpectralConfig:
-        """The branch's own part of the configuration."""
+        """The part of the configuration that describes this branch."""
         assert self.config.spectral is not None
         return self.config.spectral
 
     @property
     def blocks(self) -> block_circulant.Blocks:
-        """What is static about a block-circulant map."""
+        """Block size and kept frequencies of the branch's block-circulant maps."""
         return block_circulant.Blocks(self.branch.block_size, self.branch.frequencies)
 
     def setup(self):
@@ -106,7 +109,7 @@ class SpectralBranch(_Branch):
         )
 
     def packed(self, tokens: int, platform: Platform) -> Packed:
-        """Returns the weights packed for calls of some tokens, under their layout's name."""
+        """Returns the weights packed for calls of some tokens, by the name of their layout."""
         weights, forced = self.weights(), self.branch.implementation
         if self.branch.transform == "low_rank":
             plan = low_rank.choose(tokens, weights, platform, forced)
@@ -126,18 +129,18 @@ class SpectralBranch(_Branch):
 
 
 class Core(_Branch):
-    """The core: a narrower FFN, dense or with block masks."""
+    """The core, which is a narrower FFN, dense or with block masks."""
 
     @property
     def core(self) -> CoreConfig:
-        """The core's own part of the configuration, without units that no output reads."""
+        """The configuration of the core, without units that no output depends on."""
         assert self.config.micro is not None
         assert self.config.micro.core is not None
         return self.config.micro.core.without_dead_units()
 
     @property
     def masks(self) -> HiddenMaps:
-        """The masks of all maps."""
+        """The masks of all maps; ``None`` stands for a dense map."""
         return HiddenMaps((self.core.up_mask,) * len(self.config.up_maps), self.core.down_mask)
 
     @property
@@ -172,7 +175,7 @@ class Core(_Branch):
         )
 
     def packed(self, tokens: int, platform: Platform) -> Packed:
-        """Returns the kernels packed for calls of some tokens, under their layout's name."""
+        """Returns the kernels packed for calls of some tokens, by the name of their layout."""
         weights, masks = self.weights(), self.masks
         if self.is_dense:
             return {_DENSE: weights}
@@ -181,11 +184,11 @@ class Core(_Branch):
 
 
 class Correction(nn.Module):
-    """One linear correction: ``y B`` with a block-sparse B that is zero at first.
+    """One linear correction ``y B``, with a block-sparse matrix B that is initialised to zero.
 
     Attributes:
-      mask: over ``(d_model, d_model)``.
-      implementation: plan to force, or ``None``.
+      mask: mask of B, over ``(d_model, d_model)``.
+      implementation: name of the plan to force, or ``None`` to take the cheapest.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters.
     """
@@ -212,27 +215,45 @@ class Correction(nn.Module):
         return promote_dtype(self.kernel, dtype=self.dtype)[0]
 
     def packed(self, tokens: int, platform: Platform) -> Packed:
-        """Returns the kernel packed for calls of some tokens, under its layout's name."""
+        """Returns the kernel packed for calls of some tokens, by the name of its layout."""
         kernel = self.weights()
         plan = block_sparse.choose_map(tokens, kernel, self.mask, platform, self.implementation)
         return {plan.layout: block_sparse.pack_map(kernel, plan.name, self.mask)}
 
 
 class SparseFFN(nn.Module):
-    """Drops into the place of a transformer's dense FFN (``mlp``): ``(..., d) -> (..., d)``.
+    """A sparse feed-forward layer that takes the place of a transformer's dense FFN.
 
-    ``y = down(poly(up(x) + bias)) + core(x) + bias``, then ``y = y + y B_k`` for every linear
-    correction. Gated, hidden units are products of two maps of x: ``poly(gate(x)) * up(x)``. Each
-    part is optional; see :class:`SparseFFNConfig`. With only a core of all hidden units it is the
-    dense FFN itself.
+    It maps ``x`` of shape (..., d_model) to ``y`` of the same shape:
+    ``y = down(poly(up(x) + bias)) + core(x) + bias``, followed by ``y = y + y B_k`` for every
+    linear correction. In a gated layer, hidden units are products of two maps of x:
+    ``poly(gate(x)) * up(x)``. Each part is optional; see :class:`SparseFFNConfig`. A layer that
+    consists of a dense core with all hidden units is the dense FFN itself.
 
-    Weights are packed for the plans that run them by every call, or once by :meth:`pack`.
+    Every call packs the weights for the plans that it runs, unless :meth:`pack` has packed them
+    once.
 
     Attributes:
-      config: the parts and their static masks.
-      dtype: dtype of the computation; products accumulate in float32, the polynomial runs in
-        float32.
+      config: the parts of the layer and their static masks.
+      dtype: dtype of the computation and of ``y``; products accumulate in float32, and the
+        polynomial is evaluated in float32.
       param_dtype: dtype of the parameters.
+
+    Raises:
+      ValueError: on a call, if the last axis of ``x`` has not ``d_model`` channels.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> layer = sf.SparseFFN(sf.size_ffn(d_model=64, d_ff=256, flops_ratio=0.5))
+      >>> x = jnp.ones((2, 16, 64))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> layer.apply(variables, x).shape
+      (2, 16, 64)
+      >>> packed = layer.pack(variables, 1)  # Packs the weights for calls of one token.
+      >>> layer.apply(packed, x[:1, :1]).shape
+      (1, 1, 64)
     """
 
     config: SparseFFNConfig
@@ -278,15 +299,16 @@ class SparseFFN(nn.Module):
         """Packs the weights once, in ``dtype``, for calls that do not change them.
 
         Args:
-          variables: the layer's variables.
-          *tokens: how many tokens a call has, all its sequences together; one number for each
-            kind of call. 1 decodes one sequence. Plans depend on it; a call whose plan is another
-            packs its weights itself.
-          platform: that the calls are compiled for; ``None`` takes that of ``variables``.
+          variables: variables of the layer, with the collection ``params``.
+          *tokens: number of tokens of a call, all its sequences together; give one number for each
+            kind of call, such as 1 for decoding one sequence. Plans depend on this number: a call
+            that runs by another plan packs its weights itself.
+          platform: the platform that the calls are compiled for; ``None`` takes the platform that
+            ``variables`` lie on.
 
         Returns:
-          ``variables`` with a collection ``packed`` beside ``params``; it takes memory of its own,
-          and has to be made anew when ``params`` change.
+          ``variables`` with a collection ``packed`` beside ``params``. The collection takes memory
+          of its own, and must be packed again when ``params`` change.
         """
         platform = platform_of(variables) if platform is None else platform
 
@@ -297,7 +319,7 @@ class SparseFFN(nn.Module):
         return {**variables, PACKED: packed(variables)}
 
     def packed(self, tokens: Sequence[int], platform: Platform) -> dict[str, Any]:
-        """Returns the collection ``packed`` of a bound layer; see :meth:`pack`."""
+        """Returns the collection ``packed`` of a bound layer, as :meth:`pack` describes it."""
         branches: dict[str, Any] = {}
         if self.config.spectral is not None:
             branches["spectral"] = self.spectral

@@ -12,7 +12,7 @@ Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``x * sigmoid(1.702 x)``, the sigmoid approximation of GELU (Hendrycks & Gimpel 2016)."""
+    """Returns ``x * sigmoid(1.702 x)``, which approximates GELU (Hendrycks & Gimpel 2016)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 

@@ -58,11 +58,12 @@ class Filter(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """What is static about a block-circulant map.
+    """The static description of a block-circulant map.
 
     Attributes:
-      size: b, the side of a block; any positive integer that divides the channels.
-      frequencies: the kept rFFT frequencies out of ``0 .. b // 2``, ascending.
+      size: side b of a block; any positive integer that divides the channels.
+      frequencies: the kept frequencies of the b-point real FFT, ascending, each from 0 to
+        ``b // 2``.
     """
 
     size: int
@@ -79,19 +80,24 @@ def hidden_layer(
     implementation: str | None = None,
     packed: Packed | None = None,
 ) -> Float[Array, "*batch rb"]:
-    """Runs a hidden layer between block-circulant maps by the plan for the platform compiled for.
+    """Runs a hidden layer between block-circulant maps, with a plan for each platform.
 
     Args:
-      x: (..., p * b).
-      weights: the maps' :class:`Filter`, in the dtype of ``x``.
+      x: inputs (..., p * b).
+      weights: the :class:`Filter` of each map, in the dtype of ``x``.
       blocks: block size and kept frequencies.
-      activate: the function between the maps.
-      channels: its biases and coefficients.
-      implementation: as in :func:`choose`.
-      packed: filters packed before, by their plan's layout; others are packed here.
+      activate: the elementwise function that is applied to the hidden units.
+      channels: biases and coefficients of ``activate``.
+      implementation: name of the plan to run, or ``None``; :func:`choose` lists the names.
+      packed: filters that :func:`pack` returned earlier, by the layout of their plan. A plan whose
+        layout is missing has its filters packed by this call.
 
     Returns:
-      (..., r * b) in the dtype of ``x``.
+      The outputs (..., r * b), in the dtype of ``x``.
+
+    Raises:
+      ValueError: if filters, block size and frequencies do not fit together, or there is no such
+        plan.
     """
 
     def run(plan: HiddenPlan, x: Array, weights: HiddenMaps, channels: Channels) -> Array:
@@ -112,18 +118,26 @@ def choose(
     platform: Platform,
     implementation: str | None = None,
 ) -> HiddenPlan:
-    """Picks the plan for a hidden layer between block-circulant maps, the same for all of them.
+    """Picks the plan for a hidden layer between block-circulant maps; all maps share it.
+
+    The plans are:
+
+    - ``"fft"`` calls ``jnp.fft``; it computes in float32, because XLA has no FFT in half precision;
+    - ``"dft"`` writes the b-point DFT as a real orthonormal matrix product, followed by one real
+      ``2q x 2p`` GEMM for each frequency;
+    - ``"split"`` does the same, but multiplies by the real and the imaginary part of the filter
+      separately, as they are stored, which suits few tokens;
+    - ``"dense"`` builds the whole matrix and runs one GEMM; it is the reference.
 
     Args:
-      tokens: rows of the input.
-      weights: the maps' :class:`Filter`, or arrays of their shapes and dtype.
+      tokens: number of rows of the input.
+      weights: the :class:`Filter` of each map, or arrays of the same shapes and dtype.
       blocks: block size and kept frequencies.
-      platform: that the program is compiled for.
-      implementation: ``"fft"`` (jnp.fft, float32 inside: XLA has no half-precision FFT),
-        ``"dft"`` (the b-point DFT as a real orthonormal product, one real ``2q x 2p`` GEMM a
-        frequency), ``"split"`` (the same with the real and the imaginary part of the filter
-        multiplied apart, as they are stored: for few tokens), ``"dense"`` (the matrix
-        materialised, one GEMM; the reference), or ``None`` to choose.
+      platform: the platform that the program is compiled for.
+      implementation: name of the plan to force, or ``None`` to take the cheapest.
+
+    Returns:
+      The plan, with the tile of tokens that suits the platform.
 
     Raises:
       ValueError: if filters, block size and frequencies do not fit together, or there is no such
@@ -155,7 +169,15 @@ def choose(
 
 
 def pack(weights: HiddenMaps, plan: HiddenPlan, blocks: Blocks) -> HiddenMaps:
-    """Returns what each map multiplies by, in the dtype of its filter."""
+    """Returns the arrays that each map multiplies by under a plan.
+
+    The plan ``"fft"`` takes complex64, the others take the dtype of the filter.
+
+    Args:
+      weights: the :class:`Filter` of each map.
+      plan: a plan that :func:`choose` picked.
+      blocks: block size and kept frequencies.
+    """
     return HiddenMaps(
         tuple(pack_map(filter, plan.down, blocks) for filter in weights.up),
         pack_map(weights.down, plan.down, blocks),
@@ -178,15 +200,15 @@ def apply(
     of tokens that the backward pass recomputes.
 
     Args:
-      x: (..., p * b).
-      packed: filters as :func:`pack` returns them for ``plan``.
-      plan: as :func:`choose` picks it.
+      x: inputs (..., p * b).
+      packed: filters that :func:`pack` returned for ``plan``.
+      plan: a plan that :func:`choose` picked.
       blocks: block size and kept frequencies.
-      activate: the function between the maps.
-      channels: its biases and coefficients.
+      activate: the elementwise function that is applied to the hidden units.
+      channels: biases and coefficients of ``activate``.
 
     Returns:
-      (..., r * b) in the dtype of ``x``.
+      The outputs (..., r * b), in the dtype of ``x``.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if plan.down == "dft":
@@ -202,12 +224,22 @@ def apply(
 
 
 def pack_map(filter: Filter, plan: str, blocks: Blocks) -> Any:
-    """Returns what one map multiplies by; see :func:`multiply`."""
+    """Returns the arrays that :func:`multiply` needs to apply one map by a plan."""
     return _PLANS[plan].pack(filter, blocks)
 
 
 def multiply(x: Float[Array, "t pb"], packed: Any, plan: str, blocks: Blocks) -> Array:
-    """Applies one block-circulant map to (tokens, p * b) by a plan, with weights packed for it."""
+    """Applies one block-circulant map, with weights that were packed for the plan.
+
+    Args:
+      x: inputs (tokens, p * b).
+      packed: arrays that :func:`pack_map` returned for the same plan.
+      plan: name of the plan.
+      blocks: block size and kept frequencies.
+
+    Returns:
+      The outputs (tokens, q * b), in the dtype of ``x``.
+    """
     return _PLANS[plan].multiply(x, packed, blocks)
 
 
@@ -217,7 +249,17 @@ def circulant_matrix(
     block_size: int,
     frequencies: Sequence[int],
 ) -> Float[Array, "pb qb"]:
-    """Returns the block-circulant matrix C of the map ``y = x C``, in float32."""
+    """Returns the block-circulant matrix C of the map ``y = x C``, in float32.
+
+    Args:
+      real: real part of the filter at every kept frequency, (f, p, q).
+      imag: imaginary part at the c kept frequencies that have one, (c, p, q).
+      block_size: side b of a block.
+      frequencies: the f kept frequencies, ascending.
+
+    Returns:
+      The matrix (p * b, q * b).
+    """
     pair, single = (part.astype(np.float32) for part in dft_basis(block_size, frequencies))
     at_complex, at_real = _by_kind(real, block_size, frequencies)
     h = jnp.stack([jnp.stack([at_complex, imag], -1), jnp.stack([-imag, at_complex], -1)], -2)
@@ -229,7 +271,7 @@ def circulant_matrix(
 
 
 def _by_kind(real, block_size, frequencies):
-    """Splits the real part into that of complex frequencies and that of DC and Nyquist."""
+    """Splits the real part: first the complex frequencies, then DC and Nyquist."""
     # DC comes first and Nyquist last, so both parts are slices.
     first = int(frequencies[0] == 0)
     last = first + len(complex_frequencies(frequencies, block_size))
@@ -237,7 +279,10 @@ def _by_kind(real, block_size, frequencies):
 
 
 class _Matrices(NamedTuple):
-    """One matrix a frequency, in both orders: each direction then reads its rows as they lie."""
+    """One matrix for each frequency, in both orders.
+
+    The forward and the backward pass then both read the rows of a matrix as they lie in memory.
+    """
 
     weights: Float[Array, "k i o"]
     transposed: Float[Array, "k o i"]
@@ -267,7 +312,7 @@ _mix.defvjp(
 
 
 def _spectral_matrices(filter: Filter, blocks: Blocks) -> tuple[_Matrices | None, _Matrices | None]:
-    """Returns the real matrices of the pairs, 2q x 2p, and of a single component, q x p."""
+    """Returns the real matrices of the pairs (2q x 2p) and of the single component (q x p)."""
     real, at_real = _by_kind(filter.real, *blocks)
     imag = filter.imag
     # As filters are stored: this copies rows, and transposes nothing.
@@ -341,7 +386,10 @@ def _split(x: Array, filter: Filter, blocks: Blocks) -> Array:
 
 
 def _split_basis(block_size: int, frequencies: Sequence[int]) -> np.ndarray:
-    """Returns :func:`dft_basis` by frequency, ``(b, f, 2)``; DC and Nyquist have zeros."""
+    """Returns the basis of :func:`dft_basis` by frequency, ``(b, f, 2)``.
+
+    The second component of DC and of Nyquist is zero.
+    """
     pair, single = dft_basis(block_size, frequencies)
     basis = np.zeros((block_size, len(frequencies), 2))
     is_complex = np.isin(frequencies, complex_frequencies(frequencies, block_size))
@@ -383,11 +431,12 @@ def _dense(x: Array, matrix: Array, blocks: Blocks) -> Array:
 
 
 class _Plan(NamedTuple):
-    """How a block-circulant map runs.
+    """One way to run a block-circulant map.
 
     Attributes:
-      pack: filter and blocks to what ``multiply`` takes; may be done once.
-      multiply: rows, packed filter and blocks to the map's outputs.
+      pack: takes filter and blocks and returns what ``multiply`` needs; one call serves any number
+        of multiplications.
+      multiply: takes rows, packed filter and blocks and returns the outputs of the map.
     """
 
     pack: Callable[[Filter, Blocks], Any]

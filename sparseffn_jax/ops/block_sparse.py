@@ -2,8 +2,8 @@
 
 :func:`choose` picks a plan, :func:`pack` brings stored weights into the form that the plan
 multiplies by, and :func:`apply` runs a hidden layer between two such maps.
-:func:`block_sparse_matmul` is one map alone. How weights are stored is told in
-:mod:`sparseffn_jax.ops.masks`.
+:func:`block_sparse_matmul` runs one map alone. :mod:`sparseffn_jax.ops.masks` describes how
+weights are stored.
 """
 
 import functools
@@ -47,19 +47,24 @@ def hidden_layer(
     implementation: str | None = None,
     packed: Packed | None = None,
 ) -> Float[Array, "*batch o"]:
-    """Runs a hidden layer between block-sparse maps by the plan for the platform compiled for.
+    """Runs a hidden layer between block-sparse maps, with a plan for each platform.
 
     Args:
-      x: (..., d_in).
-      weights: the maps' stored kernels, in the dtype of ``x``.
-      masks: the maps' :class:`BlockMask`; ``None`` is a dense map.
-      activate: the function between the maps.
-      channels: its biases.
-      implementation: as in :func:`block_sparse_matmul`.
-      packed: kernels packed before, by their plan's layout; others are packed here.
+      x: inputs (..., d_in).
+      weights: the stored kernel of each map, in the dtype of ``x``.
+      masks: the :class:`BlockMask` of each map; ``None`` stands for a dense map.
+      activate: the elementwise function that is applied to the hidden units.
+      channels: biases of ``activate``.
+      implementation: name of the plan to run, or ``None``; :func:`block_sparse_matmul` lists the
+        names.
+      packed: kernels that :func:`pack` returned earlier, by the layout of their plan. A plan whose
+        layout is missing has its kernels packed by this call.
 
     Returns:
-      (..., d_out) in the dtype of ``x``.
+      The outputs (..., d_out), in the dtype of ``x``.
+
+    Raises:
+      ValueError: if shapes do not fit the masks, or the forced plan cannot run with one of them.
     """
 
     def run(plan: HiddenPlan, x: Array, weights: HiddenMaps, channels: Channels) -> Array:
@@ -83,11 +88,15 @@ def choose(
     """Picks the plans for a hidden layer between block-sparse maps.
 
     Args:
-      tokens: rows of the input.
-      weights: the maps' stored kernels, or arrays of their shapes and dtype.
-      masks: the maps' :class:`BlockMask`; ``None`` is a dense map.
-      platform: that the program is compiled for.
-      implementation: as in :func:`block_sparse_matmul`.
+      tokens: number of rows of the input.
+      weights: the stored kernel of each map, or arrays of the same shapes and dtype.
+      masks: the :class:`BlockMask` of each map; ``None`` stands for a dense map.
+      platform: the platform that the program is compiled for.
+      implementation: name of the plan to force, or ``None`` to take the cheapest;
+        :func:`block_sparse_matmul` lists the names.
+
+    Returns:
+      The plan of each map, with the tile of tokens that suits the platform.
 
     Raises:
       ValueError: if a kernel does not fit its mask, or the forced plan cannot run with one of the
@@ -105,7 +114,13 @@ def choose(
 
 
 def pack(weights: HiddenMaps, plan: HiddenPlan, masks: HiddenMaps) -> HiddenMaps:
-    """Returns what each map multiplies by."""
+    """Returns the arrays that each map multiplies by under a plan, in the dtype of its kernel.
+
+    Args:
+      weights: the stored kernel of each map.
+      plan: a plan that :func:`choose` picked.
+      masks: the :class:`BlockMask` of each map; ``None`` stands for a dense map.
+    """
     maps = zip(weights.up, plan.up, masks.up, strict=True)
     return HiddenMaps(
         tuple(pack_map(*each) for each in maps),
@@ -123,23 +138,23 @@ def apply(
 ) -> Float[Array, "*batch o"]:
     """Applies block-sparse maps, an elementwise function and another block-sparse map.
 
-    Where both maps run as many GEMMs, hidden units stay in the blocks that the one makes and the
-    other takes, in tiles of tokens which the backward pass recomputes: nothing as wide as the
-    hidden layer is kept.
+    Where both maps run as several GEMMs, the first map hands its hidden units to the second one in
+    blocks, without joining them. They are computed in tiles of tokens which the backward pass
+    recomputes, so that nothing as wide as the hidden layer is kept.
 
     Args:
-      x: (..., d_in).
-      packed: weights as :func:`pack` returns them for ``plan``.
-      plan: as :func:`choose` picks it.
-      masks: the maps' :class:`BlockMask`; ``None`` is a dense map.
-      activate: the function between the maps.
-      channels: its biases.
+      x: inputs (..., d_in).
+      packed: weights that :func:`pack` returned for ``plan``.
+      plan: a plan that :func:`choose` picked.
+      masks: the :class:`BlockMask` of each map; ``None`` stands for a dense map.
+      activate: the elementwise function that is applied to the hidden units.
+      channels: biases of ``activate``.
 
     Returns:
-      (..., d_out) in the dtype of ``x``.
+      The outputs (..., d_out), in the dtype of ``x``.
 
     Raises:
-      ValueError: if ``x`` has not the channels that the masks cover.
+      ValueError: if the number of channels of ``x`` is not the one that the masks cover.
     """
     for mask in masks.up:
         _check_channels(x, mask)
@@ -172,23 +187,32 @@ def block_sparse_matmul(
 ) -> Float[Array, "*batch o"]:
     """Multiplies ``x`` by the block-sparse matrix that ``kernel`` and ``mask`` describe.
 
+    The plans are:
+
+    - ``"slice"``, for structured masks, runs one smaller GEMM;
+    - ``"rows"``, for unstructured masks, runs one GEMM for every input block and sums the products
+      that meet in an output block;
+    - ``"columns"``, for unstructured masks, runs one GEMM for every output block, whose input
+      blocks are laid side by side;
+    - ``"gather"``, for unstructured masks, batches the GEMMs of all output blocks that have equally
+      many input blocks;
+    - ``"masked"`` runs one dense GEMM; it is the reference, and the best plan near density 1.
+
+    ``"rows"`` and ``"columns"`` take the tokens tile by tile.
+
     Args:
-      x: ``(..., mask.shape[0])``.
+      x: inputs ``(..., mask.shape[0])``.
       kernel: the living weights, of shape ``mask.kernel_shape``.
-      mask: which blocks live; static.
-      implementation: ``"slice"`` (structured masks: one smaller GEMM), and for unstructured masks
-        ``"rows"`` (one GEMM for every input block, whose products are summed where they meet in
-        an output block), ``"columns"`` (one GEMM for every output block, on its input blocks side
-        by side) or ``"gather"`` (the same, all output blocks with equally many in one batched
-        GEMM), or ``"masked"`` (a dense GEMM; the reference, and right near density 1), or
-        ``None`` to choose. Plans of many GEMMs run in tiles of tokens.
-      packed: the kernel packed before, by its plan's layout; otherwise it is packed here.
+      mask: the blocks that live; static.
+      implementation: name of the plan to force, or ``None`` to take the cheapest.
+      packed: kernels that :func:`pack_map` returned earlier, by the layout of their plan. If the
+        layout of the plan is missing, this call packs the kernel.
 
     Returns:
-      ``(..., mask.shape[1])`` in the dtype of ``x``, accumulated in float32.
+      The outputs ``(..., mask.shape[1])``, in the dtype of ``x``, accumulated in float32.
 
     Raises:
-      ValueError: if shapes do not fit or the forced plan cannot run with this mask.
+      ValueError: if the shapes do not fit, or the forced plan cannot run with this mask.
     """
     tokens = math.prod(x.shape[:-1])
 
@@ -212,23 +236,49 @@ def choose_map(
     platform: Platform,
     implementation: str | None = None,
 ) -> MapPlan:
-    """Picks the plan of one map; the arguments are those of :func:`choose`."""
+    """Picks the plan of one map.
+
+    Args:
+      tokens: number of rows of the input.
+      kernel: the stored kernel, or an array of its shape and dtype.
+      mask: the blocks that live.
+      platform: the platform that the program is compiled for.
+      implementation: name of the plan to force, or ``None`` to take the cheapest.
+
+    Raises:
+      ValueError: if the kernel does not fit the mask, or the forced plan cannot run with it.
+    """
     plan = _pick(tokens, kernel, mask, platform, implementation)
     return MapPlan(plan, _tile(tokens, mask.shape[1] * kernel.dtype.itemsize, platform, (plan,)))
 
 
 def pack_map(kernel: Float[Array, "..."], plan: str, mask: BlockMask | None) -> Any:
-    """Returns what one map multiplies by."""
+    """Returns the arrays that one map multiplies by under a plan, in the dtype of its kernel.
+
+    Args:
+      kernel: the stored kernel.
+      plan: name of the plan.
+      mask: the blocks that live; ``None`` stands for a dense map.
+    """
     return kernel if mask is None else _PLANS[plan].pack(kernel, mask)
 
 
 def multiply(
     x: Float[Array, "*batch i"], packed: Any, plan: MapPlan, mask: BlockMask
 ) -> Float[Array, "*batch o"]:
-    """Applies one map to (..., ``mask.shape[0]``), with weights packed for its plan.
+    """Applies one map, with weights that were packed for its plan.
+
+    Args:
+      x: inputs ``(..., mask.shape[0])``.
+      packed: arrays that :func:`pack_map` returned for the same plan.
+      plan: a plan that :func:`choose_map` picked.
+      mask: the blocks that live.
+
+    Returns:
+      The outputs ``(..., mask.shape[1])``, in the dtype of ``x``.
 
     Raises:
-      ValueError: if ``x`` has not the channels that the mask covers.
+      ValueError: if the number of channels of ``x`` is not the one that the mask covers.
     """
     _check_channels(x, mask)
 
@@ -272,7 +322,7 @@ def _pick(
 
 
 def _tile(tokens: int, token_bytes: int, platform: Platform, plans: Sequence[str]) -> int | None:
-    """Returns the tile of plans of which some are many small GEMMs; others take all tokens."""
+    """Returns how many tokens to take at a time; all of them if no plan runs many small GEMMs."""
     if not any(map(_is_unrolled, plans)):
         return None
     return costs.token_tile("block_sparse", tokens, token_bytes, platform)
@@ -301,7 +351,7 @@ def _join(xs: Pieces) -> Array:
 
 
 def _cut(xs: Pieces, mask: BlockMask) -> tuple[Array, ...]:
-    """Returns one piece for every block row; pieces that are so already stay as they are."""
+    """Returns one piece for every block row; pieces that fit already are returned unchanged."""
     if len(xs) == mask.grid[0] and xs[0].shape[-1] == mask.block_shape[0]:
         return tuple(xs)
     return tuple(jnp.split(_join(xs), mask.grid[0], axis=-1))
@@ -335,7 +385,10 @@ def _by_row(kernel, mask) -> tuple[Array, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rows(mask, xs, weights):
-    """One GEMM a block row. Its own transpose: autodiff would pad every slice and add them up."""
+    """Runs one GEMM for each block row.
+
+    The backward pass is written out, because autodiff would pad every slice and add them up.
+    """
     bo = mask.block_shape[1]
     _, columns = mask.coordinates()
     terms = [[] for _ in range(mask.grid[1])]
@@ -378,7 +431,11 @@ def _columns(mask, xs, kernel):
 
 
 def _groups(mask) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Block columns with equally many blocks, and these blocks' places in the stored order."""
+    """Groups block columns that have equally many living blocks.
+
+    Returns the numbers of the columns of each group, and the places of their blocks in the stored
+    order.
+    """
     _, columns = mask.coordinates()
     per_column = np.bincount(columns, minlength=mask.grid[1])
     first = np.concatenate([[0], np.cumsum(per_column)])
@@ -425,12 +482,14 @@ def _as_stored(kernel, mask):
 
 
 class _Plan(NamedTuple):
-    """How a block-sparse product runs.
+    """One way to run a block-sparse product.
 
     Attributes:
-      pack: stored kernel and mask to what ``apply`` takes; may be done once.
-      apply: mask, activations and packed kernel to the product.
-      is_unrolled: whether it is a GEMM for each block row or column, on activations in blocks.
+      pack: takes stored kernel and mask and returns what ``apply`` needs; one call serves any
+        number of products.
+      apply: takes mask, activations and packed kernel and returns the product.
+      is_unrolled: whether the plan runs one GEMM for each block row or column, on activations that
+        are cut into blocks.
     """
 
     pack: Callable[..., Any]

@@ -21,7 +21,13 @@ _FOLDS = 16
 
 @jax.custom_vjp
 def add_bias(u: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns ``u + bias``; what of the bias broadcasts has length 1 or is left out in front."""
+    """Returns ``u + bias``, with a backward pass that sums the gradient of the bias fast.
+
+    Args:
+      u: activations of any shape.
+      bias: an array that broadcasts against ``u``: an axis along which it is constant has length 1,
+        or is missing if it is a leading one.
+    """
     return u + bias
 
 
@@ -41,12 +47,12 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 def sum_to(
     shape: Sequence[int], term: Callable[..., Array], *arrays: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Returns ``term(*arrays)`` summed to a shape that broadcasts against the arrays.
+    """Returns ``term(*arrays)``, summed to a shape that broadcasts against the arrays.
 
     Args:
-      shape: length 1 where to sum; axes left out in front are summed too.
-      term: elementwise; it is traced on slices of the arrays.
-      *arrays: all of one shape.
+      shape: shape of the result. Axes of length 1, and leading axes that it lacks, are summed over.
+      term: elementwise function of the arrays; it is traced on slices of them.
+      *arrays: arrays of one and the same shape.
     """
     full, target = arrays[0].shape, tuple(shape)
     padded = (1,) * (len(full) - len(target)) + target
@@ -69,7 +75,7 @@ def sum_to(
 
 
 def _fold(term: Callable[..., Array], arrays: Sequence[Array], summed: tuple[int, ...]) -> Array:
-    """Sums over leading or over trailing axes: elementwise first, then by a GEMM with ones."""
+    """Sums over leading or trailing axes, first elementwise and then by a GEMM with ones."""
     full = arrays[0].shape
     is_last = summed[-1] == len(full) - 1
     if not is_last:

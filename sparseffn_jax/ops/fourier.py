@@ -14,15 +14,15 @@ from jaxtyping import Array, Float
 
 
 def complex_frequencies(frequencies: Sequence[int], block_size: int) -> tuple[int, ...]:
-    """Returns those frequencies whose component has an imaginary part."""
+    """Returns the frequencies whose component has an imaginary part: all but DC and Nyquist."""
     return tuple(f for f in frequencies if f != 0 and 2 * f != block_size)
 
 
 def circulant_products(frequencies: Sequence[int], block_size: int) -> int:
-    """Returns the real products behind one entry of the filter, summed over kept frequencies.
+    """Counts the real products behind one entry of the filter, summed over kept frequencies.
 
-    Four for a complex product; one for DC or Nyquist, four for both of them together, which share
-    one real ``2q x 2p`` GEMM as a complex frequency's parts do.
+    A complex frequency costs four products. DC or Nyquist alone costs one; both together cost four,
+    because they share one real ``2q x 2p`` GEMM, as the two parts of a complex frequency do.
     """
     complex_count = len(complex_frequencies(frequencies, block_size))
     alone = len(frequencies) - complex_count
@@ -32,9 +32,13 @@ def circulant_products(frequencies: Sequence[int], block_size: int) -> int:
 def dft_basis(block_size: int, frequencies: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the orthonormal real DFT, split by kind of component, in float64.
 
+    Args:
+      block_size: number b of points.
+      frequencies: the f kept frequencies, ascending, of which c are complex.
+
     Returns:
-      ``(b, c, 2)`` real and imaginary analysis vectors of the complex frequencies, and
-      ``(b, f - c)`` those of DC and Nyquist. Synthesis is the transpose.
+      The real and imaginary analysis vectors of the complex frequencies, ``(b, c, 2)``, and the
+      analysis vectors of DC and Nyquist, ``(b, f - c)``. Synthesis is the transpose.
     """
     complex_ones = complex_frequencies(frequencies, block_size)
     real_ones = [f for f in frequencies if f not in complex_ones]
@@ -49,10 +53,11 @@ class Spectrum(NamedTuple):
     """The kept part of a b-point real DFT along the first axis of channel-major arrays.
 
     Components come in *pairs* that one GEMM mixes: the real and the imaginary part of a frequency,
-    or DC and Nyquist. A DC or Nyquist without the other is *single*.
+    or DC and Nyquist. If only one of DC and Nyquist is kept, it is the *single* component.
 
     Attributes:
-      pairs: orthonormal basis, ``(b, 2 k)``: the first and the second component of every pair.
+      pairs: orthonormal basis, ``(b, 2 k)``, with the first and the second component of every pair
+        side by side.
       single: basis of the single component, ``(b, 1)``; ``None`` where there is none.
     """
 
@@ -69,19 +74,19 @@ class Spectrum(NamedTuple):
         return cls(pairs, single if single.shape[1] else None)
 
     def analyse(self, x: Float[Array, "b n T"]) -> tuple[Array | None, Array | None]:
-        """Returns the components of the pairs ``(k, 2 n, T)`` and the single one ``(1, n, T)``."""
+        """Returns the components of the pairs (k, 2 n, T) and the single component (1, n, T)."""
         return self._split(_transform, x)
 
     def enter(self, x: Float[Array, "T nb"]) -> tuple[Array | None, Array | None]:
-        """Analyses token-major channels, as :meth:`analyse` does channel-major ones."""
+        """Returns the components that :meth:`analyse` would, of channels with the tokens first."""
         return self._split(_enter, x)
 
     def synthesise(self, components: tuple[Array | None, Array | None]) -> Float[Array, "b n T"]:
-        """Returns what :meth:`analyse` would take apart; it is its transpose."""
+        """Returns channels from their components; this is the transpose of :meth:`analyse`."""
         return self._join(_transform, components)
 
     def leave(self, components: tuple[Array | None, Array | None]) -> Float[Array, "T nb"]:
-        """Returns what :meth:`enter` would take apart; it is its transpose."""
+        """Returns channels from their components; this is the transpose of :meth:`enter`."""
         return self._join(_leave, components)
 
     def _split(self, transform: Callable[..., Any], x: Array) -> tuple[Array | None, Array | None]:

@@ -1,4 +1,4 @@
-"""How a hidden layer runs: its maps, what lies between them, its plan by platform, its tiles.
+"""How a hidden layer runs: its maps, the function between them, its plans and its tiles.
 
 Each operator is three pure functions: ``choose`` picks a plan for shapes and a platform, ``pack``
 brings weights into the form that the plan multiplies by, and ``apply`` runs the layer. Its
@@ -37,11 +37,12 @@ Packed = Mapping[str, Any]
 
 
 class Channels(NamedTuple):
-    """What hidden units have by channel; every array's last axis is the hidden width, or 1.
+    """The parameters of hidden units; the last axis of every array is the hidden width, or 1.
 
     Attributes:
-      biases: of each map into the hidden units (width,); empty if the layer has none.
-      coefficients: (terms, width or 1) of a polynomial; ``None`` for a plain activation.
+      biases: bias (width,) of each map into the hidden units; empty if the layer has no biases.
+      coefficients: coefficients (terms, width or 1) of a polynomial; ``None`` for a plain
+        activation.
     """
 
     biases: tuple[Array, ...] = ()
@@ -50,12 +51,14 @@ class Channels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Activate:
-    """The elementwise function of a hidden layer: ``phi(u + bias)``, gated times ``up + bias``.
+    """The elementwise function of a hidden layer.
+
+    It is ``phi(u + bias)`` or, in a gated layer, ``phi(gate + bias) * (up + bias)``.
 
     Attributes:
-      activation: name of phi where there is no polynomial, as Hugging Face's configs have it.
+      activation: name of phi where it is no polynomial, as Hugging Face's configs spell it.
       degrees: degrees that a polynomial phi keeps, ascending; empty for a plain activation.
-      radius: R > 0 of the polynomial.
+      radius: R > 0 of the interval [-R, R] on which phi is a polynomial.
     """
 
     activation: str
@@ -75,11 +78,11 @@ class Activate:
 
 
 class MapPlan(NamedTuple):
-    """How one map runs; static.
+    """The static description of how one map runs.
 
     Attributes:
-      name: plan of the map.
-      tile: most tokens to take at a time; ``None`` takes all of them at once.
+      name: name of the plan.
+      tile: the largest number of tokens to take at a time; ``None`` takes all of them at once.
     """
 
     name: str
@@ -87,17 +90,17 @@ class MapPlan(NamedTuple):
 
     @property
     def layout(self) -> str:
-        """Names what packed weights depend on: the plan, and not the tile."""
+        """Name of the layout of packed weights, which depends on the plan and not on the tile."""
         return self.name
 
 
 class HiddenPlan(NamedTuple):
-    """How the maps before and behind a hidden layer's elementwise function run; static.
+    """The static description of how the maps into and out of hidden units run.
 
     Attributes:
-      up: plan of each map into the hidden units.
-      down: plan of the map out of them.
-      tile: most tokens to take at a time; ``None`` takes all of them at once.
+      up: name of the plan of each map into the hidden units.
+      down: name of the plan of the map out of the hidden units.
+      tile: the largest number of tokens to take at a time; ``None`` takes all of them at once.
     """
 
     up: tuple[str, ...]
@@ -106,16 +109,16 @@ class HiddenPlan(NamedTuple):
 
     @property
     def layout(self) -> str:
-        """Names what packed weights depend on: the plans of the maps, and not the tile."""
+        """Name of the layout of packed weights, which depends on the plans and not on the tile."""
         return f"{'+'.join(self.up)}/{self.down}"
 
 
 class HiddenMaps(NamedTuple):
-    """One thing for each map of a hidden layer: its weights, or its packed weights.
+    """One value for each map of a hidden layer, such as its weights, packed weights or mask.
 
     Attributes:
-      up: for the maps into the hidden units: ``(up,)`` or, gated, ``(gate, up)``.
-      down: for the map out of them.
+      up: values for the maps into the hidden units: ``(up,)`` or, in a gated layer, ``(gate, up)``.
+      down: value for the map out of the hidden units.
     """
 
     up: tuple[Any, ...]
@@ -128,9 +131,12 @@ def by_platform(
     """Runs an operator by the plan for the platform that the program is compiled for.
 
     Args:
-      choose: gives the plan for a platform.
-      run: called with the plan and the operands.
-      *operands: trees of arrays.
+      choose: function that returns the plan for a platform.
+      run: function that computes the result from a plan and the operands.
+      *operands: trees of arrays that ``run`` takes behind the plan.
+
+    Returns:
+      What ``run`` returns for the plan of the platform.
     """
     on_cpu, on_gpu = choose("cpu"), choose("gpu")
     if on_cpu == on_gpu:
@@ -146,7 +152,7 @@ _KEPT = "kept"
 
 
 def kept(x: Array) -> Array:
-    """Marks what :func:`over_tokens` keeps for the backward pass, because it is narrow."""
+    """Marks a narrow array, which :func:`over_tokens` then keeps for the backward pass."""
     return checkpoint_name(x, _KEPT)
 
 
@@ -155,13 +161,17 @@ def over_tokens(
     x: Float[Array, "T i"],
     tile: int | None,
 ) -> Float[Array, "T o"]:
-    """Applies a function that maps every row by itself, tile by tile, recomputed in backward.
+    """Applies a function of single rows tile by tile; the backward pass recomputes every tile.
 
     Args:
-      function: of a tile's rows; may close over arrays, which get their gradients. What it marks
-        by :func:`kept` is not recomputed.
-      x: all rows.
-      tile: the most rows in a tile; ``None`` takes all rows at once.
+      function: maps the rows (t, i) of a tile to (t, o), each row by itself. It may close over
+        arrays, which get their gradients. Arrays that it marks with :func:`kept` are not
+        recomputed.
+      x: all rows, (T, i).
+      tile: the largest number of rows in a tile; ``None`` takes all rows at once.
+
+    Returns:
+      The mapped rows, (T, o).
     """
     policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
     function = jax.checkpoint(function, policy=policy)
@@ -175,7 +185,7 @@ def over_tokens(
 
 
 def _tiles(tokens: int, tile: int) -> tuple[int, int]:
-    """Returns how many tiles to take, and of how many rows."""
+    """Returns the number of tiles, and the number of rows in each."""
     fewest = -(-tokens // tile)
     # Padding copies all rows twice: tiles a little smaller that need none are cheaper.
     for count in range(fewest, 2 * fewest):

@@ -1,7 +1,8 @@
-"""Low-rank linear maps ``(x axes) filter``: the activations' own axes, of which few are kept.
+"""Low-rank linear maps ``(x axes) filter``, which keep few axes of the activations.
 
-With axes from the activations' second moments this is the Karhunen-Loeve transform: a spectral map
-whose transform is learned from data instead of being Fourier's. It is two plain GEMMs.
+With axes from the second moments of the activations this is the Karhunen-Loeve transform: a
+spectral map whose transform is learned from data, where Fourier's is fixed. It takes two plain
+GEMMs.
 
 :func:`choose` picks a plan, :func:`pack` brings weights into the form that the plan multiplies by,
 and :func:`apply` runs a hidden layer between two such maps.
@@ -34,7 +35,7 @@ class Factors(NamedTuple):
 
     Attributes:
       axes: (d_in, rank); the axes of the kept components, as columns.
-      filter: (rank, d_out); what each component contributes to each output.
+      filter: (rank, d_out); the weight of each component in each output.
     """
 
     axes: Float[Array, "i r"]
@@ -50,18 +51,22 @@ def hidden_layer(
     implementation: str | None = None,
     packed: Packed | None = None,
 ) -> Float[Array, "*batch o"]:
-    """Runs a hidden layer between low-rank maps by the plan for the platform compiled for.
+    """Runs a hidden layer between low-rank maps, with a plan for each platform.
 
     Args:
-      x: (..., d_in).
-      weights: the maps' :class:`Factors`, in the dtype of ``x``.
-      activate: the function between the maps.
-      channels: its biases and coefficients.
-      implementation: as in :func:`choose`.
-      packed: weights packed before, by their plan's layout; others are packed here.
+      x: inputs (..., d_in).
+      weights: the :class:`Factors` of each map, in the dtype of ``x``.
+      activate: the elementwise function that is applied to the hidden units.
+      channels: biases and coefficients of ``activate``.
+      implementation: name of the plan to run, or ``None``; :func:`choose` lists the names.
+      packed: weights that :func:`pack` returned earlier, by the layout of their plan. A plan whose
+        layout is missing has its weights packed by this call.
 
     Returns:
-      (..., d_out) in the dtype of ``x``, accumulated in float32.
+      The outputs (..., d_out), in the dtype of ``x``, accumulated in float32.
+
+    Raises:
+      ValueError: if there is no such plan.
     """
 
     def run(plan: HiddenPlan, x: Array, weights: HiddenMaps, channels: Channels) -> Array:
@@ -84,11 +89,14 @@ def choose(
     """Picks the plans for a hidden layer between low-rank maps.
 
     Args:
-      tokens: rows of the input.
-      weights: the maps' :class:`Factors`, or arrays of their shapes and dtype.
-      platform: that the program is compiled for.
-      implementation: ``"two_gemms"``, or ``"merged"``, one GEMM with the factors multiplied out;
-        ``None`` chooses.
+      tokens: number of rows of the input.
+      weights: the :class:`Factors` of each map, or arrays of the same shapes and dtype.
+      platform: the platform that the program is compiled for.
+      implementation: name of the plan to force: ``"two_gemms"`` multiplies by one factor after the
+        other, ``"merged"`` by the product of both. ``None`` takes the cheapest for each map.
+
+    Returns:
+      The plan of each map, with the tile of tokens that suits the platform.
 
     Raises:
       ValueError: if there is no such plan.
@@ -108,7 +116,12 @@ def choose(
 
 
 def pack(weights: HiddenMaps, plan: HiddenPlan) -> HiddenMaps:
-    """Returns the matrices that each map multiplies by, one after the other."""
+    """Returns the matrices that each map multiplies by in turn, in the dtype of its factors.
+
+    Args:
+      weights: the :class:`Factors` of each map.
+      plan: a plan that :func:`choose` picked.
+    """
     return HiddenMaps(
         tuple(pack_map(factors, name) for factors, name in zip(weights.up, plan.up, strict=True)),
         pack_map(weights.down, plan.down),
@@ -124,18 +137,18 @@ def apply(
 ) -> Float[Array, "*batch o"]:
     """Applies low-rank maps, an elementwise function and another low-rank map.
 
-    It works in tiles of tokens that the backward pass recomputes: nothing as wide as the hidden
-    layer is kept.
+    It works in tiles of tokens that the backward pass recomputes, so that nothing as wide as the
+    hidden layer is kept.
 
     Args:
-      x: (..., d_in).
-      packed: weights as :func:`pack` returns them for ``plan``.
-      plan: as :func:`choose` picks it.
-      activate: the function between the maps.
-      channels: its biases and coefficients.
+      x: inputs (..., d_in).
+      packed: weights that :func:`pack` returned for ``plan``.
+      plan: a plan that :func:`choose` picked.
+      activate: the elementwise function that is applied to the hidden units.
+      channels: biases and coefficients of ``activate``.
 
     Returns:
-      (..., d_out) in the dtype of ``x``, accumulated in float32.
+      The outputs (..., d_out), in the dtype of ``x``, accumulated in float32.
     """
 
     def rows(x):
@@ -151,7 +164,7 @@ def apply(
 
 
 def pack_map(factors: Factors, plan: str) -> tuple[Array, ...]:
-    """Returns the matrices of one map: both factors, or ``"merged"`` their product."""
+    """Returns the matrices of one map: both factors or, for ``"merged"``, their product alone."""
     return (factors.axes @ factors.filter,) if plan == "merged" else tuple(factors)
 
 
@@ -166,7 +179,7 @@ def multiply(x: Float[Array, "*batch i"], matrices: tuple[Array, ...]) -> Float[
 
 @jax.custom_vjp
 def _project(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
-    """Returns ``x @ kernel``, whose kernel's gradient is computed with its longer side last.
+    """Returns ``x @ kernel``; the backward pass writes the kernel's gradient longer side last.
 
     On CPU a product of few columns and many rows takes several times as long as its transpose.
     """

@@ -20,21 +20,21 @@ def chebyshev(
     degrees: Sequence[int],
     radius: float,
 ) -> Float[Array, "*batch m"]:
-    """Evaluates ``sum_k c_k T_k(u / radius)``, continued outside by its tangent lines.
+    """Evaluates ``sum_k c_k T_k(u / radius)``, continued by its tangents beyond ``|u| = radius``.
 
-    The tangents keep the asymptotes of GELU and SiLU and bound the gradient; a bare polynomial
-    explodes on the first outlier. Evaluated in float32 by Clenshaw's recurrence (Clenshaw 1955);
-    terms that ``degrees`` leaves out are not in the program. The backward pass recomputes from
-    ``u`` as it came and stores nothing else.
+    The tangents keep the asymptotes of GELU and SiLU and bound the gradient, where a bare
+    polynomial explodes on the first outlier. It is evaluated in float32 by Clenshaw's recurrence
+    (Clenshaw 1955); terms that ``degrees`` leaves out are not in the program. The backward pass
+    stores ``u`` alone and recomputes everything else.
 
     Args:
-      u: pre-activations, the channels last.
-      coefficients: one row of ``len(degrees)`` for each group of ``m / groups`` channels.
+      u: pre-activations (..., m), the channels last.
+      coefficients: (groups, len(degrees)); one row for each group of ``m / groups`` channels.
       degrees: the kept degrees, ascending; static.
-      radius: R > 0; static.
+      radius: half the length R > 0 of the interval [-R, R]; static.
 
     Returns:
-      An array like ``u``.
+      An array of the shape and dtype of ``u``.
 
     Raises:
       ValueError: if the coefficients do not fit ``degrees`` or the channels, or ``degrees`` are
@@ -59,13 +59,16 @@ def evaluate(
     degrees: Sequence[int],
     radius: float,
 ) -> Float[Array, "..."]:
-    """:func:`chebyshev` for channels in any order.
+    """Evaluates what :func:`chebyshev` does, for coefficients that broadcast against ``u``.
 
     Args:
-      u: pre-activations.
-      coefficients: for every kept degree an array that broadcasts against ``u``.
-      degrees: as in :func:`chebyshev`.
-      radius: likewise.
+      u: pre-activations of any shape.
+      coefficients: one array for every kept degree, each of which broadcasts against ``u``.
+      degrees: the kept degrees, ascending; static.
+      radius: half the length R > 0 of the interval [-R, R]; static.
+
+    Returns:
+      An array of the shape and dtype of ``u``.
     """
     return _evaluate(tuple(degrees), float(radius), u, coefficients)
 
@@ -112,7 +115,7 @@ _evaluate.defvjp(_evaluate_forward, _evaluate_backward)
 
 
 def _weighted_term(k: int, radius: float, dy: Array, u: Array) -> Array:
-    """Returns ``dy`` times the continued ``T_k(u / radius)``, in float32."""
+    """Returns ``dy * T_k(u / radius)``, with ``T_k`` continued by its tangents, in float32."""
     dy, u = dy.astype(jnp.float32), u.astype(jnp.float32)
     if k == 0:
         return dy
@@ -122,7 +125,7 @@ def _weighted_term(k: int, radius: float, dy: Array, u: Array) -> Array:
 
 
 def _clenshaw(t: Array, coefficient: Mapping[int, Any]) -> Array:
-    """Returns ``sum_k c_k T_k(t)`` (Clenshaw 1955); degrees that are left out cost no addition."""
+    """Returns ``sum_k c_k T_k(t)`` (Clenshaw 1955); a missing degree costs no addition."""
     b1, b2, twice = None, None, 2.0 * t
     for k in range(max(coefficient), 0, -1):
         b = coefficient.get(k)
@@ -140,9 +143,18 @@ def _clenshaw(t: Array, coefficient: Mapping[int, Any]) -> Array:
 
 
 def basis(u: np.ndarray, degrees: Sequence[int], radius: float) -> np.ndarray:
-    """Returns the float64 terms of :func:`chebyshev`, shape ``(*u.shape, len(degrees))``.
+    """Returns the terms ``T_k(u / radius)`` of :func:`chebyshev`, in float64.
 
-    The activation is linear in its coefficients, so a fit to any target is least squares on this.
+    The activation is linear in its coefficients, so that fitting it to any target is a
+    least-squares problem with these terms as its features.
+
+    Args:
+      u: pre-activations of any shape.
+      degrees: the kept degrees, ascending.
+      radius: half the length R > 0 of the interval [-R, R].
+
+    Returns:
+      An array of shape ``(*u.shape, len(degrees))``.
     """
     u = np.asarray(u, np.float64)
     inside = np.clip(u, -radius, radius)

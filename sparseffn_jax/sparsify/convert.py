@@ -55,6 +55,27 @@ def sparsify(
 
     Raises:
       ValueError: if the config does not fit the model or there is too little calibration text.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPT2Config
+      >>> config = GPT2Config(
+      ...     vocab_size=97, n_positions=16, n_embd=32, n_layer=1, n_head=2,
+      ...     bos_token_id=0, eos_token_id=0,
+      ... )
+      >>> dense = sf.GPT2LMHeadModel(config)
+      >>> ids = jnp.zeros((2, 8), int)
+      >>> params = jax.jit(dense.init)(jax.random.key(0), ids)["params"]
+      >>> text = np.random.default_rng(0).integers(97, size=(80, 16))
+      >>> ffn = sf.size_ffn(d_model=32, d_ff=128, flops_ratio=0.5)
+      >>> sparse, params = sf.sparsify(dense, params, ffn, text, distill_steps=0)
+      >>> sparse.ffns[0].micro.core.width
+      48
+      >>> jax.jit(sparse.apply)({"params": params}, ids).shape
+      (2, 8, 97)
     """
     configs = _per_layer(model, config)
     check_calibration(model, configs, calibration)

@@ -47,7 +47,7 @@ def size_ffn(
       >>> import sparseffn_jax as sf
       >>> config = sf.size_ffn(768, 3072, 0.4)
       >>> config.micro.core.width, config.spectral.width, config.spectral.rank
-      (1104, 576, 84)
+      (1104, 576, 70)
     """
     if not 0.0 < flops_ratio <= 1.0:
         raise ValueError(f"flops_ratio={flops_ratio} must lie above 0 and not above 1")

@@ -43,6 +43,15 @@ class TrainConfig:
 
     Raises:
       ValueError: on construction, if a value is out of its range; the message names it.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> config = sf.TrainConfig(steps=200, recipe="stepwise", learning_rate=3e-4)
+      >>> config.stage_ends
+      (100, 200)
+      >>> sf.TrainConfig(batch_size=8, accumulate_steps=3)
+      Traceback (most recent call last):
+      ValueError: accumulate_steps=3 does not divide batch_size=8
     """
 
     steps: int = 1000

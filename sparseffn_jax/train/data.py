@@ -41,6 +41,14 @@ class TokenWindows:
     Attributes:
       train: ``(n, window + 1)`` int32; inputs are ``[:, :-1]``, targets ``[:, 1:]``.
       validation: the same, from documents that ``train`` has none of.
+
+    Example:
+      >>> import numpy as np
+      >>> import sparseffn_jax as sf
+      >>> tokens = np.arange(170, dtype=np.int32).reshape(10, 17)
+      >>> windows = sf.TokenWindows(train=tokens[2:], validation=tokens[:2])
+      >>> windows.train[:, :-1].shape  # Eight windows of sixteen inputs.
+      (8, 16)
     """
 
     train: Int[np.ndarray, "n w"]
@@ -65,6 +73,17 @@ def load_windows(
     Raises:
       FileNotFoundError, ValueError: as :func:`read_documents`; also when a split is too short
         to fill one window.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import sparseffn_jax as sf
+      >>> tokenizer = sf.load_tokenizer(sf.EMBEDDED_MODEL)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     for name in ("first.txt", "second.txt"):
+      ...         _ = pathlib.Path(folder, name).write_text("import os, sys; " * 20)
+      ...     windows = sf.load_windows(folder, tokenizer, window=16, validation_fraction=0.5)
+      >>> windows.train.dtype.name, windows.train.shape[1]
+      ('int32', 17)
     """
     train, validation = split_documents(read_documents(source), validation_fraction)
     windows = {}

@@ -38,6 +38,12 @@ class GuardConfig:
 
     Raises:
       ValueError: on construction, if a value is out of its range; the message names it.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> config = sf.TrainConfig(steps=200, guard=sf.GuardConfig(patience=5, max_restores=1))
+      >>> config.guard.patience, config.guard.rate_factor
+      (5, 0.5)
     """
 
     band_deviations: float = 6.0
@@ -124,7 +130,31 @@ class Verdict(enum.Enum):
 
 
 class DivergenceError(RuntimeError):
-    """Training diverged again after the last allowed restore."""
+    """Training diverged again after the last allowed restore.
+
+    Example:
+      >>> import tempfile
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPT2Config
+      >>> config = GPT2Config(
+      ...     vocab_size=97, n_positions=16, n_embd=32, n_layer=1, n_head=2,
+      ...     bos_token_id=0, eos_token_id=0,
+      ... )
+      >>> model = sf.GPT2LMHeadModel(config)
+      >>> ids = jnp.zeros((2, 8), int)
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+      >>> tokens = np.random.default_rng(0).integers(97, size=(10, 17), dtype=np.int32)
+      >>> windows = sf.TokenWindows(train=tokens[2:], validation=tokens[:2])
+      >>> broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+      >>> settings = sf.TrainConfig(steps=2, batch_size=4, guard=sf.GuardConfig(max_restores=0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     sf.train(model, broken, windows, settings, folder)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      sparseffn_jax.train.guard.DivergenceError: step 1: ... loss is nan, ...
+    """
 
 
 def observe(

@@ -34,6 +34,29 @@ class TrainResult:
       history: the records of ``metrics.jsonl``, from the run's first step on.
       data_hash: the SHA-256 chained over the batches read, in hexadecimal; it is equal for two
         runs that read the same batches.
+
+    Example:
+      >>> import tempfile
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPT2Config
+      >>> config = GPT2Config(
+      ...     vocab_size=97, n_positions=16, n_embd=32, n_layer=1, n_head=2,
+      ...     bos_token_id=0, eos_token_id=0,
+      ... )
+      >>> model = sf.GPT2LMHeadModel(config)
+      >>> ids = jnp.zeros((2, 8), int)
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+      >>> tokens = np.random.default_rng(0).integers(97, size=(10, 17), dtype=np.int32)
+      >>> windows = sf.TokenWindows(train=tokens[2:], validation=tokens[:2])
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     result = sf.train(model, params, windows, sf.TrainConfig(1, batch_size=4), folder)
+      >>> result.history[-1]["step"], len(result.data_hash)
+      (1, 64)
+      >>> model.apply({"params": result.params}, ids).shape
+      (2, 8, 97)
     """
 
     params: Params
@@ -46,6 +69,12 @@ class Terminated(SystemExit):
 
     Clusters send SIGTERM before they take a machine away. 143 is what a shell reports for a
     process that SIGTERM has ended: schedulers take it for a preemption, not for a failure.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> error = sf.Terminated("stopped after step 3 of 10")
+      >>> isinstance(error, SystemExit), error.code
+      (True, 143)
     """
 
     def __init__(self, message: str):
@@ -96,6 +125,30 @@ def train(
       DivergenceError: if the guard gives up.
       KeyboardInterrupt, Terminated: after Ctrl-C and SIGTERM, which let the step end and save the
         run; a second one stops it at once.
+
+    Example:
+      >>> import tempfile
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPT2Config
+      >>> config = GPT2Config(
+      ...     vocab_size=97, n_positions=16, n_embd=32, n_layer=1, n_head=2,
+      ...     bos_token_id=0, eos_token_id=0,
+      ... )
+      >>> model = sf.GPT2LMHeadModel(config)
+      >>> ids = jnp.zeros((2, 8), int)
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+      >>> tokens = np.random.default_rng(0).integers(97, size=(10, 17), dtype=np.int32)
+      >>> windows = sf.TokenWindows(train=tokens[2:], validation=tokens[:2])
+      >>> settings = sf.TrainConfig(steps=2, batch_size=4, recipe="full", log_every=1)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     result = sf.train(model, params, windows, settings, folder)
+      >>> [record["step"] for record in result.history]
+      [1, 2]
+      >>> round(result.history[-1]["loss"], 1)
+      4.6
     """
     strategy = strategy or SingleDevice()
     strategy.check(config)

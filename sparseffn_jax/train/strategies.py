@@ -193,6 +193,15 @@ def make_strategy(name: StrategyName, mesh: str | None = None) -> Strategy:
 
     Raises:
       ValueError: if name and mesh do not fit each other or the devices.
+
+    Example:
+      >>> import jax
+      >>> import sparseffn_jax as sf
+      >>> sf.make_strategy("single").batch_shards
+      1
+      >>> strategy = sf.make_strategy("mesh", f"data={jax.device_count()}")
+      >>> strategy.batch_shards == jax.device_count()
+      True
     """
     if (name == "mesh") != (mesh is not None):
         raise ValueError(

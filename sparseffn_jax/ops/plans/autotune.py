@@ -15,11 +15,11 @@ _HOPELESS = 12.0
 
 @dataclasses.dataclass(frozen=True)
 class PlanTimes:
-    """The measured plans of one choice; the others of the program are what they were.
+    """The measured plans of one choice, while the other choices of the program stayed the same.
 
     Attributes:
-      choice: what the cost model or the table in use had picked.
-      seconds: median time of the whole program, by plan.
+      choice: the choice that the cost model or the table in use had made.
+      seconds: median time of the whole program with each plan, in seconds, by name of the plan.
     """
 
     choice: Choice
@@ -27,12 +27,12 @@ class PlanTimes:
 
     @property
     def best(self) -> str:
-        """The fastest plan."""
+        """Name of the fastest plan."""
         return min(self.seconds, key=self.seconds.__getitem__)
 
     @property
     def loss(self) -> float:
-        """Time with the picked plan over time with the best one."""
+        """Time with the picked plan, divided by the time with the fastest plan."""
         return self.seconds[self.choice.plan] / self.seconds[self.best]
 
 
@@ -41,15 +41,20 @@ def time_choices(
     compile: Callable[[], Run],
     clock: Callable[[Sequence[Run]], Sequence[float]],
 ) -> list[PlanTimes]:
-    """Times the plans of every operator in a program that has more than one.
+    """Times the plans of every operator of a program for which there are several.
 
-    Always the whole program is timed, never an operator by itself: what surrounds it decides what
-    XLA makes of it. Plans that a configuration forces stay.
+    What is timed is always the whole program and never an operator by itself, because XLA compiles
+    an operator differently in different surroundings. Plans that a configuration forces are not
+    changed.
 
     Args:
-      trace: traces the program, so that its choices are made.
-      compile: compiles the program anew, by the tables in use, and returns what runs it.
-      clock: seconds of each of several runs, taken in turn.
+      trace: function that traces the program, so that its choices are made.
+      compile: function that compiles the program anew, with the tables in use, and returns a
+        function that runs it.
+      clock: function that runs several such functions in turn and returns the seconds of each.
+
+    Returns:
+      The times of each choice for which more than one plan was worth timing.
     """
     with recorded() as chosen:
         trace()

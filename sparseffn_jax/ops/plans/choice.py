@@ -40,18 +40,32 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class PlanTable:
-    """The fastest plans as measured on one kind of device; a value to save, load and :func:`use`.
+    """The fastest plans as measured on one kind of device.
+
+    :func:`~sparseffn_jax.autotune` measures a table, and :func:`~sparseffn_jax.use_plans` follows
+    it.
 
     Attributes:
-      device: kind of the device that they were measured on, as JAX names it.
-      plans: plan by operator and problem.
+      device: kind of the device that the plans were measured on, as JAX names it.
+      plans: names of plans by ``(operator, problem)``, where a problem is a tuple of the shapes and
+        the dtype.
+
+    Example:
+      >>> import tempfile
+      >>> import sparseffn_jax as sf
+      >>> table = sf.PlanTable("cpu", {("low_rank", (1, 64, 32, 128, "float32")): "merged"})
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     table.save(f"{folder}/plans.json")
+      ...     loaded = sf.PlanTable.load(f"{folder}/plans.json")
+      >>> loaded == table
+      True
     """
 
     device: str
     plans: Mapping[tuple[str, Problem], str] = dataclasses.field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table as JSON."""
+        """Writes the table to a file, as JSON."""
         rows = [
             {"operator": operator, "problem": problem, "plan": plan}
             for (operator, problem), plan in self.plans.items()
@@ -64,7 +78,7 @@ class PlanTable:
         """Reads a table that :meth:`save` wrote.
 
         Raises:
-          ValueError: if the file is not one.
+          ValueError: if the file holds no such table.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -95,15 +109,18 @@ def pick(
     problem: Problem = (),
     platform: Platform = "cpu",
 ) -> str:
-    """Returns the plan to run: the forced one, or the one measured to be best, or the cheapest.
+    """Returns the name of the plan to run.
+
+    It is the forced plan if there is one, otherwise the plan that was measured to be fastest if the
+    table in use knows the problem, and otherwise the plan with the lowest estimated cost.
 
     Args:
       operator: name of the operator.
-      implementation: a plan's name, or ``None`` to choose.
-      costs: estimated cost of every plan that can run here.
-      refused: why each of the other plans cannot run here.
-      problem: shapes and dtype, to look up in the :class:`PlanTable` that is in use.
-      platform: that the program is compiled for.
+      implementation: name of the plan to force, or ``None``.
+      costs: estimated cost of every plan that can run here, in multiply-adds of a large GEMM.
+      refused: the reason why each of the other plans cannot run here.
+      problem: shapes and dtype, under which the :class:`PlanTable` in use may know a plan.
+      platform: the platform that the program is compiled for.
 
     Raises:
       ValueError: if the forced plan is unknown or cannot run here; the message says why.
@@ -132,9 +149,9 @@ def pick(
 
 
 def platform_of(tree: Any) -> Platform:
-    """Returns the platform of the devices that arrays, or shapes with shardings, lie on.
+    """Returns the platform of the devices that a tree's arrays, or shapes with shardings, lie on.
 
-    Where they lie nowhere yet it is the platform of the device that JAX would put them on.
+    If no leaf has a device, it is the platform of the device that JAX would put the leaves on.
     """
     for leaf in jax.tree.leaves(tree):
         placed = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
@@ -149,12 +166,31 @@ def _platform(device: Any) -> Platform:
 
 @contextlib.contextmanager
 def use(table: PlanTable) -> Iterator[None]:
-    """Makes ``implementation=None`` follow a table inside the block, where it knows the problem.
+    """Lets operators follow a table of measured plans inside a ``with`` block.
 
-    Plans are picked while a program is traced: what was jitted and run before stays as it is.
+    An operator whose plan the configuration does not force, and whose problem the table knows, then
+    runs by the plan of the table. Plans are picked while a program is traced: a function that was
+    jitted and run before the block keeps its plans.
+
+    Args:
+      table: plans that :func:`~sparseffn_jax.autotune` measured on this kind of device. In nested
+        blocks the innermost table that knows a problem decides.
 
     Raises:
       ValueError: if the table was measured on another kind of device.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> branch = sf.SpectralConfig("low_rank", width=64, rank=32)
+      >>> layer = sf.SparseFFN(sf.SparseFFNConfig(64, 128, spectral=branch))
+      >>> x = jnp.ones((64, 64))
+      >>> table = sf.autotune(layer.config, shapes=[64], repeats=1)
+      >>> with sf.use_plans(table):
+      ...     y, variables = layer.init_with_output(jax.random.key(0), x)
+      >>> y.shape
+      (64, 64)
     """
     device = jax.devices()[0]
     if table.device != device.device_kind:
@@ -174,10 +210,10 @@ def use(table: PlanTable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Choice]]:
-    """Yields a list that gets every choice for this machine's platform made inside the block.
+    """Yields a list of the choices for this machine's platform that are made inside the block.
 
-    Plans are picked while a program is traced, so ``jax.eval_shape`` of it is enough. The list is
-    complete once the block has ended.
+    Plans are picked while a program is traced, so that ``jax.eval_shape`` of it is enough. The list
+    is complete once the block has ended.
     """
     picked: list[Choice] = []
     token = _recording.set(picked)
@@ -191,7 +227,7 @@ def recorded() -> Iterator[list[Choice]]:
 
 @contextlib.contextmanager
 def using(path: Path | None) -> Iterator[None]:
-    """Follows the table in a file inside the block, as :func:`use` does; ``None`` follows none."""
+    """Follows the table in a file inside the block, as :func:`use` does; ``None`` has no effect."""
     if path is None:
         yield
         return

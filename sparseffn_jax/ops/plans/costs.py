@@ -28,7 +28,14 @@ _TILE_BYTES = {"low_rank": 6 << 20, "block_circulant": 3 << 20, "block_sparse": 
 
 
 def low_rank_costs(tokens: int, d_in: int, rank: int, d_out: int) -> dict[str, float]:
-    """Estimates the plans of the low-rank map ``(x axes) filter``, in multiply-adds."""
+    """Estimates the cost of each plan of the low-rank map ``(x axes) filter``, in multiply-adds.
+
+    Args:
+      tokens: number of rows of the input.
+      d_in: number of input channels.
+      rank: number of components kept.
+      d_out: number of output channels.
+    """
     return {
         "two_gemms": tokens * rank * (d_in + d_out),
         "merged": (tokens + rank) * d_in * d_out,
@@ -38,15 +45,16 @@ def low_rank_costs(tokens: int, d_in: int, rank: int, d_out: int) -> dict[str, f
 def block_circulant_costs(
     tokens: int, p: int, q: int, block_size: int, components: int, products: int
 ) -> dict[str, float]:
-    """Estimates the plans of the block-circulant map, in multiply-adds.
+    """Estimates the cost of each plan of the block-circulant map, in multiply-adds.
 
     Args:
-      tokens: rows of the input.
+      tokens: number of rows of the input.
       p: number of circulant blocks along the input.
       q: number of circulant blocks along the output.
       block_size: side b of a block.
-      components: number of real components that are kept of a block's b.
-      products: real products for one entry of the filter, summed over the kept frequencies.
+      components: number of real components, out of b, that are kept of a block.
+      products: number of real products for one entry of the filter, summed over the kept
+        frequencies.
     """
     d_in, d_out = p * block_size, q * block_size
     transforms = tokens * (d_in + d_out) * (_TRANSFORM + components)
@@ -66,15 +74,15 @@ def block_sparse_costs(
     live: tuple[int, int],
     platform: Platform,
 ) -> dict[str, float]:
-    """Estimates the plans of a block-sparse product, in multiply-adds.
+    """Estimates the cost of each plan of a block-sparse product, in multiply-adds.
 
     Args:
-      tokens: rows of the input.
+      tokens: number of rows of the input.
       shape: ``(inputs, outputs)`` of the whole weight matrix.
       block_shape: rows and columns of a block.
       weights: number of entries that the mask keeps.
       live: numbers of block rows and of block columns with a living block.
-      platform: that the program is compiled for.
+      platform: the platform that the program is compiled for.
     """
     full = shape[0] * shape[1]
     products, call = tokens * weights, _CALL[platform]
@@ -93,9 +101,9 @@ def token_tile(operator: str, tokens: int, token_bytes: int, platform: Platform)
 
     Args:
       operator: ``"low_rank"``, ``"block_circulant"`` or ``"block_sparse"``.
-      tokens: rows of the input.
-      token_bytes: bytes of one token's hidden activations.
-      platform: that the program is compiled for.
+      tokens: number of rows of the input.
+      token_bytes: size of one token's hidden activations, in bytes.
+      platform: the platform that the program is compiled for.
     """
     if platform != "cpu":
         return None
