@@ -1,4 +1,7 @@
-"""How parameters are laid out on a mesh of devices: rules by parameter path, which families give.
+"""How parameters are laid out on a mesh of devices, by rules that go by a parameter's path.
+
+The rules are :func:`sparseffn_jax.models.paths.sharding_rules`: each family has its own, beside
+those of SparseFFNs and LoRA adapters.
 
 The mesh has three axes. ``data`` holds replicas; ``fsdp`` holds replicas of the computation that
 share one copy of the weights (ZeRO, Rajbhandari et al. 2019, 1910.02054); ``tensor`` splits the
@@ -29,9 +32,9 @@ class Replicated:
     """A leaf that every device holds whole.
 
     Attributes:
-      path: of the leaf, joined by slashes.
-      shape: of the leaf.
-      bytes: that it takes on each device.
+      path: the leaf's path, joined by slashes.
+      shape: the leaf's shape.
+      bytes: how many bytes it takes on each device.
     """
 
     path: str
@@ -60,10 +63,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh of all ``devices``, by default all that there are.
+    """Returns a mesh of ``devices``, by default of all that there are.
 
     Raises:
-      ValueError: if its size is not their number.
+      ValueError: if the product of ``sizes`` is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = tuple(sizes[axis] for axis in AXES)
@@ -81,13 +84,13 @@ def leaf_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedShardin
     """Returns the sharding that the rules give a leaf.
 
     An axis that does not divide its dimension goes to the largest other one that it divides, if
-    there is one.
+    there is one. A leaf that no rule names is whole on every device.
 
     Args:
-      mesh: with the axes ``data``, ``fsdp`` and ``tensor``.
-      path: key path of the leaf in a tree of parameters, or in an optimizer's state that holds
-        such trees.
-      shape: of the leaf.
+      mesh: a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
+      path: the leaf's key path in a tree of parameters, or in an optimizer's state that holds such
+        trees.
+      shape: the leaf's shape.
     """
     name = path_name(path)
     for pattern, axes in sharding_rules():
@@ -97,10 +100,16 @@ def leaf_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedShardin
 
 
 def shardings(mesh: Mesh, tree: Any, *, gathered: bool = False) -> Any:
-    """Returns a tree like ``tree``, of arrays or their shapes, with every leaf's sharding.
+    """Returns the sharding of every leaf.
 
-    ``gathered`` gives the shardings in which a layer's computation takes its weights: those of
-    the table without ``fsdp``.
+    Args:
+      mesh: a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
+      tree: arrays, or their shapes.
+      gathered: whether to give the shardings in which a layer's computation takes its weights,
+        which are those of the rules without ``fsdp``.
+
+    Returns:
+      A tree like ``tree``.
     """
 
     def of_leaf(path, leaf):
@@ -111,7 +120,7 @@ def shardings(mesh: Mesh, tree: Any, *, gathered: bool = False) -> Any:
 
 
 def replicated_leaves(tree: Any, larger_than: int = _LARGE) -> list[Replicated]:
-    """Lists the arrays of more than ``larger_than`` bytes that every device holds whole."""
+    """Returns the arrays of more than ``larger_than`` bytes that every device holds whole."""
     return [
         Replicated(path_name(path), leaf.shape, leaf.nbytes)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -120,7 +129,7 @@ def replicated_leaves(tree: Any, larger_than: int = _LARGE) -> list[Replicated]:
 
 
 def path_name(path: Any) -> str:
-    """Joins the names in a key path by slashes, leaving out what is no dictionary's key."""
+    """Joins the dictionary keys in a key path by slashes and leaves all other entries out."""
     return "/".join(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
