@@ -31,15 +31,15 @@ FFN = SparseFFNConfig | Callable[..., nn.Module] | None
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """What a model's config says, under one name in all families.
+    """What a model's config says, under names that are the same in all families.
 
     Attributes:
-      n_layer: blocks.
-      n_positions: tokens that a sequence can have.
-      d_model: channels in and out of the FFN.
-      d_ff: hidden units of the dense FFN.
-      activation: of the dense FFN, by its Hugging Face name.
-      gated: whether the dense FFN is ``W2 (phi(Wg x) * (Wu x))``.
+      n_layer: the number of blocks.
+      n_positions: the most tokens that a sequence can have.
+      d_model: the number of channels that go into an FFN and come out of it.
+      d_ff: the number of hidden units of the dense FFN.
+      activation: the Hugging Face name of the dense FFN's activation.
+      gated: whether the dense FFN is ``W2 (phi(Wg x) * (Wu x))`` instead of ``W2 phi(W1 x)``.
       ffn_bias: whether the dense FFN has biases.
 
     Example:
@@ -64,9 +64,9 @@ class FFNLayout:
     """What a family calls the maps of its dense FFN, below ``mlp``.
 
     Attributes:
-      up: name of W1 or, gated, of Wu.
-      down: name of W2.
-      gate: name of Wg, if gated.
+      up: the name of W1 or, if the FFN is gated, of Wu.
+      down: the name of W2.
+      gate: the name of Wg, or ``None`` if the FFN is not gated.
       transposed: whether kernels are stored as ``(out, in)``.
     """
 
@@ -77,22 +77,41 @@ class FFNLayout:
 
     @property
     def up_maps(self) -> tuple[str, ...]:
-        """Names of the maps into the hidden units, in the order of ``SparseFFNConfig.up_maps``."""
+        """The maps into the hidden units, in the order of ``SparseFFNConfig.up_maps``."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 class Decoder(nn.Module):
-    """A decoder with a language-model head.
+    """A decoder with a language-model head, and all that a model family says of itself.
+
+    A family is a subclass that gives the class attributes below and :meth:`spec_of`, and whose
+    ``setup`` makes the body and, unless embeddings are tied, ``lm_head``. It becomes known to the
+    library by :func:`sparseffn_jax.models.families.register`.
 
     Attributes:
-      config: of the family; every field that changes numbers is honoured.
-      ffns: one entry a layer: ``None`` keeps the dense FFN, a ``SparseFFNConfig`` puts a
+      config: the model's config, of the class ``config_class``; every field that changes numbers
+        is honoured.
+      ffns: one entry for each layer: ``None`` keeps the dense FFN, a ``SparseFFNConfig`` puts a
         ``SparseFFN`` there, and any callable is called with ``name``, ``dtype`` and
         ``param_dtype`` and returns the module to use, which maps ``(B, T, D)`` to ``(B, T, D)``.
         The empty tuple keeps every layer dense.
-      dtype: of the computation. Norms' statistics, softmax and logits are float32 always.
-      param_dtype: of the parameters.
-      remat: recompute each block in the backward pass instead of storing its activations.
+      dtype: the dtype of the computation. Norms' statistics, softmax and logits are always
+        float32.
+      param_dtype: the dtype of the parameters.
+      remat: whether each block is computed again in the backward pass, so that its activations
+        need not be stored.
+      config_class: the class of the family's configs, whose ``model_type`` is the family's name.
+      layer_path: the names of the body and of the collection of its blocks, under which a layer's
+        number leads to its part of the parameters, the cache and the intermediates.
+      ffn_layout: what the dense FFN's maps are called.
+      d_ff_key: the config's key for the hidden width of the dense FFN.
+      block: the class of the blocks.
+      names: what checkpoints call the family's tensors.
+      sharding: how the family's own parameters, those of SparseFFNs left out, are dealt out on a
+        mesh of devices; see :data:`sparseffn_jax.nn.paths.ShardingRule`. A parameter that no rule
+        names is whole on every device.
+      attention: what a block calls its attention.
+      norms: what the norms in the blocks and after them are called.
 
     Example:
       >>> import jax
@@ -119,33 +138,28 @@ class Decoder(nn.Module):
     param_dtype: Dtype = jnp.float32
     remat: bool = False
 
-    # What a family says of itself.
-    # The class of its configs, whose model_type is the family's name.
     config_class: ClassVar[type]
-    # Where the blocks lie in parameters, cache and intermediates.
     layer_path: ClassVar[tuple[str, str]]
     ffn_layout: ClassVar[FFNLayout]
-    # The config's key for the dense FFN's hidden width.
     d_ff_key: ClassVar[str]
     block: ClassVar[type["Block"]]
-    # What checkpoints call its tensors.
     names: ClassVar[NameMap]
-    # How its own parameters are dealt out on a mesh. Flax's Dense keeps its kernel as (in, out). A
-    # parameter that no rule names is whole on every device.
     sharding: ClassVar[tuple[ShardingRule, ...]]
-    # What a block calls its attention.
     attention: ClassVar[str]
-    # What the norms in the blocks and after them are called.
     norms: ClassVar[tuple[str, ...]]
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:
-        """Returns what a config of this family says; raises ``ValueError`` if it cannot be."""
+        """Returns what a config of this family says.
+
+        Raises:
+          ValueError: if the family's model cannot honour the config.
+        """
         raise NotImplementedError
 
     @property
     def spec(self) -> DecoderSpec:
-        """What the model's config says, under one name in all families."""
+        """What the model's config says, under names that are the same in all families."""
         return self.spec_of(self.config)
 
     def __call__(
@@ -212,7 +226,16 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Base of the families' blocks: attention, and the layer's feed-forward module."""
+    """Base class of the families' blocks, which hold attention and a feed-forward module.
+
+    Attributes:
+      config: the model's config.
+      layer_index: the layer's number, from 0.
+      ffn: the layer's entry of :attr:`Decoder.ffns`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
+      mlp: makes the dense FFN, called with the config and ``name``, ``dtype`` and ``param_dtype``.
+    """
 
     config: Any
     layer_index: int
@@ -220,7 +243,6 @@ class Block(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
 
-    # The dense FFN, made with (config, name=, dtype=, param_dtype=).
     mlp: ClassVar[Callable[..., nn.Module]]
 
     def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -232,15 +254,15 @@ class Block(nn.Module):
 
 
 class BlockCollection(nn.Module):
-    """The stack of a family's blocks, named ``0``, ``1``, ...
+    """The stack of a family's blocks, named ``0``, ``1`` and so on.
 
     Attributes:
-      block: the family's.
-      config: of the model.
-      ffns: one a layer.
-      dtype: of the computation.
-      param_dtype: of the parameters.
-      remat: whether to recompute each block in the backward pass.
+      block: the family's class of blocks.
+      config: the model's config.
+      ffns: one entry for each layer, as in :attr:`Decoder.ffns`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
+      remat: whether each block is computed again in the backward pass.
     """
 
     block: type[Block]

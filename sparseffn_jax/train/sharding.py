@@ -1,4 +1,7 @@
-"""How parameters are laid out on a mesh of devices: rules by parameter path, which families give.
+"""How parameters are laid out on a mesh of devices, by rules that go by a parameter's path.
+
+The rules are :func:`sparseffn_jax.models.paths.sharding_rules`: each family has its own, beside
+those of SparseFFNs and LoRA adapters.
 
 The mesh has three axes. ``data`` holds replicas; ``fsdp`` holds replicas of the computation that
 share one copy of the weights (ZeRO, Rajbhandari et al. 2019, 1910.02054); ``tensor`` splits the
@@ -91,7 +94,7 @@ def leaf_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedShardin
     """Returns the sharding that the rules give a leaf.
 
     An axis that does not divide its dimension goes to the largest other dimension that it divides,
-    if there is one.
+    if there is one. A leaf that no rule names is whole on every device.
 
     Args:
       mesh: a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
