@@ -363,18 +363,20 @@ def pack_ffns(
     Returns:
       The model's collection ``packed``; :meth:`SparseFFN.pack` tells what it holds.
     """
+    sparse = [i for i, ffn in enumerate(model.ffns) if isinstance(ffn, SparseFFNConfig)]
+    if not sparse:
+        return {}
     body, collection = model.layer_path
     layers = layers_of(model, params)
     packed = {}
-    for i, ffn in enumerate(model.ffns):
-        if isinstance(ffn, SparseFFNConfig):
-            variables = (
-                ffn_module(model, i)
-                .clone(name=None)
-                .pack({"params": layers[i][FFN_NAME]}, tokens, platform=platform)
-            )
-            packed[str(i)] = {FFN_NAME: variables[PACKED]}
-    return {body: {collection: packed}} if packed else {}
+    for i in sparse:
+        variables = (
+            ffn_module(model, i)
+            .clone(name=None)
+            .pack({"params": layers[i][FFN_NAME]}, tokens, platform=platform)
+        )
+        packed[str(i)] = {FFN_NAME: variables[PACKED]}
+    return {body: {collection: packed}}
 
 
 def layers_of(model: Decoder, tree: Mapping[str, Any]) -> list[Any]:

@@ -89,8 +89,8 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
 def leaf_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedSharding:
     """Returns the sharding that the rules give a leaf.
 
-    An axis that does not divide its dimension goes to the largest other one that it divides, if
-    there is one. A leaf that no rule names is whole on every device.
+    An axis that does not divide its dimension goes to the largest other dimension that it divides,
+    if there is one. A leaf that no rule names is whole on every device.
 
     Args:
       mesh: a mesh with the axes ``data``, ``fsdp`` and ``tensor``.

@@ -15,6 +15,7 @@ from sparseffn_jax.models import generation
 from sparseffn_jax.models.generation import Sampling, generate, left_pad
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.ops.masks import BlockMask
+from sparseffn_jax.ops.plans.choice import platform_of
 
 VOCAB, NEW = 97, 64
 PROMPTS = [[5, 17, 3, 80, 42, 9, 11], [1], [60, 2, 33], [7, 7, 7, 90]]
@@ -245,7 +246,7 @@ def test_sparse_ffns_decode_what_the_whole_model_says_and_are_laid_out_before_th
         jax.random.key(0), generation._as_data(Sampling(), VOCAB), jnp.array([-1]),
     )  # fmt: skip
     traced = generation._decode.trace(
-        generation._ByValue(model), params, state, 16,
+        generation._ByValue(model), platform_of(params), params, state, 16,
         generation._as_data(Sampling(), VOCAB), jnp.array([-1]),
     )  # fmt: skip
     (loop,) = (e for e in traced.jaxpr.eqns if e.primitive.name == "while")
