@@ -34,6 +34,7 @@ from sparseffn_jax.models.generation import generate
 from sparseffn_jax.sparsify.convert import Fit, sparsify
 from sparseffn_jax.sparsify.fit import fit_layer
 from sparseffn_jax.sparsify.sizing import size_model
+from sparseffn_jax.train.run_lock import hold_run_folder
 from sparseffn_jax.train.step import compiler_options
 
 _TIMED_TOKENS = 4096
@@ -91,20 +92,22 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
 
     Raises:
       CheckpointError, FileNotFoundError, ValueError: if model, text or settings do not fit.
+      RunFolderError: if another run is writing to ``out``.
     """
     started = time.perf_counter()
-    job = _Job(settings, console)
-    # The runs of an earlier demo, of another sweep perhaps, would be taken for this one's.
-    shutil.rmtree(settings.out / "training", ignore_errors=True)
-    job.evaluate_dense()
-    job.sparsify()
-    job.fine_tune()
-    job.sweep()
-    job.time_models()
-    job.write_samples()
-    job.report["seconds"] = round(time.perf_counter() - started, 1)
-    job.finish()
-    return job.report
+    with hold_run_folder(settings.out):
+        job = _Job(settings, console)
+        # The runs of an earlier demo, of another sweep perhaps, would be taken for this one's.
+        shutil.rmtree(settings.out / "training", ignore_errors=True)
+        job.evaluate_dense()
+        job.sparsify()
+        job.fine_tune()
+        job.sweep()
+        job.time_models()
+        job.write_samples()
+        job.report["seconds"] = round(time.perf_counter() - started, 1)
+        job.finish()
+        return job.report
 
 
 class _Job:

@@ -14,6 +14,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import sparseffn_jax as sf
 from sparseffn_jax.cli import main
+from sparseffn_jax.train.run_lock import hold_run_folder
 
 D, LAYERS, WINDOW, VOCAB = 32, 2, 32, 300
 CORPUS = "\n\n".join(
@@ -212,6 +213,17 @@ def test_demo_reports_every_figure(folder, tmp_path):
     for picture in ("training", "masks", "quality"):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert sf.load_pretrained(out / "model").ffns
+
+
+def test_a_second_demo_in_the_folder_is_refused(folder, tmp_path, capfd):
+    # What the first one has written must stay.
+    trained = tmp_path / "training" / "sparse"
+    trained.mkdir(parents=True)
+    with hold_run_folder(tmp_path):
+        err = refused(capfd, "demo", "--model", folder / "dense", "--text", folder / "corpus.txt",
+                      "--out", tmp_path)  # fmt: skip
+    assert "is in use" in err
+    assert trained.exists()
 
 
 def _without(tensor):

@@ -25,6 +25,7 @@ from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.bench.sizing import Sizer
 from sparseffn_jax.bench.stacks import fresh_ffns
 from sparseffn_jax.measure import records
+from sparseffn_jax.train.run_lock import hold_run_folder
 
 _SIZING_REPEATS, _FINAL_REPEATS = 5, 15
 # Calibration windows on which a search compares its candidates.
@@ -92,13 +93,15 @@ def run_quality(settings: QualitySettings, console: Console) -> dict[str, Any]:
     Raises:
       CheckpointError, FileNotFoundError, ValueError: if model, text or settings do not fit, or
         ``out`` holds a report of other settings.
+      RunFolderError: if another run is writing to ``out``.
     """
     records.make_folder(settings.out)
-    job = _Job(settings, console)
-    job.tune_dense()
-    for name in settings.methods or METHODS:
-        job.compare(name, METHODS[name])
-    return job.finish()
+    with hold_run_folder(settings.out):
+        job = _Job(settings, console)
+        job.tune_dense()
+        for name in settings.methods or METHODS:
+            job.compare(name, METHODS[name])
+        return job.finish()
 
 
 class Settled(NamedTuple):

@@ -13,6 +13,7 @@ from sparseffn_jax.bench import comparison, quality
 from sparseffn_jax.bench.peers import PEERS, Searched
 from sparseffn_jax.bench.quality import QualitySettings, run_quality
 from sparseffn_jax.measure.timing import PairedTimes
+from sparseffn_jax.train.run_lock import RunFolderError, hold_run_folder
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,12 @@ def test_a_stopped_run_goes_on_and_ends_with_a_complete_table(settings, exact_cl
 
     with pytest.raises(ValueError, match=r"made with other settings \(steps\)"):
         run(dataclasses.replace(settings, steps=3))
+
+
+def test_a_second_comparison_in_the_folder_is_refused(settings, tmp_path):
+    with hold_run_folder(tmp_path), pytest.raises(RunFolderError, match="is in use"):
+        run(dataclasses.replace(settings, out=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
 def test_a_target_out_of_reach_is_said_to_be(settings, exact_clock, tmp_path):
