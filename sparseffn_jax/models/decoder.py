@@ -1,4 +1,4 @@
-"""What all model families share: the pluggable feed-forward layer, the stack, the head, the cache.
+"""The parts that all model families share: feed-forward layer, stack of blocks, head and cache.
 
 A family is a subclass of :class:`Decoder`. Its parameter tree has the names, shapes and layouts of
 transformers 4.57's Flax class, so that a tree from there applies unchanged. Shape letters in
@@ -31,14 +31,14 @@ FFN = SparseFFNConfig | Callable[..., nn.Module] | None
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """What a model's config says, under one name in all families.
+    """The sizes that a model's config states, under the same names in all families.
 
     Attributes:
-      n_layer: blocks.
-      n_positions: tokens that a sequence can have.
-      d_model: channels in and out of the FFN.
-      d_ff: hidden units of the dense FFN.
-      activation: of the dense FFN, by its Hugging Face name.
+      n_layer: number of blocks.
+      n_positions: largest number of tokens in a sequence.
+      d_model: number of channels that enter and leave the FFN.
+      d_ff: number of hidden units of the dense FFN.
+      activation: Hugging Face name of the dense FFN's activation.
       gated: whether the dense FFN is ``W2 (phi(Wg x) * (Wu x))``.
       ffn_bias: whether the dense FFN has biases.
 
@@ -61,12 +61,12 @@ class DecoderSpec:
 
 @dataclasses.dataclass(frozen=True)
 class FFNLayout:
-    """What a family calls the maps of its dense FFN, below ``mlp``.
+    """The names that a family gives to the maps of its dense FFN, below ``mlp``.
 
     Attributes:
-      up: name of W1 or, gated, of Wu.
+      up: name of W1 or, in a gated FFN, of Wu.
       down: name of W2.
-      gate: name of Wg, if gated.
+      gate: name of Wg; ``None`` if the FFN is not gated.
       transposed: whether kernels are stored as ``(out, in)``.
     """
 
@@ -82,17 +82,18 @@ class FFNLayout:
 
 
 class Decoder(nn.Module):
-    """A decoder with a language-model head.
+    """A decoder with a language-model head; the base class of the model families.
 
     Attributes:
-      config: of the family; every field that changes numbers is honoured.
-      ffns: one entry a layer: ``None`` keeps the dense FFN, a ``SparseFFNConfig`` puts a
-        ``SparseFFN`` there, and any callable is called with ``name``, ``dtype`` and
+      config: Hugging Face config of the family; every field that changes numbers is honoured.
+      ffns: one entry for each layer. ``None`` keeps the dense FFN; a ``SparseFFNConfig`` puts a
+        ``SparseFFN`` in its place; any callable is called with ``name``, ``dtype`` and
         ``param_dtype`` and returns the module to use, which maps ``(B, T, D)`` to ``(B, T, D)``.
         The empty tuple keeps every layer dense.
-      dtype: of the computation. Norms' statistics, softmax and logits are float32 always.
-      param_dtype: of the parameters.
-      remat: recompute each block in the backward pass instead of storing its activations.
+      dtype: dtype of the computation; the statistics of norms, softmax and logits are always
+        float32.
+      param_dtype: dtype of the parameters.
+      remat: whether the backward pass recomputes each block instead of storing its activations.
 
     Example:
       >>> import jax
@@ -140,12 +141,16 @@ class Decoder(nn.Module):
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:
-        """Returns what a config of this family says; raises ``ValueError`` if it cannot be."""
+        """Returns the sizes that a config of this family states.
+
+        Raises:
+          ValueError: if the config describes a model that the family cannot build.
+        """
         raise NotImplementedError
 
     @property
     def spec(self) -> DecoderSpec:
-        """What the model's config says, under one name in all families."""
+        """The sizes that the model's config states, under the same names in all families."""
         return self.spec_of(self.config)
 
     def __call__(
@@ -156,21 +161,28 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         init_cache: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Returns next-token logits in float32.
+        """Returns the logits of every position's next token, in float32.
 
         Args:
-          input_ids: token ids below ``vocab_size``.
-          attention_mask: 1 for real tokens, 0 for padding; over the whole cache (S = its
-            length) when decoding, else S = T. ``None`` means no padding.
-          position_ids: positions below ``n_positions``. By default they count from 0, or from
-            the cache's end when there is one; left padding needs them given.
-          deterministic: ``False`` applies the config's dropout (needs an rng ``"dropout"``).
-          init_cache: create the key/value cache; see :func:`init_cache`.
+          input_ids: token ids (B, T) below ``vocab_size``.
+          attention_mask: 1 for real tokens, 0 for padding. When decoding it covers the whole cache,
+            so that S is the cache's length; otherwise S = T. ``None`` means that there is no
+            padding.
+          position_ids: positions (B, T) below ``n_positions``. By default they count from 0, or
+            from the first free position of the cache if there is one; with padding on the left
+            they must be given.
+          deterministic: whether dropout is off; ``False`` applies the config's dropout rates and
+            needs an rng named ``"dropout"``.
+          init_cache: whether to create the key/value cache, as the function :func:`init_cache`
+            does.
+
+        Returns:
+          Logits (B, T, V).
 
         Raises:
-          ValueError: if the config asks for what this model does not have, if ``ffns`` has not
-            one entry a layer, if the tokens exceed ``n_positions`` or the cache, or if
-            ``attention_mask`` does not cover the keys.
+          ValueError: if the config asks for a feature that the family lacks, if the number of
+            entries of ``ffns`` is not that of the layers, if the tokens exceed ``n_positions`` or
+            the cache, or if ``attention_mask`` does not cover the keys.
         """
         n_positions = self.spec.n_positions
         if input_ids.shape[1] > n_positions:
@@ -212,7 +224,7 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Base of the families' blocks: attention, and the layer's feed-forward module."""
+    """Base class of the families' blocks, which hold attention and a feed-forward module."""
 
     config: Any
     layer_index: int
@@ -232,14 +244,14 @@ class Block(nn.Module):
 
 
 class BlockCollection(nn.Module):
-    """The stack of a family's blocks, named ``0``, ``1``, ...
+    """The stack of a model's blocks, which are named ``0``, ``1``, ...
 
     Attributes:
-      block: the family's.
-      config: of the model.
-      ffns: one a layer.
-      dtype: of the computation.
-      param_dtype: of the parameters.
+      block: class of the family's blocks.
+      config: Hugging Face config of the model.
+      ffns: one entry for each layer, as in :class:`Decoder`.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
       remat: whether to recompute each block in the backward pass.
     """
 
@@ -268,7 +280,15 @@ class BlockCollection(nn.Module):
 def make_ffn(
     ffn: FFN, dense: Callable[..., nn.Module], config: Any, dtype: Dtype, param_dtype: Dtype
 ) -> nn.Module:
-    """Returns a layer's feed-forward module, named ``mlp``: ``ffn``, or ``dense`` if it is None."""
+    """Returns a layer's feed-forward module, which is named ``mlp``.
+
+    Args:
+      ffn: the layer's entry in ``ffns``, as in :class:`Decoder`.
+      dense: class of the dense FFN, which is taken if ``ffn`` is ``None``.
+      config: Hugging Face config of the model, with which the dense FFN is made.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
+    """
     settings = {"name": FFN_NAME, "dtype": dtype, "param_dtype": param_dtype}
     if ffn is None:
         return dense(config, **settings)
@@ -280,9 +300,17 @@ def make_ffn(
 def init_cache(model: Decoder, batch_size: int, max_length: int) -> dict[str, Any]:
     """Returns an empty key/value cache for ``batch_size`` sequences of ``max_length`` tokens.
 
-    Pass it as ``model.apply({"params": p, "cache": cache}, ..., mutable=["cache"])``. How many
-    positions are written is tracked inside; writing more than ``max_length`` in all is not
-    detected.
+    Pass it as ``model.apply({"params": p, "cache": cache}, ..., mutable=["cache"])``. The cache
+    itself counts the positions that are written; writing more than ``max_length`` positions in all
+    is not detected.
+
+    Args:
+      model: the decoder.
+      batch_size: number of sequences.
+      max_length: largest number of tokens in a sequence, prompt and continuation together.
+
+    Returns:
+      The collection ``cache``, filled with zeros; keys and values have the model's ``dtype``.
 
     Raises:
       ValueError: if ``max_length`` exceeds the model's ``n_positions``.
@@ -322,7 +350,7 @@ def init_cache(model: Decoder, batch_size: int, max_length: int) -> dict[str, An
 
 
 def ffn_module(model: Decoder, layer: int) -> nn.Module:
-    """Returns one layer's FFN as a module of its own, to apply to that layer's ``mlp`` leaves."""
+    """Returns one layer's FFN as a separate module, to apply to that layer's ``mlp`` leaves."""
     ffn = model.ffns[layer] if model.ffns else None
     return make_ffn(ffn, model.block.mlp, model.config, model.dtype, model.param_dtype)
 
@@ -333,13 +361,14 @@ def pack_ffns(
     """Packs the weights of all sparse FFNs for calls of ``tokens`` tokens.
 
     Args:
-      model: a decoder; its FFNs of other kinds have nothing to pack.
-      params: its parameters.
-      tokens: how many tokens a call has, all its sequences together.
-      platform: that the calls are compiled for.
+      model: a decoder; FFNs that are no ``SparseFFN`` are left out.
+      params: parameters of the model.
+      tokens: number of tokens of a call, all its sequences together.
+      platform: the platform that the calls are compiled for.
 
     Returns:
-      The model's collection ``packed``; :meth:`SparseFFN.pack` tells what it holds.
+      The model's collection ``packed``, which :meth:`SparseFFN.pack` describes; empty if no layer
+      has a ``SparseFFN``.
     """
     body, collection = model.layer_path
     layers = layers_of(model, params)
@@ -356,7 +385,7 @@ def pack_ffns(
 
 
 def layers_of(model: Decoder, tree: Mapping[str, Any]) -> list[Any]:
-    """Returns each layer's part of a tree of parameters, intermediates or caches."""
+    """Returns the part of each layer in a tree of parameters, intermediates or caches."""
     body, collection = model.layer_path
     return [tree[body][collection][str(i)] for i in range(model.spec.n_layer)]
 
