@@ -1,8 +1,8 @@
-"""Bytes that a training step moves between devices: counted in compiled programs, and on paper.
+"""Bytes that a training step moves between devices, counted in compiled programs and by formulas.
 
-On the wire a ring is assumed, the best that bandwidth allows (Patarasuk & Yuan 2009): of ``n``
-devices each sends ``(n - 1) / n`` of the result of an all-gather, as much of the argument of a
-reduce-scatter, and twice as much of the argument of an all-reduce.
+Collectives are taken to run as rings, the best that bandwidth allows (Patarasuk & Yuan 2009): of
+``n`` devices each sends ``(n - 1) / n`` of the result of an all-gather, as much of the argument of
+a reduce-scatter, and twice as much of the argument of an all-reduce.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class Collective:
 
     Attributes:
       kind: one of ``KINDS``.
-      devices: that take part in one group.
-      bytes: of its result on one device.
+      devices: number of devices in one group that it runs in.
+      bytes: size of its result on one device.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends."""
+        """The number of bytes that each device sends."""
         n = self.devices
         if self.kind == "reduce-scatter":
             # Its argument is n times its result.
@@ -56,10 +56,10 @@ class ModelSize:
     """What decides a dense decoder's communication.
 
     Attributes:
-      layers: blocks.
-      d_model: channels.
-      ffn: parameters of all FFNs.
-      rest: all other parameters.
+      layers: number of blocks.
+      d_model: number of channels of the residual stream.
+      ffn: number of parameters of all FFNs together.
+      rest: number of all other parameters.
     """
 
     layers: int
@@ -69,7 +69,7 @@ class ModelSize:
 
     @classmethod
     def of_gpt2(cls, layers: int, d_model: int, vocab_size: int, positions: int) -> "ModelSize":
-        """A GPT-2, embeddings tied; biases and norms counted."""
+        """Returns the size of a GPT-2 with tied embeddings, biases and norms included."""
         d = d_model
         ffn = layers * (8 * d * d + 5 * d)
         attention_and_norms = layers * (4 * d * d + 4 * d + 4 * d) + 2 * d
@@ -79,7 +79,7 @@ class ModelSize:
     def of_llama(
         cls, layers: int, d_model: int, d_ff: int, vocab_size: int, heads: int, kv_heads: int
     ) -> "ModelSize":
-        """A LLaMA: gated FFNs, grouped-query attention, a head of its own, no biases."""
+        """Returns the size of a LLaMA: gated FFNs, grouped-query attention, an untied head."""
         d = d_model
         attention = 2 * d * d + 2 * d * (d * kv_heads // heads)
         rest = layers * (attention + 2 * d) + d + 2 * vocab_size * d
@@ -96,12 +96,12 @@ MODELS: Mapping[str, ModelSize] = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How many devices do what; their product is the number of devices.
+    """How devices share the work; the product of the three is the number of devices.
 
     Attributes:
-      data: replicas.
-      fsdp: devices that share one copy of the parameters.
-      tensor: devices that share each layer's work.
+      data: number of replicas.
+      fsdp: number of devices that share one copy of the parameters.
+      tensor: number of devices that share each layer's work.
     """
 
     data: int = 1
@@ -113,7 +113,7 @@ def collectives(hlo: str) -> list[Collective]:
     """Lists the collective operations of a compiled program.
 
     Args:
-      hlo: ``compiled.as_text()``. What stands in a loop counts once.
+      hlo: the program's text, from ``compiled.as_text()``. What stands in a loop counts once.
     """
     found = []
     for line in hlo.splitlines():
@@ -128,7 +128,13 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def bytes_sent(hlo: str) -> dict[str, float]:
-    """Sums what each device sends in a compiled program, by kind of collective."""
+    """Sums the bytes that each device sends in a compiled program, by kind of collective.
+
+    Tests hold the formulas below against it.
+
+    Args:
+      hlo: the program's text, from ``compiled.as_text()``. What stands in a loop counts once.
+    """
     sent: dict[str, float] = {}
     for collective in collectives(hlo):
         sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.sent
@@ -136,16 +142,29 @@ def bytes_sent(hlo: str) -> dict[str, float]:
 
 
 def data_parallel_bytes(parameters: float, devices: int, gradient_itemsize: int = 4) -> float:
-    """Bytes that each device sends to average the gradients of ``parameters`` over replicas."""
+    """Returns the bytes that each device sends to average gradients over replicas.
+
+    Args:
+      parameters: number of parameters on one device.
+      devices: number of replicas.
+      gradient_itemsize: bytes of one entry of a gradient.
+    """
     return 2 * (devices - 1) / devices * parameters * gradient_itemsize
 
 
 def fsdp_bytes(
     parameters: float, devices: int, weight_itemsize: int = 2, gradient_itemsize: int = 4
 ) -> float:
-    """Bytes that each device sends when parameters lie in pieces: gathered, reduced, scattered.
+    """Returns the bytes that each device sends when devices share one copy of the parameters.
 
-    They are gathered for the forward pass and again for the backward pass (ZeRO stage 3).
+    Parameters are gathered for the forward pass and again for the backward pass, and gradients are
+    reduced and scattered (ZeRO stage 3).
+
+    Args:
+      parameters: number of parameters in the copy.
+      devices: number of devices that share it.
+      weight_itemsize: bytes of one weight as it travels.
+      gradient_itemsize: bytes of one entry of a gradient.
     """
     per_parameter = 2 * weight_itemsize + gradient_itemsize
     return (devices - 1) / devices * parameters * per_parameter
@@ -154,10 +173,17 @@ def fsdp_bytes(
 def tensor_parallel_bytes(
     layers: int, d_model: int, tokens: int, devices: int, itemsize: int = 2
 ) -> float:
-    """Bytes that each device sends when layers are shared: four all-reduces of activations each.
+    """Returns the bytes that each device sends when devices share each layer's work.
 
-    Attention and FFN each end with one in the forward pass, and their inputs' gradients with one
-    in the backward pass (Megatron-LM). ``tokens`` are those of one replica.
+    Each layer takes four all-reduces of activations: attention and FFN end with one each in the
+    forward pass, and their inputs' gradients with one each in the backward pass (Megatron-LM).
+
+    Args:
+      layers: number of blocks.
+      d_model: number of channels of the residual stream.
+      tokens: number of tokens in one replica's share of the batch.
+      devices: number of devices that share the work.
+      itemsize: bytes of one activation.
     """
     return 4 * layers * 2 * (devices - 1) / devices * tokens * d_model * itemsize
 
@@ -165,15 +191,15 @@ def tensor_parallel_bytes(
 def step_bytes(
     size: ModelSize, plan: Plan, tokens: int, ffn_ratio: float = 1.0
 ) -> dict[str, float]:
-    """Bytes that each device sends in one step, by mesh axis.
+    """Returns the bytes that each device sends in one step, by mesh axis.
 
     Weights and activations travel in 16 bits, gradients in 32.
 
     Args:
-      size: of the model.
-      plan: of the devices.
-      tokens: of one device's share of the batch before ``tensor`` splits its work.
-      ffn_ratio: parameters of the FFNs over the dense ones: below 1 for sparse ones.
+      size: size of the model.
+      plan: how devices share the work.
+      tokens: number of tokens in the share of the batch that ``plan.tensor`` devices work on.
+      ffn_ratio: parameters of the model's FFNs over those of dense ones.
     """
     own = (size.ffn * ffn_ratio + size.rest) / plan.tensor
     return {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole GPU campaign in one command, within nine minutes on one H100 or H200:
 #   bash campaigns/gpu.sh
-# Layers of d_model 1024, 2048 and 4096 in bfloat16, forward, training and decoding; the whole
-# GPT-2 small. Writes campaigns/results/DATE-DEVICE/.
+# It measures layers of d_model 1024, 2048 and 4096 in bfloat16, forward, in training and decoding,
+# and the whole GPT-2 small, and writes to campaigns/results/DATE-DEVICE/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -cs 'A-Za-z0-9' '-' |
@@ -11,8 +11,8 @@ out="campaigns/results/$(date +%F)-$device"
 sparseffn=${SPARSEFFN:-sparseffn}
 for d_model in 1024 2048 4096; do
     "$sparseffn" bench ffn --d-model "$d_model" --d-ff $((4 * d_model)) --tokens 16384 \
-        --dtype bfloat16 --repeats 5 --no-plans --no-external \
-        --only dft-8 dft-16 narrow-1/4 default-0.4 --out "$out/d$d_model"
+        --dtype bfloat16 --repeats 5 --no-all-plans --no-external \
+        --only circulant-8 circulant-16 narrow-1/4 default-0.4 --out "$out/d$d_model"
 done
 "$sparseffn" bench model --size small --dtype bfloat16 --batch-size 16 --window 1024 \
     --repeats 5 --out "$out/gpt2-small"

@@ -2,8 +2,8 @@
 
     python campaigns/scaling_plan.py
 
-On paper: the formulas of communication, which a test compares with the
-collectives in compiled programs. Weights and activations travel in 16 bits, gradients in 32.
+The bytes come from the formulas in communication.py, which a test compares with the collectives
+in compiled programs. Weights and activations travel in 16 bits, gradients in 32.
 """
 
 import argparse
@@ -22,9 +22,15 @@ TENSOR = 8  # The GPUs of one node, which NVLink joins.
 def main() -> None:
     """Prints the table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=8192, help="of one GPU's share of a batch")
-    parser.add_argument("--flops", type=float, default=0.4, help="of SparseFFN over dense")
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling_plan.json"))
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="tokens in one GPU's share of a batch"
+    )
+    parser.add_argument(
+        "--flops", type=float, default=0.4, help="FLOPs of SparseFFN over the dense FFN's"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/scaling_plan.json"), help="JSON file to write"
+    )
     arguments = parser.parse_args()
     table = Table(title=f"GB sent by each GPU in a step, {arguments.tokens} tokens a GPU")
     for column in ("model", "GPUs", "strategy", "dense", "SparseFFN", "saved"):
@@ -66,7 +72,12 @@ def main() -> None:
 def ffn_parameter_ratio(d_model: int, ffn_parameters: int, flops: float) -> float:
     """Returns the parameters of a SparseFFN of a FLOPs ratio over those of the dense FFN.
 
-    A gated FFN of three matrices counts as the one of two with as many parameters.
+    A gated FFN of three matrices counts as the one of two matrices with as many parameters.
+
+    Args:
+      d_model: number of channels in and out.
+      ffn_parameters: number of parameters of the dense FFN of one layer.
+      flops: FLOPs of the SparseFFN over those of the dense FFN.
     """
     config = size_ffn(d_model, ffn_parameters // (2 * d_model), flops)
     spectral, micro = config.spectral, config.micro

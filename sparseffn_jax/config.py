@@ -1,12 +1,12 @@
-"""What a SparseFFN is made of: frozen, self-validating, hashable, exact in JSON.
+"""These frozen dataclasses say what a SparseFFN is made of.
 
-Every mask here is static: XLA compiles the masked program, and what is masked has no parameter.
+A config checks itself when it is built, can be hashed, and is read back exactly from its JSON.
+Every mask in it is static: XLA compiles the masked program, and what is masked has no parameter.
 """
 
 import dataclasses
 import json
 import math
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -14,31 +14,44 @@ import numpy as np
 
 from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.masks import BlockMask
+from sparseffn_jax.parsing import check_fields, parse_dataclass
 
 Transform = Literal["low_rank", "block_circulant"]
 _HIGHEST_DEGREE = 64  # Beyond it nothing is gained.
+_BLOCK_SPARSE_PLANS = ("slice", "rows", "columns", "gather", "masked")
 
 
 @dataclasses.dataclass(frozen=True)
 class SpectralConfig:
-    """The spectral branch: ``down(activation(up(x)))``, both maps in a transform domain.
+    """The spectral branch is an FFN, ``down(activation(up(x)))``, with maps in a transform domain.
 
-    Gated, it is ``down(activation(gate(x)) * up(x))``.
+    A gated layer's branch is ``down(activation(gate(x)) * up(x))``.
 
     Attributes:
-      transform: ``"low_rank"``, data-adapted axes of which ``rank`` are kept (the Karhunen-Loeve
-        transform); or ``"block_circulant"``, Fourier's axes within blocks of channels, of whose
-        ``block_size // 2 + 1`` frequencies a mask keeps some.
-      width: number of hidden units in this branch; a multiple of ``block_size`` if block-circulant.
-      rank: low rank only: number of components that the maps into the hidden units keep.
-      down_rank: low rank only: number of components that the map out of them keeps; 0 takes
+      transform: ``"low_rank"`` writes the maps on axes that are adapted to the data, and keeps
+        ``rank`` of them (the Karhunen-Loeve transform). ``"block_circulant"`` writes them on
+        Fourier's axes within blocks of channels, where a mask may keep some of the
+        ``block_size // 2 + 1`` frequencies.
+      width: The branch has this many hidden units. A block-circulant branch needs a multiple of
+        ``block_size``.
+      rank: The low-rank maps into the hidden units keep this many components.
+      down_rank: The low-rank map out of the hidden units keeps this many components; 0 stands for
         ``rank``.
-      block_size: block-circulant only: side b of one circulant block; divides ``d_model`` and
-        ``width``.
-      frequency_mask: block-circulant only: ``block_size // 2 + 1`` booleans, ``True`` keeps a
-        frequency; ``None`` keeps all.
-      implementation: plan to force (low rank: ``"two_gemms"``, ``"merged"``; block-circulant:
-        ``"fft"``, ``"dft"``, ``"split"``, ``"dense"``); ``None`` lets the cost model choose.
+      block_size: A circulant block has this many rows and columns; the number must divide
+        ``d_model`` and ``width``.
+      frequency_mask: Each of ``block_size // 2 + 1`` booleans says whether the block-circulant
+        maps keep that frequency; ``None`` keeps all.
+      implementation: The layer runs this plan: ``"two_gemms"`` or ``"merged"`` for low rank;
+        ``"fft"``, ``"dft"``, ``"split"`` or ``"dense"`` for block-circulant maps. ``None`` lets
+        the cost model choose.
+
+    Example:
+      >>> low_rank = SpectralConfig("low_rank", width=3072, rank=128)
+      >>> circulant = SpectralConfig(
+      ...     "block_circulant", width=8, block_size=4, frequency_mask=(True, False, True)
+      ... )
+      >>> circulant.frequencies
+      (0, 2)
     """
 
     transform: Transform = "low_rank"
@@ -50,7 +63,7 @@ class SpectralConfig:
     implementation: str | None = None
 
     def __post_init__(self):
-        _check_types(self)
+        check_fields(self)
         _check_positive("spectral width", self.width)
         others = {
             "low_rank": ("block_size", "frequency_mask"),
@@ -90,7 +103,7 @@ class SpectralConfig:
 
     @property
     def frequencies(self) -> tuple[int, ...]:
-        """The kept rFFT frequencies of a block-circulant map, ascending."""
+        """Lists the rFFT frequencies that a block-circulant map keeps, in ascending order."""
         count = self.block_size // 2 + 1
         return tuple(
             f for f in range(count) if self.frequency_mask is None or self.frequency_mask[f]
@@ -99,13 +112,21 @@ class SpectralConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PolynomialConfig:
-    """The learned activation of the spectral branch, ``sum_k c_k T_k(u / radius)``.
+    """The spectral branch learns its activation as a polynomial, ``sum_k c_k T_k(u / radius)``.
 
     Attributes:
-      degree: highest degree of the Chebyshev basis.
-      degree_mask: ``degree + 1`` booleans, ``True`` keeps the term; ``None`` keeps all.
-      radius: R > 0; outside ``[-R, R]`` the polynomial goes on as its tangent lines.
-      groups: channel groups with coefficients of their own; divides the spectral width.
+      degree: The Chebyshev polynomials ``T_k`` go up to this degree.
+      degree_mask: Each of ``degree + 1`` booleans says whether the polynomial keeps that term;
+        ``None`` keeps all.
+      radius: The polynomial holds for inputs in ``[-radius, radius]``; beyond either end it goes
+        on as its tangent line there.
+      groups: The hidden units fall into this many groups, each with coefficients of its own; the
+        number must divide the spectral width.
+
+    Example:
+      >>> polynomial = PolynomialConfig(degree=3, degree_mask=(True, True, False, True))
+      >>> polynomial.degrees
+      (0, 1, 3)
     """
 
     degree: int = 4
@@ -114,7 +135,7 @@ class PolynomialConfig:
     groups: int = 1
 
     def __post_init__(self):
-        _check_types(self)
+        check_fields(self)
         _check_positive("polynomial degree", self.degree)
         if self.degree > _HIGHEST_DEGREE:
             raise ValueError(f"polynomial degree={self.degree}: expected at most {_HIGHEST_DEGREE}")
@@ -133,7 +154,7 @@ class PolynomialConfig:
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """The kept degrees, ascending."""
+        """Lists the degrees that the polynomial keeps, in ascending order."""
         return tuple(
             k for k in range(self.degree + 1) if self.degree_mask is None or self.degree_mask[k]
         )
@@ -141,17 +162,27 @@ class PolynomialConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CoreConfig:
-    """Micro-refinement of kind "ffn": ``W2 phi(W1 x + b1)`` on ``width`` hidden units.
+    """The core is a small or block-sparse FFN, ``W2 phi(W1 x + b1)``, beside the spectral branch.
 
-    Gated, it is ``W2 (phi(Wg x + bg) * (Wu x + bu))``.
+    A gated layer's core is ``W2 (phi(Wg x + bg) * (Wu x + bu))``.
 
     Attributes:
-      width: number of hidden units; all ``d_ff`` of them without masks is the dense FFN itself.
-      up_mask: blocks kept of W1, or of both Wg and Wu, over ``(d_model, width)``; ``None`` keeps
-        every block.
-      down_mask: blocks kept of W2, over ``(width, d_model)``; ``None`` keeps every block.
-      implementation: plan to force where there is a mask: ``"slice"``, ``"rows"``, ``"columns"``,
-        ``"gather"`` or ``"masked"``, as :func:`block_sparse_matmul` describes them.
+      width: The core has this many hidden units. With all ``d_ff`` of them and no mask, it is the
+        dense FFN itself.
+      up_mask: This mask over ``(d_model, width)`` says which blocks of W1, or of both Wg and Wu,
+        are kept; ``None`` keeps every block.
+      down_mask: This mask over ``(width, d_model)`` says which blocks of W2 are kept; ``None``
+        keeps every block.
+      implementation: Maps with a mask run this plan: ``"slice"``, ``"rows"``, ``"columns"``,
+        ``"gather"`` or ``"masked"``, as :func:`block_sparse_matmul` describes them. ``None`` lets
+        the cost model choose.
+
+    Example:
+      No output reads the last four of these eight hidden units.
+
+      >>> core = CoreConfig(width=8, down_mask=BlockMask((4, 16), ((True,), (False,))))
+      >>> core.without_dead_units()
+      CoreConfig(width=4, up_mask=None, down_mask=None, implementation=None)
     """
 
     width: int
@@ -160,13 +191,13 @@ class CoreConfig:
     implementation: str | None = None
 
     def __post_init__(self):
-        _check_types(self)
+        check_fields(self)
         _check_positive("core width", self.width)
         _check_implementation(self.implementation, _BLOCK_SPARSE_PLANS)
 
     @property
     def runs_in_tiles(self) -> bool:
-        """Whether an unstructured mask has it run as many small products, as a rule."""
+        """Tells whether the core runs, as a rule, in small products for an unstructured mask."""
         if self.implementation in ("masked", "gather"):
             return False
         core = self.without_dead_units()
@@ -205,13 +236,20 @@ class CoreConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MicroRefinementConfig:
-    """The micro-refinement: a core FFN beside the spectral branch, and corrections after both.
+    """The micro-refinement adds a core FFN to the spectral branch, and corrects what both give.
 
     Attributes:
-      core: an FFN of few hidden units, or of few blocks, added to the spectral branch.
-      corrections: masks over ``(d_model, d_model)``, one for each linear correction ``y + y B``
-        of the layer's output.
-      implementation: plan to force for the corrections; :class:`CoreConfig` lists the names.
+      core: This FFN of few hidden units, or of few blocks, is added to the spectral branch.
+      corrections: Each of these masks over ``(d_model, d_model)`` adds one linear correction of
+        the layer's output, ``y + y B``, in which B has the blocks that the mask keeps.
+      implementation: The corrections run this plan; :class:`CoreConfig` lists the names. ``None``
+        lets the cost model choose.
+
+    Example:
+      >>> diagonal = BlockMask((4, 4), ((True, False), (False, True)))
+      >>> micro = MicroRefinementConfig(core=CoreConfig(width=16), corrections=(diagonal,))
+      >>> micro.corrections[0].density
+      0.5
     """
 
     core: CoreConfig | None = None
@@ -219,7 +257,7 @@ class MicroRefinementConfig:
     implementation: str | None = None
 
     def __post_init__(self):
-        _check_types(self)
+        check_fields(self)
         if self.core is None and not self.corrections:
             raise ValueError(
                 "micro-refinement needs a core or at least one correction: or leave it out"
@@ -229,22 +267,32 @@ class MicroRefinementConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SparseFFNConfig:
-    """A sparse feed-forward layer: what stands in for a dense ``d_model -> d_ff -> d_model`` one.
+    """A SparseFFN stands in for a dense feed-forward layer, ``d_model -> d_ff -> d_model``.
 
     Attributes:
-      d_model: channels in and out.
-      d_ff: hidden width of the dense FFN that it stands for.
-      activation: phi, by its Hugging Face name; used by the core, and by the spectral branch
-        when ``polynomial`` is ``None``.
-      spectral: the spectral branch, or ``None``.
-      polynomial: the spectral branch's activation, or ``None`` for phi itself.
-      micro: the micro-refinement, or ``None``.
-      gated: whether a hidden unit is ``phi(gate) * up``, two maps of the input, as in LLaMA.
-      bias: whether the maps have biases; a model whose FFN has none converts without any.
+      d_model: The layer takes and returns this many channels.
+      d_ff: The dense FFN that the layer stands for has this many hidden units.
+      activation: The activation phi goes by its Hugging Face name. The core uses it, and so does
+        the spectral branch when ``polynomial`` is ``None``.
+      spectral: This describes the spectral branch; ``None`` leaves it out.
+      polynomial: The spectral branch learns this activation; with ``None`` it uses phi.
+      micro: This describes the micro-refinement; ``None`` leaves it out.
+      gated: If true, a hidden unit is ``phi(gate) * up``, made of two maps of the input, as in
+        LLaMA.
+      bias: If true, the maps have biases; a model whose FFN has none converts without any.
 
     Raises:
-      ValueError: on construction, if the parts do not fit together; the message names the value
-        and what was expected.
+      ValueError: If a value is of another type than its field, or if the parts do not fit
+        together. The message names the value and what was expected.
+
+    Example:
+      >>> spectral = SpectralConfig("low_rank", width=3072, rank=128)
+      >>> config = SparseFFNConfig(d_model=768, d_ff=3072, spectral=spectral)
+      >>> SparseFFNConfig.from_json(config.to_json()) == config
+      True
+      >>> SparseFFNConfig(d_model=768, d_ff="3072", spectral=spectral)
+      Traceback (most recent call last):
+      ValueError: d_ff='3072': expected an integer
     """
 
     d_model: int
@@ -257,7 +305,7 @@ class SparseFFNConfig:
     bias: bool = True
 
     def __post_init__(self):
-        _check_types(self)
+        check_fields(self)
         _check_positive("d_model", self.d_model)
         _check_positive("d_ff", self.d_ff)
         get_activation(self.activation)
@@ -305,7 +353,7 @@ class SparseFFNConfig:
 
     @property
     def up_maps(self) -> tuple[str, ...]:
-        """Names of the maps into a hidden unit: the gate, on which phi acts, comes first."""
+        """Names the maps into a hidden unit; the gate, on which phi acts, comes first."""
         return ("gate", "up") if self.gated else ("up",)
 
     def to_dict(self) -> dict[str, Any]:
@@ -317,23 +365,30 @@ class SparseFFNConfig:
         """Builds a config from :meth:`to_dict`'s output.
 
         Raises:
-          ValueError: for an unknown, missing or wrongly typed key, and for values that do not
-            fit together.
+          ValueError: If a key is unknown or missing, if a value is of another type than its
+            field, or if the values do not fit together.
         """
-        return _from_dict(cls, values, "config")
+        return parse_dataclass(cls, values, "config")
 
     @classmethod
     def layers_from_json(cls, text: str) -> Self | tuple[Self | None, ...]:
-        """Reads one config for every layer, or a list with one, or null for dense, for each.
+        """Reads the configs of a model's layers.
+
+        Args:
+          text: One JSON object stands for every layer. A list has one entry for each layer: an
+            object, or null for a layer that stays dense.
+
+        Returns:
+          The config of every layer; or, for a list, a tuple with a config or ``None`` for each.
 
         Raises:
-          ValueError: as :meth:`from_json`.
+          ValueError: If the text is not JSON, or if an object is not a config.
         """
         values = _load_json(text)
         if not isinstance(values, list):
-            return cls.from_dict(values)
+            return parse_dataclass(cls, values, "config")
         return tuple(
-            None if layer is None else _from_dict(cls, layer, f"layer {i}")
+            None if layer is None else parse_dataclass(cls, layer, f"layer {i}")
             for i, layer in enumerate(values)
         )
 
@@ -343,8 +398,12 @@ class SparseFFNConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Builds a config from :meth:`to_json`'s output; raises ``ValueError`` if it is not one."""
-        return cls.from_dict(_load_json(text))
+        """Builds a config from :meth:`to_json`'s output.
+
+        Raises:
+          ValueError: If the text is not JSON, or not a config, as :meth:`from_dict` says.
+        """
+        return parse_dataclass(cls, _load_json(text), "config")
 
 
 def _load_json(text: str) -> Any:
@@ -352,12 +411,6 @@ def _load_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the config is not JSON: {error}") from error
-
-
-def _check_types(config: Any) -> None:
-    """Checks fields against their annotations; lists become tuples, NumPy values Python's."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        object.__setattr__(config, name, _parse(hint, getattr(config, name), name))
 
 
 def _digits(row: tuple[bool, ...]) -> str:
@@ -369,76 +422,6 @@ def _json_dict(items: list[tuple[str, Any]]) -> dict[str, Any]:
         name: [_digits(row) for row in value] if name == "blocks" else value
         for name, value in items
     }
-
-
-def _from_dict(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must be a JSON object, got {type(values).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := set(values) - set(fields):
-        raise ValueError(
-            f"{where} has unknown keys {', '.join(sorted(map(str, unknown)))}: expected some of "
-            f"{', '.join(fields)}"
-        )
-    if missing := [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and name not in values
-    ]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    hints = typing.get_type_hints(cls)
-    parsed = {name: _parse(hints[name], value, f"{where}.{name}") for name, value in values.items()}
-    try:
-        return cls(**parsed)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _parse(hint: Any, value: Any, where: str) -> Any:
-    """Reads one value, of JSON or Python, as the type that a field is annotated with."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise ValueError(f"{where} must not be null")
-    (hint,) = (option for option in options if option is not type(None))
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        hint = typing.cast(type, hint)
-        return value if isinstance(value, hint) else _from_dict(hint, value, where)
-    if origin is tuple:
-        return _parse_tuple(typing.get_args(hint), value, where)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ValueError(f"{where}={value!r}: expected one of {', '.join(choices)}")
-        return value
-    # Python takes True for 1; a config does not.
-    if isinstance(value, bool) is not (hint is bool) or not isinstance(value, _ACCEPTED[hint]):
-        raise ValueError(f"{where}={value!r}: expected {_NAMES[hint]}")
-    try:
-        return hint(value)
-    except OverflowError as error:
-        raise ValueError(f"{where} is an integer too large for a number") from error
-
-
-def _parse_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    item = args[0]
-    if isinstance(value, str) and item is bool:
-        if set(value) - {"0", "1"}:
-            raise ValueError(f"{where}={value!r}: a row of a mask is written with 0 and 1")
-        return tuple(digit == "1" for digit in value)
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{where} must be a list, got {type(value).__name__}")
-    return tuple(_parse(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
-
-
-_UNIONS = (typing.Union, type(int | None))
-_BLOCK_SPARSE_PLANS = ("slice", "rows", "columns", "gather", "masked")
-_ACCEPTED = {bool: bool, int: int, float: (int, float), str: str}
-_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
 def _check_positive(name: str, value: int) -> None:

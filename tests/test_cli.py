@@ -345,6 +345,7 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("finetune --model {dense} --out {dir}/run --text {corpus} --distill-weight 1", "teacher"),
         ("demo --model {dense} --text {corpus} --out {dir}/demo --flops 1.5", "1.5"),
         ("demo --model {sparse} --text {corpus} --out {dir}/demo", "sparse already"),
+        ("demo --model {dense} --text {corpus} --out {dir}/demo --prompt " + 40 * "?", "40 tokens"),
     ],
 )  # fmt: skip
 def test_wrong_use_is_refused(folder, sparse, tmp_path, capfd, argv, message):

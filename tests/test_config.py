@@ -1,6 +1,10 @@
+import copy
 import dataclasses
+import functools
 import json
+import pickle
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -162,6 +166,20 @@ def test_frozen():
         FULL.d_model = 3
 
 
+def test_static_under_jit_and_the_same_when_copied():
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def width(x, config):
+        traces.append(config)
+        return x + config.d_ff
+
+    copies = (FULL, pickle.loads(pickle.dumps(FULL)), copy.deepcopy(FULL))
+    copies += (dataclasses.replace(FULL), SparseFFNConfig.from_json(FULL.to_json()))
+    assert [int(width(1, config)) for config in copies] == [49] * len(copies)
+    assert traces == [FULL]
+
+
 def test_kept_components():
     assert FULL.spectral.frequencies == (0, 2, 3)
     assert FULL.polynomial.degrees == (0, 1, 3)
@@ -192,7 +210,7 @@ BAD = {
     "d_model float": ({"d_model": 12.0}, "config.d_model=12.0: expected an integer"),
     "d_model string": ({"d_model": "12"}, "config.d_model='12': expected an integer"),
     "d_model boolean": ({"d_model": True}, "config.d_model=True: expected an integer"),
-    "d_model null": ({"d_model": None}, "config.d_model must not be null"),
+    "d_model null": ({"d_model": None}, "config.d_model=null: expected an integer"),
     "unknown activation": (
         {"activation": "mish"},
         "unknown activation 'mish': expected one of gelu",
@@ -204,8 +222,14 @@ BAD = {
         {"spectral__transform": "dct"},
         "transform='dct': expected one of low_rank, block_circulant",
     ),
-    "transform null": ({"spectral__transform": None}, "spectral.transform must not be null"),
-    "part is no object": ({"spectral": 3}, "config.spectral must be a JSON object, got int"),
+    "transform null": (
+        {"spectral__transform": None},
+        "spectral.transform=null: expected one of low_rank, block_circulant",
+    ),
+    "part is no object": (
+        {"spectral": 3},
+        "config.spectral=3: expected a SpectralConfig, or a JSON object with its fields",
+    ),
     "width not a multiple": ({"spectral__width": 25}, "width=25 is not a multiple of block_size=6"),
     "width left out": ({"spectral__width": 0}, "spectral width=0: expected a positive integer"),
     "block_size negative": ({"spectral__block_size": -6}, "block_size=-6: expected a positive"),
@@ -262,7 +286,10 @@ BAD = {
     "radius infinite": ({"polynomial__radius": float("inf")}, "radius=inf: expected a positive"),
     "radius boolean": ({"polynomial__radius": True}, "radius=True: expected a number"),
     "radius string": ({"polynomial__radius": "4"}, "radius='4': expected a number"),
-    "radius too large": ({"polynomial__radius": 10**400}, "radius is an integer too large"),
+    "radius too large": (
+        {"polynomial__radius": 10**400},
+        "radius=100000000000000000...0000000000000000000: expected a number of at most 1.8e308",
+    ),
     "groups": ({"polynomial__groups": 5}, "groups=5 do not divide the spectral width=24"),
     "polynomial alone": ({"spectral": None}, "polynomial is the spectral branch's activation"),
     "nothing": (
@@ -273,7 +300,10 @@ BAD = {
         {"micro": {"corrections": []}},
         "config.micro: micro-refinement needs a core or",
     ),
-    "core without width": ({"micro__core": {}}, "config.micro.core lacks width"),
+    "core without width": (
+        {"micro__core": {}},
+        "config.micro.core lacks width: expected an integer",
+    ),
     "core width string": ({"micro__core__width": "8"}, "config.micro.core.width='8': expected"),
     "up_mask shape": (
         {"micro__core__width": 10},
@@ -285,11 +315,11 @@ BAD = {
     ),
     "corrections no list": (
         {"micro__corrections": "11"},
-        "config.micro.corrections must be a list, got str",
+        "config.micro.corrections='11': expected a list",
     ),
     "correction null": (
         {"micro__corrections": [None]},
-        "config.micro.corrections[0] must not be null",
+        "config.micro.corrections[0]=null: expected a BlockMask",
     ),
     "block_shape length": (
         {"micro__corrections__0__block_shape": [6]},
@@ -301,7 +331,7 @@ BAD = {
     ),
     "block_shape string": (
         {"micro__corrections__0__block_shape": "66"},
-        "block_shape must be a list",
+        "block_shape='66': expected a list",
     ),
     "block_shape float": (
         {"micro__corrections__0__block_shape": [6.0, 6]},
@@ -318,7 +348,7 @@ BAD = {
     "blocks letters": ({"micro__corrections__0__blocks": ["1x", "11"]}, "written with 0 and 1"),
     "blocks missing": (
         {"micro__corrections": [{"block_shape": [6, 6]}]},
-        "corrections[0] lacks blocks",
+        "corrections[0] lacks blocks: expected a list",
     ),
 }
 
@@ -329,6 +359,7 @@ def test_refuses(name):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is checked below)
         build(**changes)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_the_bad_configs_differ_from_a_good_one():
@@ -341,9 +372,9 @@ def test_the_bad_configs_differ_from_a_good_one():
         ("", "the config is not JSON"),
         ("{'d_model': 12}", "the config is not JSON"),
         ('{"d_model": 12', "the config is not JSON"),
-        ("[]", "config must be a JSON object, got list"),
-        ("null", "config must be a JSON object, got NoneType"),
-        ('{"d_model": 12}', "config lacks d_ff"),
+        ("[]", r"config=\[\]: expected a SparseFFNConfig, or a JSON object"),
+        ("null", "config=null: expected a SparseFFNConfig, or a JSON object"),
+        ('{"d_model": 12}', "config lacks d_ff: expected an integer"),
     ],
 )
 def test_refuses_text_that_is_no_config(text, message):
@@ -363,9 +394,13 @@ def test_refuses_text_that_is_no_config(text, message):
         ),
         (lambda: PolynomialConfig(radius=np.nan), "radius=nan: expected a positive number"),
         (lambda: PolynomialConfig(degree_mask="10x11"), "written with 0 and 1"),
-        (lambda: CoreConfig(8, up_mask="1111"), "up_mask must be a JSON object, got str"),
-        (lambda: MicroRefinementConfig(corrections=(True,)), "must be a JSON object, got bool"),
-        (lambda: MicroRefinementConfig(corrections=None), "corrections must not be null"),
+        (lambda: CoreConfig(8, up_mask="1111"), "up_mask='1111': expected a BlockMask"),
+        (
+            lambda: MicroRefinementConfig(corrections=(True,)),
+            "corrections[0]=True: expected a BlockMask",
+        ),
+        (lambda: MicroRefinementConfig(corrections={True}), "corrections={True}: expected a list"),
+        (lambda: MicroRefinementConfig(corrections=None), "corrections=null: expected a list"),
     ],
 )
 def test_refuses_wrong_types_in_python(make, message):

@@ -1,1 +1,1 @@
-"""Comparisons: of layers, of models, of quality at equal time, with peers."""
+"""Comparisons of layers and models on the clock, and of quality at equal time, with peers."""

@@ -14,25 +14,29 @@ from sparseffn_jax.bench.model import ModelBenchSettings, model_table, run_model
 from sparseffn_jax.bench.quality import QualitySettings, run_quality
 from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL
 from sparseffn_jax.measure.records import make_folder, versions, write_json
+from sparseffn_jax.ops.plans.choice import using
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchFFN(FFNBenchSettings):
-    """One layer: a grid of configurations against the dense FFN, in turn, on the same activations.
+    """Measure one layer: a grid of configurations in turn with the dense FFN, on the same inputs.
 
-    Shows for each what its FLOPs promise, what the clock says, forward, in training and decoding
-    one token after the other, the memory that training takes, and what the chosen plan loses to
-    the best one.
+    Shows what the FLOPs of each configuration promise, and what the clock says: in the forward
+    pass, in training, and in decoding one token after the other. Shows too the memory that training
+    takes, and what the chosen plan loses to the best one.
 
     Attributes:
-      json: Print what ffn.json holds instead of the tables.
+      json: Print the contents of ffn.json instead of the tables.
+      plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
     """
 
     json: bool = False
+    plans: Path | None = None
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        result = run_ffn_bench(self, Console(stderr=True))
+        with using(self.plans):
+            result = run_ffn_bench(self, Console(stderr=True))
         if self.json:
             print(json.dumps(result, indent=2))
             return
@@ -43,34 +47,47 @@ class BenchFFN(FFNBenchSettings):
 
 @dataclasses.dataclass(frozen=True)
 class BenchModel(ModelBenchSettings):
-    """A whole GPT-2 of random weights: forward pass, training step, decoding with the cache."""
+    """Measure a GPT-2 of random weights: forward pass, training step, decoding with the cache.
+
+    Attributes:
+      plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
+    """
+
+    plans: Path | None = None
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        console.print(model_table(run_model_bench(self, console)))
+        with using(self.plans):
+            result = run_model_bench(self, console)
+        console.print(model_table(result))
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchQuality(QualitySettings):
-    """Loss at equal measured FFN time: SparseFFN and other ways to thin an FFN, trained alike.
+    """Compare losses at equal measured FFN time: SparseFFN and other ways to thin an FFN.
 
-    About 40 minutes on two CPU cores with the embedded model; --steps, --targets and --methods
-    shorten it. A stopped run goes on where it was.
+    All of them train alike. This takes about 40 minutes on two CPU cores with the embedded model;
+    --steps, --targets and --methods shorten it. A stopped run goes on where it was.
+
+    Attributes:
+      plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
     """
 
     model: str = str(EMBEDDED_MODEL)
+    plans: Path | None = None
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        run_quality(self, console)
+        with using(self.plans):
+            run_quality(self, console)
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchAll:
-    """The layer, the model and a short comparison of quality, in one dated file.
+    """Measure the layer and the model and compare quality for a short time, for one dated file.
 
     Attributes:
-      out: Folder for DATE-DEVICE.json; pictures and parts go to runs/bench.
+      out: Folder that DATE-DEVICE.json is written to. Pictures and parts go to runs/bench.
     """
 
     out: Path = Path("campaigns/results")
@@ -79,14 +96,14 @@ class BenchAll:
         """Runs the command."""
         make_folder(self.out)
         work = Path("runs/bench")
-        ffn = run_ffn_bench(FFNBenchSettings(out=work, repeats=7, plans=False), console)
+        ffn = run_ffn_bench(FFNBenchSettings(out=work, repeats=7, all_plans=False), console)
         for table in ffn_tables(ffn):
             console.print(table)
         model = run_model_bench(ModelBenchSettings(out=work, repeats=3), console)
         console.print(model_table(model))
         quality = run_quality(
             QualitySettings(
-                str(EMBEDDED_MODEL),
+                model=str(EMBEDDED_MODEL),
                 out=work / "quality",
                 targets=(2.0,),
                 methods=("SparseFFN", "narrow", "low-rank"),

@@ -1,4 +1,4 @@
-"""Other libraries' products, timed only: what a block-sparse or dense FFN costs elsewhere.
+"""Other libraries' products, timed only: what a block-sparse or dense product costs elsewhere.
 
 PyTorch is optional (``pip install 'sparseffn_jax[torch]'``); without it, or on the wrong device,
 a peer says why it cannot run. Weights are ``(inputs, outputs)`` as everywhere here.
@@ -30,12 +30,12 @@ class ExternalPeer:
     """One way that a library multiplies activations by a weight.
 
     Attributes:
-      library: ``"jax"`` or ``"torch"``.
-      linear: how; ``None`` for the library's plain dense product.
-      platforms: where it runs.
-      precisions: in which it runs.
-      pattern: of the zeros that it can skip: ``"free"`` blocks; ``"2:4"``, two of every four
-        inputs, to which weights are pruned first; or ``None``, it skips none.
+      library: the library that runs it.
+      linear: makes the product of a weight, in the library's own arrays.
+      platforms: the platforms on which it runs.
+      precisions: the dtypes in which it runs.
+      pattern: which zeros it can skip. ``"free"`` means any blocks; ``"2:4"`` two of every four
+        inputs, to which weights are pruned first; and ``None`` that it skips none.
     """
 
     library: Literal["jax", "torch"]
@@ -71,48 +71,23 @@ class ExternalPeer:
         """Returns a function that computes ``x @ weight`` and waits for it.
 
         Args:
-          weight: its zeros are what the peer may skip.
-          x: activations.
+          weight: (i, o) weight, whose zeros are what the peer may skip.
+          x: (t, i) activations.
           block: side of the blocks that hold the zeros.
-          precision: of both.
+          precision: dtype that weight and activations are cast to.
 
         Raises:
-          ValueError: if the peer cannot run here; the message says why.
+          ValueError: if the peer cannot run here; the message gives the reason.
         """
-        self._check(precision)
+        if (reason := self.refusal(precision)) is not None:
+            raise ValueError(f"this peer cannot run: {reason}")
         backend = _BACKENDS[self.library]
         return backend(lambda array: self._made(array(weight), block), x, precision)
-
-    def ffn(
-        self,
-        expand: Weight,
-        contract: Weight,
-        x: Float[np.ndarray, "t d"],
-        *,
-        block: int = 32,
-        precision: Precision = "float32",
-    ) -> Run:
-        """Returns a function that computes ``gelu(x @ expand) @ contract`` and waits for it.
-
-        GELU is the tanh approximation, GPT-2's. See :meth:`product` for the arguments.
-        """
-        self._check(precision)
-        gelu = _GELUS[self.library]()
-
-        def build(array: Callable[[np.ndarray], Any]) -> Callable[[Any], Any]:
-            first, second = (self._made(array(weight), block) for weight in (expand, contract))
-            return lambda x: second(gelu(first(x)))
-
-        return _BACKENDS[self.library](build, x, precision)
 
     def _made(self, weight: Any, block: int) -> Callable[[Any], Any]:
         if self.pattern == "2:4":
             weight = _two_of_four(weight)
         return self.linear(weight, block)
-
-    def _check(self, precision: Precision) -> None:
-        if (reason := self.refusal(precision)) is not None:
-            raise ValueError(f"this peer cannot run: {reason}")
 
 
 def _run_jax(build: Callable[..., Any], x: np.ndarray, precision: Precision) -> Run:
@@ -143,16 +118,6 @@ def _run_torch(build: Callable[..., Any], x: np.ndarray, precision: Precision) -
         return y
 
     return synchronized
-
-
-def _jax_gelu() -> Callable[[Any], Any]:
-    return jax.nn.gelu
-
-
-def _torch_gelu() -> Callable[[Any], Any]:
-    import torch
-
-    return lambda x: torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def _jax_dense(weight: Any, block: int) -> Callable[[Any], Any]:
@@ -202,7 +167,6 @@ def _two_of_four(weight: Any) -> Any:
 
 
 _BACKENDS = {"jax": _run_jax, "torch": _run_torch}
-_GELUS = {"jax": _jax_gelu, "torch": _torch_gelu}
 EXTERNAL: Mapping[str, ExternalPeer] = MappingProxyType(
     {
         "jax dense": ExternalPeer("jax", _jax_dense, pattern=None),

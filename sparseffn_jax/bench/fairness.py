@@ -9,14 +9,15 @@ from jaxtyping import Int
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """How a loss was come by, apart from the model.
+    """Everything but the model that decides what a loss is.
 
     Attributes:
-      data_hash: of the batches trained on, in order; see :class:`TrainResult`.
-      evaluation_hash: of the windows evaluated on; see :func:`token_hash`.
-      batch_size: windows a step.
-      steps: optimizer updates.
-      precision: dtype of the computation.
+      data_hash: SHA-256 of the batches trained on, in their order, as
+        :class:`~sparseffn_jax.train.loop.TrainResult` has it.
+      evaluation_hash: what :func:`token_hash` returns for the windows evaluated on.
+      batch_size: number of windows in a step.
+      steps: number of optimizer updates.
+      precision: name of the computation's dtype.
     """
 
     data_hash: str
@@ -37,13 +38,13 @@ def check_comparable(name: str, ours: Conditions, other: str, theirs: Conditions
     """Refuses a comparison of two runs that did not train and evaluate under the same conditions.
 
     Args:
-      name: of the first run, for the message.
-      ours: its conditions.
+      name: name of the first run, for the message.
+      ours: conditions of the first run.
       other: name of the second run.
-      theirs: its conditions.
+      theirs: conditions of the second run.
 
     Raises:
-      ValueError: naming everything that differs.
+      ValueError: if they differ; the message names everything that does.
     """
     mine, yours = dataclasses.asdict(ours), dataclasses.asdict(theirs)
     differences = [

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from sparseffn_jax.bench import pictures
 from sparseffn_jax.bench.external import EXTERNAL
+from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -52,19 +53,19 @@ _ROUNDS = 3
 
 @dataclasses.dataclass(frozen=True)
 class FFNBenchSettings:
-    """The grid.
+    """Which layers are measured, on what and how often.
 
     Attributes:
-      d_model: Channels in and out.
-      d_ff: Hidden units of the dense FFN.
-      tokens: Rows of activations, for the forward pass and for training.
-      only: Names of configurations; all without it.
-      dtype: Of weights and computation.
-      repeats: Runs of each program, taken in turn with the dense one's and in three rounds over
-        the grid; medians count.
-      plans: Also measure every plan, to see what the cost model's choice loses.
-      external: Also time other libraries' products.
-      out: Folder for ffn.json and the pictures.
+      d_model: Number of channels in and out of the layers.
+      d_ff: Number of hidden units of the dense FFN.
+      tokens: Rows of activations in the forward pass and in training.
+      only: Names of the configurations to measure. The default is the whole grid.
+      dtype: Precision of the weights and of the computation.
+      repeats: Runs of each program, which take turns with the dense one's in three rounds over
+        the grid. Medians over the runs count.
+      all_plans: Also measure every plan, to see what the chosen one loses to the best.
+      external: Also time the products of other libraries.
+      out: Folder that ffn.json and the pictures are written to.
 
     Raises:
       ValueError: on construction, if a value is out of its range.
@@ -76,7 +77,7 @@ class FFNBenchSettings:
     only: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     repeats: int = 11
-    plans: bool = True
+    all_plans: bool = True
     external: bool = True
     out: Path = Path("runs/bench")
 
@@ -86,9 +87,7 @@ class FFNBenchSettings:
                 f"d_model={self.d_model} and d_ff={self.d_ff} must be multiples of {_BLOCK} and "
                 f"{4 * _BLOCK}, for the grid's blocks"
             )
-        for name in ("tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_counts(self, "tokens", "repeats")
         known = grid(self.d_model, self.d_ff)
         if unknown := set(self.only) - set(known):
             raise ValueError(
@@ -98,7 +97,12 @@ class FFNBenchSettings:
 
 
 def grid(d_model: int, d_ff: int) -> dict[str, SparseFFNConfig]:
-    """Returns the configurations that are measured, by name."""
+    """Returns the configurations that are measured, by name.
+
+    Args:
+      d_model: number of channels in and out, a multiple of 64.
+      d_ff: number of hidden units of the dense FFN, a multiple of 256.
+    """
 
     def layer(**parts: Any) -> SparseFFNConfig:
         return SparseFFNConfig(d_model, d_ff, _ACTIVATION, **parts)
@@ -145,7 +149,13 @@ def grid(d_model: int, d_ff: int) -> dict[str, SparseFFNConfig]:
 
 
 def unstructured_mask(rows: int, columns: int, density: float = 0.25) -> BlockMask:
-    """Returns a random mask of 64 x 64 blocks, equally many in every column."""
+    """Returns a random mask of 64 x 64 blocks that keeps equally many of them in every column.
+
+    Args:
+      rows: number of blocks in a column.
+      columns: number of columns of blocks.
+      density: the share of the blocks that is kept; in every column it is rounded up.
+    """
     scores = np.random.default_rng(0).random((rows, columns))
     kept = np.argsort(np.argsort(scores, axis=0), axis=0) < density * rows
     return BlockMask.from_array(kept, (_BLOCK, _BLOCK))
@@ -157,18 +167,20 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
     Every configuration is timed in turn with the dense FFN on identical activations: forward,
     forward with backward, and decoding, one token after the other.
 
+    Args:
+      settings: which layers are measured, on what and how often.
+      console: shows the progress.
+
     Returns:
       What ``ffn.json`` holds.
+
+    Raises:
+      ValueError: if ``out`` cannot be written to.
     """
     records.make_folder(settings.out)
     configs = grid(settings.d_model, settings.d_ff)
     chosen = settings.only or tuple(configs)
-    dense = configs["dense"] = SparseFFNConfig(
-        settings.d_model,
-        settings.d_ff,
-        _ACTIVATION,
-        micro=MicroRefinementConfig(CoreConfig(settings.d_ff)),
-    )
+    dense = configs["dense"] = size_ffn(settings.d_model, settings.d_ff, 1.0, _ACTIVATION)
     dtype = _DTYPES[settings.dtype]
     peak = measure_peak(dtype)
     tokens = settings.tokens
@@ -185,8 +197,7 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
         compiled, arguments = programs[name, "forward"]
         parts[name] = time_by_part(compiled, *arguments, repeats=3).seconds
     result: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings) | {"out": str(settings.out)},
-        "versions": records.versions(),
+        **begin_report(settings),
         "peak": dataclasses.asdict(peak),
         "rows": rows,
         "seconds_by_part": parts,
@@ -209,7 +220,11 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
 
 
 def ffn_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Returns the tables that show a person what :func:`run_ffn_bench` measured."""
+    """Returns two tables of what :func:`run_ffn_bench` measured: the grid, and pairs of programs.
+
+    Args:
+      result: what :func:`run_ffn_bench` returned.
+    """
     rows = result["rows"]
     grid_table = Table(
         title="FFN speed-up over dense, and the share of the promise that it realises",
@@ -272,7 +287,7 @@ def _row(name, mode: Mode, config, dense, times: PairedTimes, settings) -> dict[
         row["memory_ratio"] = _training_bytes(config, tokens, dtype) / _training_bytes(
             dense, tokens, dtype
         )
-    if settings.plans:
+    if settings.all_plans:
         measured = time_plans(
             config, tokens, dtype, train=mode == "training", repeats=settings.repeats
         )

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import GPT2Config
 
 from sparseffn_jax.bench.fairness import token_hash
+from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.config import SparseFFNConfig, SpectralConfig
 from sparseffn_jax.measure import records
 from sparseffn_jax.measure.costs import flops_ratio
@@ -29,18 +30,18 @@ _VOCABULARY = 50257
 
 @dataclasses.dataclass(frozen=True)
 class ModelBenchSettings:
-    """A GPT-2 of random weights, and how it is run.
+    """The GPT-2 of random weights that is measured, on what and how often.
 
     Attributes:
-      size: "small" (124M parameters) or "medium" (355M).
-      layers: Keep only the first so many blocks; all without it.
-      block_size: All FFNs become block-circulant with blocks of this side.
+      size: "small" has 124M parameters, "medium" 355M.
+      layers: Number of blocks that the model is cut down to. The default is all of them.
+      block_size: Side of the blocks of the block-circulant maps that replace every FFN.
       batch_size: Sequences in a batch.
       window: Tokens in a sequence.
-      decoded: Tokens decoded with the cache, one after the other.
-      dtype: Of the computation; weights are float32 in training.
-      repeats: Runs of each program, taken in turn with the dense model's; medians count.
-      out: Folder for model.json.
+      decoded: Tokens that are decoded with the cache, one after the other.
+      dtype: Precision of the computation. The weights are float32.
+      repeats: Runs of each program, which take turns with the dense model's. Medians count.
+      out: Folder that model.json is written to.
 
     Raises:
       ValueError: on construction, if a value is out of its range.
@@ -57,9 +58,7 @@ class ModelBenchSettings:
     out: Path = Path("runs/bench")
 
     def __post_init__(self):
-        for name in ("block_size", "batch_size", "window", "decoded", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_counts(self, "block_size", "batch_size", "window", "decoded", "repeats")
         width, n_layer, _ = _SIZES[self.size]
         if width % self.block_size:
             raise ValueError(f"block_size={self.block_size} does not divide d_model={width}")
@@ -68,7 +67,18 @@ class ModelBenchSettings:
 
 
 def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str, Any]:
-    """Times a dense and a block-circulant GPT-2 in turn on one batch; writes ``model.json``."""
+    """Times a dense and a block-circulant GPT-2 in turn on one batch; writes ``model.json``.
+
+    Args:
+      settings: which model is measured, on what and how often.
+      console: shows the progress.
+
+    Returns:
+      What ``model.json`` holds.
+
+    Raises:
+      ValueError: if ``out`` cannot be written to.
+    """
     records.make_folder(settings.out)
     width, n_layer, n_head = _SIZES[settings.size]
     config = GPT2Config(
@@ -91,8 +101,7 @@ def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str,
         _VOCABULARY, size=(settings.batch_size, settings.window + 1), dtype=np.int32
     )
     result: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings) | {"out": str(settings.out)},
-        "versions": records.versions(),
+        **begin_report(settings),
         "token_hash": token_hash(tokens),
         "promised_ffn_speedup": 1.0 / flops_ratio(ffn),
         "times": {},
@@ -111,7 +120,11 @@ def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str,
 
 
 def model_table(result: dict[str, Any]) -> Table:
-    """Returns the table that shows a person what :func:`run_model_bench` measured."""
+    """Returns a table of what :func:`run_model_bench` measured.
+
+    Args:
+      result: what :func:`run_model_bench` returned.
+    """
     settings = result["settings"]
     table = Table(
         title=f"GPT-2 {settings['size']}, all FFNs at b = {settings['block_size']}, "

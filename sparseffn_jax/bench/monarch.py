@@ -1,9 +1,9 @@
-"""The Monarch FFN, a peer: both maps made of low-rank blocks, as a permuted pair of block GEMMs.
+"""The Monarch FFN, a peer whose maps are made of low-rank blocks: two batched GEMMs for each map.
 
-A weight is cut into n x n blocks, each of rank r: with r = 1 and n the root of the width this is
-a Monarch matrix (Dao et al. 2022, 2204.00595), with larger ranks block low rank, the form that
-structured FFNs use (Wei et al. 2024, 2406.16450). Shape letters: T tokens, n blocks on a side, r
-rank, i and o channels of one input and output block.
+A weight is cut into n x n blocks, each of rank r. With r = 1 and n the root of the width this is a
+Monarch matrix (Dao et al. 2022, 2204.00595); with larger ranks it is block low rank, the form that
+structured FFNs use (Wei et al. 2024, 2406.16450). In shapes, t stands for tokens, n for the blocks
+on a side, r for the rank, i and o for the channels of one input and output block.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.sparsify import closed_form
 from sparseffn_jax.sparsify.closed_form import Moments
 from sparseffn_jax.sparsify.dense import DenseFFN, Linear
+from sparseffn_jax.sparsify.selection import floored, root_mean_square
 
 Dtype = Any
 
@@ -29,14 +30,14 @@ class MonarchConfig:
     """A Monarch FFN in the place of a dense ``d_model -> d_ff -> d_model`` one.
 
     Attributes:
-      d_model: channels in and out.
-      d_ff: hidden units; all of them stay.
-      activation: by its Hugging Face name.
-      blocks: n, on each side of both maps; divides ``d_model`` and ``d_ff``.
-      rank: r of every block.
+      d_model: number of channels in and out.
+      d_ff: number of hidden units, which all stay.
+      activation: Hugging Face name of the activation.
+      blocks: number n of blocks on each side of both maps, a divisor of ``d_model`` and ``d_ff``.
+      rank: rank r of every block, at most the smaller side of a block.
 
     Raises:
-      ValueError: on construction, if the blocks do not fit.
+      ValueError: on construction, if the blocks or the rank do not fit.
     """
 
     d_model: int
@@ -59,7 +60,7 @@ class MonarchConfig:
         return self.rank * self.blocks * (self.d_model + self.d_ff) / (self.d_model * self.d_ff)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready dict."""
+        """Returns the fields as a dict that JSON can hold."""
         return dataclasses.asdict(self)
 
 
@@ -70,10 +71,11 @@ class MonarchLinear(nn.Module):
     between the stages, r numbers a pair of blocks, is ever rearranged.
 
     Attributes:
-      features: output channels of one block.
-      rank: r.
-      dtype: of the computation.
-      param_dtype: of the parameters ``axes``, ``(n, i, n r)``, and ``filter``, ``(n, n r, o)``.
+      features: number o of output channels of one block.
+      rank: rank r of every block.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters: ``axes`` of shape (n, i, n r), and ``filter`` of shape
+        (n, n r, o).
     """
 
     features: int
@@ -96,7 +98,15 @@ class MonarchLinear(nn.Module):
 
 
 class MonarchFFN(nn.Module):
-    """Drops into the place of a dense FFN, as a :class:`SparseFFN` does."""
+    """A Monarch FFN that takes the place of a dense FFN in a decoder.
+
+    It maps ``(*batch, d_model)`` to the same shape, in ``dtype``.
+
+    Attributes:
+      config: sizes of the layer.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
+    """
 
     config: MonarchConfig
     dtype: Dtype = jnp.float32
@@ -127,19 +137,22 @@ def fit_monarch(
 
     Every block starts from its SVD, whitened by its own inputs' second moments: exact but for
     what the blocks of one row share. The second factor is then regressed on what the first one
-    really outputs, the map out of the hidden units on the dense FFN's outputs.
+    really outputs. The map out of the hidden units is regressed on the dense FFN's outputs.
+
+    Args:
+      dense: the dense FFN, not gated.
+      config: sizes of the Monarch FFN.
+      x: (n, d_model) inputs of the dense FFN on calibration text, float32.
 
     Returns:
-      Float32 parameters of :class:`MonarchFFN`.
+      Parameters of :class:`MonarchFFN`, float32.
     """
     phi = jax.jit(get_activation(dense.activation))
     (dense_up,) = dense.up_maps
     u = dense_up(x)
     slope = np.asarray(jax.jvp(phi, (u,), (jnp.ones_like(u),))[1])
     # How strongly an error of each pre-activation moves the output, root mean square.
-    scale = np.sqrt(np.mean(np.square(slope), 0, dtype=np.float64))
-    scale *= np.linalg.norm(dense.down.weight, axis=1)
-    scale = np.maximum(scale, 1e-3 * scale.mean() + np.finfo(np.float64).tiny)
+    scale = floored(root_mean_square(slope) * np.linalg.norm(dense.down.weight, axis=1))
 
     inputs = Moments.of(x, x[:, :0])
     first = dense_up.weight

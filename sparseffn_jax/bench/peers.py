@@ -43,9 +43,9 @@ class FFNShape:
     """The dense FFN that is to be replaced.
 
     Attributes:
-      d_model: channels in and out.
-      d_ff: hidden units.
-      activation: by its Hugging Face name.
+      d_model: number of channels in and out.
+      d_ff: number of hidden units.
+      activation: Hugging Face name of the activation.
     """
 
     d_model: int
@@ -55,13 +55,13 @@ class FFNShape:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-    """How every method is started; see :func:`sparsify`.
+    """How every method is started, in the terms of :func:`sparsify`.
 
     Attributes:
-      calibration: (n, t) token ids.
-      distill_steps: of layer-wise distillation after the closed forms.
-      batch_size: windows in one forward pass of the dense model.
-      seed: of the distillation's batches.
+      calibration: (n, t) token ids of the calibration text.
+      distill_steps: steps of layer-wise distillation after the closed forms; 0 for none.
+      batch_size: number of windows in one forward pass of the dense model.
+      seed: seed of the distillation's batches.
     """
 
     calibration: Int[np.ndarray, "n t"]
@@ -74,12 +74,17 @@ class Method(Protocol):
     """One way to replace dense FFNs, the same in every layer."""
 
     def size(self, shape: FFNShape, flops_ratio: float) -> Any:
-        """Returns the largest configuration whose FLOPs are at most ``flops_ratio`` of dense.
+        """Returns the largest configuration within a share of the dense FFN's FLOPs.
 
-        It has ``to_dict()``.
+        Args:
+          shape: the dense FFN that is to be replaced.
+          flops_ratio: the share, above 0 and at most 1.
+
+        Returns:
+          A configuration that the other functions take, with a method ``to_dict()`` for JSON.
 
         Raises:
-          ValueError: if there is none so small.
+          ValueError: if there is no configuration so small.
         """
         ...
 
@@ -94,7 +99,17 @@ class Method(Protocol):
     def convert(
         self, model: Decoder, params: Params, config: Any, start: WarmStart
     ) -> tuple[Decoder, Params]:
-        """Replaces every dense FFN and fits what replaces it."""
+        """Replaces every dense FFN and fits what replaces it.
+
+        Args:
+          model: a dense model.
+          params: its parameters, which are not changed.
+          config: a configuration, the same for every layer.
+          start: how the replacements are fitted.
+
+        Returns:
+          The sparse model and its parameters.
+        """
         ...
 
 
@@ -103,30 +118,31 @@ class SparseMethod:
     """A line through SparseFFN's configuration space.
 
     Attributes:
-      sizes: shape and FLOPs ratio to configuration; see :meth:`Method.size`.
-      place: says for one layer, from its dense FFN and the FFN's inputs, where the configuration's
-        blocks go; ``None`` leaves the configuration as it is.
+      sizes: returns the configuration for a shape and a FLOPs ratio, as :meth:`Method.size` does.
+      place: returns a layer's configuration with its blocks in their places, from the
+        configuration, the layer's dense FFN and the FFN's inputs. ``None`` leaves the
+        configuration as it is.
     """
 
     sizes: Callable[[FFNShape, float], SparseFFNConfig]
     place: Callable[[SparseFFNConfig, DenseFFN, np.ndarray], SparseFFNConfig] | None = None
 
     def size(self, shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
-        """See :class:`Method`."""
+        """Returns the largest configuration of the line within a share of the dense FFN's FLOPs."""
         return self.sizes(shape, flops_ratio)
 
     def flops_ratio(self, config: SparseFFNConfig) -> float:
-        """See :class:`Method`."""
+        """Returns a layer's floating-point operations over those of the dense FFN."""
         return costs.flops_ratio(config)
 
     def ffn(self, config: SparseFFNConfig) -> SparseFFNConfig:
-        """See :class:`Method`."""
+        """Returns the configuration itself, which a :class:`Decoder` takes as it is."""
         return config
 
     def convert(
         self, model: Decoder, params: Params, config: SparseFFNConfig, start: WarmStart
     ) -> tuple[Decoder, Params]:
-        """See :class:`Method`."""
+        """Places the blocks of every layer if it has any to place, and calls :func:`sparsify`."""
         configs = [config] * model.spec.n_layer
         if self.place is not None:
             layers = _dense_layers(model, params, config.activation, start)
@@ -147,34 +163,34 @@ class Searched:
     """The best of several methods at each target: a search over how a budget is shared out.
 
     Attributes:
-      candidates: by name.
+      candidates: the methods by their names.
     """
 
     candidates: Mapping[str, Method]
 
 
 class MonarchMethod:
-    """Both maps of every layer as low-rank blocks; see :mod:`sparseffn_jax.bench.monarch`."""
+    """A Monarch FFN in the place of every dense one: both maps are made of low-rank blocks."""
 
     def size(self, shape: FFNShape, flops_ratio: float) -> MonarchConfig:
-        """See :class:`Method`."""
+        """Returns the Monarch FFN of the largest rank within a share of the dense FFN's FLOPs."""
         blocks = math.gcd(shape.d_model, shape.d_ff, _MONARCH_BLOCKS)
         one = MonarchConfig(shape.d_model, shape.d_ff, shape.activation, blocks, 1)
         rank = int(flops_ratio / one.flops_ratio)
         return dataclasses.replace(one, rank=_at_least_one(rank, flops_ratio))
 
     def flops_ratio(self, config: MonarchConfig) -> float:
-        """See :class:`Method`."""
+        """Returns a Monarch FFN's floating-point operations over those of the dense FFN."""
         return config.flops_ratio
 
     def ffn(self, config: MonarchConfig) -> Callable[..., MonarchFFN]:
-        """See :class:`Method`."""
+        """Returns the layer's constructor, which a :class:`Decoder` calls with its dtypes."""
         return functools.partial(MonarchFFN, config)
 
     def convert(
         self, model: Decoder, params: Params, config: MonarchConfig, start: WarmStart
     ) -> tuple[Decoder, Params]:
-        """See :class:`Method`."""
+        """Fits every layer in closed form and then by layer-wise distillation."""
         layers = _dense_layers(model, params, config.activation, start)
         fitted = {i: fit_monarch(dense, config, x) for i, (dense, x) in enumerate(layers)}
         if start.distill_steps:
@@ -191,14 +207,20 @@ class MonarchMethod:
 
 
 def default(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
-    """Returns what :func:`size_ffn` chooses."""
+    """Shares the budget out as :func:`size_ffn` does, which is what users get."""
     return size_ffn(shape.d_model, shape.d_ff, flops_ratio, shape.activation)
 
 
 def all_units(
     shape: FFNShape, flops_ratio: float, polynomial: PolynomialConfig | None = None
 ) -> SparseFFNConfig:
-    """Keeps all hidden units and thins both maps to low rank, with a polynomial or without."""
+    """Keeps all hidden units and thins both maps to low rank.
+
+    Args:
+      shape: the dense FFN that is to be replaced.
+      flops_ratio: share of the dense FFN's FLOPs that is not exceeded.
+      polynomial: the activation, or ``None`` for the dense FFN's own.
+    """
     return mixed(shape, flops_ratio, 0.0, polynomial=polynomial)
 
 
@@ -208,7 +230,14 @@ def mixed(
     core_share: float,
     polynomial: PolynomialConfig | None = None,
 ) -> SparseFFNConfig:
-    """Spends a share of the budget on a core, the rest on a low-rank branch of all other units."""
+    """Spends a share of the budget on a core, the rest on a low-rank branch of all other units.
+
+    Args:
+      shape: the dense FFN that is to be replaced.
+      flops_ratio: share of the dense FFN's FLOPs that is not exceeded.
+      core_share: the core's share of these FLOPs, from 0 to below 1.
+      polynomial: the activation of the branch, or ``None`` for the dense FFN's own.
+    """
     d_model, d_ff = shape.d_model, shape.d_ff
     core = int(core_share * flops_ratio * d_ff) // 16 * 16
     width = d_ff - core
@@ -230,7 +259,16 @@ def narrow(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
 
 
 def circulant(shape: FFNShape, flops_ratio: float, block_size: int) -> SparseFFNConfig:
-    """Spends on a block-circulant branch first, what it leaves of the budget on a core."""
+    """Spends on a block-circulant branch first, and what it leaves of the budget on a core.
+
+    Args:
+      shape: the dense FFN that is to be replaced.
+      flops_ratio: share of the dense FFN's FLOPs that is not exceeded.
+      block_size: side of the circulant blocks.
+
+    Raises:
+      ValueError: if the budget is too small for such blocks.
+    """
 
     def config(width: int, core: int) -> SparseFFNConfig:
         return SparseFFNConfig(
@@ -251,7 +289,8 @@ def circulant(shape: FFNShape, flops_ratio: float, block_size: int) -> SparseFFN
 def unstructured(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
     """Keeps blocks of both maps, equally many for every output block.
 
-    Which blocks those are does not change the time; :func:`place_blocks` decides it.
+    Which blocks those are does not change the time: here they are random, and
+    :func:`place_blocks` chooses them for a layer's weights.
     """
     # At least 8 blocks on a side, or there would be little to choose.
     side = math.gcd(shape.d_model, shape.d_ff, _BLOCK, max(1, shape.d_model // 8))
@@ -279,8 +318,16 @@ def place_blocks(
 ) -> SparseFFNConfig:
     """Puts the blocks of :func:`unstructured` where weights meet large activations.
 
-    A weight counts ``w^2 E[a^2]`` with the activation ``a`` that it multiplies (Sun et al. 2023,
-    Wanda, 2306.11695), a block the sum of its weights.
+    A weight ``w`` counts ``w^2 E[a^2]``, where ``a`` is the activation that it multiplies (Sun et
+    al. 2023, Wanda, 2306.11695), and a block counts the sum of what its weights count.
+
+    Args:
+      config: configuration from :func:`unstructured`.
+      dense: the layer's dense FFN, not gated.
+      x: (n, d_model) inputs of the dense FFN on calibration text.
+
+    Returns:
+      The configuration with as many blocks, in other places.
     """
     core: Any = config.micro and config.micro.core
     (up,) = dense.up_maps
@@ -336,7 +383,7 @@ def _dense_layers(model, params, activation, start) -> list[tuple[DenseFFN, np.n
 
 
 def _balanced_mask(scores, kept, side) -> BlockMask:
-    """Keeps the ``kept`` highest scores of every column: one batched GEMM then runs them all."""
+    """Keeps the ``kept`` highest scores of every column, so that one batched GEMM runs them all."""
     ranks = np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0)
     return BlockMask.from_array(ranks < kept, (side, side))
 

@@ -1,4 +1,4 @@
-"""The pictures of a run, and the machine-readable file beside them."""
+"""The pictures that the demo and the benches draw, and the look of their wide tables."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,9 +44,9 @@ def plot_training(
     """Draws training loss over steps, and each model's validation loss at its start as a mark.
 
     Args:
-      path: PNG to write.
-      curves: by model name: (step, loss) in nats a token.
-      start_losses: by model name: validation loss before the first step.
+      path: PNG file to write.
+      curves: for each model's name its steps and their losses, in nats a token.
+      start_losses: for each model's name the validation loss before the first step.
     """
     figure, axes = _figure()
     for (name, points), colour in zip(curves.items(), (_DENSE, _SPARSE), strict=False):
@@ -68,8 +68,8 @@ def plot_masks(path: Path, configs: Sequence[SparseFFNConfig | None]) -> None:
     """Draws what each layer keeps: its components, polynomial degrees and blocks, as images.
 
     Args:
-      path: PNG to write.
-      configs: one a layer; ``None`` for a dense one.
+      path: PNG file to write.
+      configs: one configuration for each layer, ``None`` for a dense one.
     """
     rows = [(i, config) for i, config in enumerate(configs) if config is not None]
     titles = ("spectral components", "polynomial degrees", "core blocks (W1)", "core blocks (W2)")
@@ -100,9 +100,9 @@ def plot_quality(
     """Draws validation loss over measured FFN time, relative to dense.
 
     Args:
-      path: PNG to write.
-      points: each with ``flops_ratio``, ``time_ratio`` and ``val_loss``.
-      dense_loss: of the dense model, fine-tuned on the same batches.
+      path: PNG file to write.
+      points: converted models, each with ``flops_ratio``, ``time_ratio`` and ``val_loss``.
+      dense_loss: validation loss of the dense model, fine-tuned on the same batches.
       tuned: the fine-tuned sparse model's point, with the same keys.
     """
     figure, axes = _figure()
@@ -143,14 +143,14 @@ def plot_quality(
 
 
 def plot_methods(path: Path, points: Sequence[Mapping[str, Any]], dense_loss: float) -> None:
-    """Draws loss over measured FFN time, one line a method, with dense as a reference line.
+    """Draws loss over measured FFN time, a line for each method and one for the dense model.
 
     The second panel enlarges what comes near to dense.
 
     Args:
-      path: PNG to write.
-      points: each with ``method``, ``speedup`` over the dense FFN, and ``loss``.
-      dense_loss: of the dense model, fine-tuned on the same batches.
+      path: PNG file to write.
+      points: measured points, each with ``method``, ``speedup`` over the dense FFN, and ``loss``.
+      dense_loss: validation loss of the dense model, fine-tuned on the same batches.
     """
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     whole, near = figure.subplots(1, 2)
@@ -183,11 +183,11 @@ def plot_methods(path: Path, points: Sequence[Mapping[str, Any]], dense_loss: fl
 
 
 def plot_speedups(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draws measured over promised speed-up, one mark a configuration and mode.
+    """Draws measured over promised speed-up, a mark for each configuration and mode.
 
     Args:
-      path: PNG to write.
-      rows: each with ``configuration``, ``mode``, ``promised`` and ``speedup``.
+      path: PNG file to write.
+      rows: measured rows, each with ``configuration``, ``mode``, ``promised`` and ``speedup``.
     """
     figure, axes = _figure()
     modes = list(dict.fromkeys(row["mode"] for row in rows))
@@ -225,9 +225,10 @@ def plot_roofline(path: Path, layers: Mapping[str, Mapping[str, float]], peak: A
     """Draws the machine's measured roof and where each layer's arithmetic intensity meets it.
 
     Args:
-      path: PNG to write.
-      layers: by name: ``intensity`` in FLOPs a byte, and ``flops`` and ``seconds`` at the roof.
-      peak: a :class:`sparseffn_jax.measure.roofline.Peak`.
+      path: PNG file to write.
+      layers: for each layer's name its ``intensity`` in FLOPs a byte, its ``flops``, and the
+        ``seconds`` that they take at the roof.
+      peak: the machine's :class:`~sparseffn_jax.measure.roofline.Peak`.
     """
     figure, axes = _figure()
     ridge = peak.flops_per_second / peak.bytes_per_second
@@ -257,8 +258,8 @@ def plot_parts(path: Path, seconds: Mapping[str, Mapping[str, float]]) -> None:
     """Draws each configuration's device time by part, as stacked bars.
 
     Args:
-      path: PNG to write.
-      seconds: of one run, by configuration and part.
+      path: PNG file to write.
+      seconds: for each configuration the seconds of one run by part.
     """
     figure, axes = _figure()
     parts = list(dict.fromkeys(part for times in seconds.values() for part in times))

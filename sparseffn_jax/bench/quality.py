@@ -8,27 +8,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from sparseffn_jax.bench import pictures
-from sparseffn_jax.bench.fairness import Conditions, check_comparable, token_hash
+from sparseffn_jax.bench.comparison import (
+    EVALUATION_BATCH,
+    Comparison,
+    ComparisonSettings,
+    load_dense,
+)
+from sparseffn_jax.bench.fairness import Conditions, check_comparable
 from sparseffn_jax.bench.peers import METHODS, FFNShape, Method, Searched, WarmStart
+from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.bench.sizing import Sizer
-from sparseffn_jax.bench.stacks import ffn_stack, fresh_ffns, time_stacks
-from sparseffn_jax.checkpoints.pretrained import load_pretrained
-from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
-from sparseffn_jax.evaluate.losses import make_evaluator
-from sparseffn_jax.evaluate.windows import check_window
+from sparseffn_jax.bench.stacks import fresh_ffns
 from sparseffn_jax.measure import records
-from sparseffn_jax.models.decoder import Decoder
-from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.data import STDLIB, TokenWindows, load_windows
-from sparseffn_jax.train.loop import train
 
-_EVALUATION_BATCH = 16
 _SIZING_REPEATS, _FINAL_REPEATS = 5, 15
 # Calibration windows on which a search compares its candidates.
 _SEARCH_WINDOWS = 32
@@ -36,51 +33,33 @@ _SEARCH_WINDOWS = 32
 _FREE_SETTINGS = frozenset(("out", "targets", "methods"))
 
 
-@dataclasses.dataclass(frozen=True)
-class QualitySettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QualitySettings(ComparisonSettings):
     """What is compared, at which speed, and how long it trains.
 
     Attributes:
-      model: Folder or hub name of a dense GPT-2.
-      text: "stdlib" (the source of Python's standard library), a text file, a folder of text
-        files, or a Hugging Face dataset with a "text" column.
+      model: Folder or hub name of a dense GPT-2 or GPT-J.
       out: Folder for quality.json and quality_at_equal_time.png. Points that are there already,
         from the same settings, are kept.
-      targets: Speed-ups of the FFNs to compare at, as measured here.
-      methods: What to compare; all without it.
-      steps: Fine-tuning steps, for dense and sparse alike. Sparse models learn from the dense
-        one's predictions, the dense one from the text.
-      batch_size: Windows in a step.
-      window: Tokens in a window; at most the model's n_positions, which is the default.
-      learning_rate: Peak rate of sparse models.
-      dense_learning_rate: Peak rate of the dense model, which has less far to go.
-      calibration_windows: For the warm start.
-      distill_steps: Of layer-wise distillation.
-      evaluation_windows: Held-out windows behind every loss.
+      targets: Speed-ups of the FFNs to compare at, as measured on this machine.
+      methods: Names of the methods to compare. The default is all of them.
       timed_tokens: Rows of activations that the FFNs are timed on.
-      seed: Of the data order and the choice of windows.
+      seed: Seed of the order of the data, of the choice of windows and of the timed activations.
 
     Raises:
       ValueError: on construction, if a value is out of its range.
     """
 
-    model: str
-    text: str = STDLIB
     out: Path = Path("runs/quality")
     targets: tuple[float, ...] = (1.5, 2.0, 4.0, 8.0)
     methods: tuple[str, ...] = ()
     steps: int = 100
-    batch_size: int = 8
-    window: int | None = None
-    learning_rate: float = 1e-3
-    dense_learning_rate: float = 3e-4
-    calibration_windows: int = 96
     distill_steps: int = 60
-    evaluation_windows: int = 128
     timed_tokens: int = 4096
     seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         for target in self.targets:
             if not target > 1.0:
                 raise ValueError(f"a target speed-up of {target} must be above 1")
@@ -91,30 +70,24 @@ class QualitySettings:
                 f"unknown methods {', '.join(sorted(unknown))}: expected some of "
                 f"{', '.join(METHODS)}"
             )
-        for name in (
-            "steps",
-            "batch_size",
-            "calibration_windows",
-            "evaluation_windows",
-            "timed_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("learning_rate", "dense_learning_rate"):
-            if not getattr(self, name) > 0.0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("distill_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        check_counts(self, "timed_tokens")
 
 
 def run_quality(settings: QualitySettings, console: Console) -> dict[str, Any]:
-    """Compares all methods at equal measured time; returns what it writes to ``quality.json``.
+    """Compares all methods at equal measured time.
 
     Every method is sized until its FFNs run at the target speed-up on this machine, or a little
-    above it; started in closed form, distilled layer by layer, fine-tuned on the same batches as
-    the dense model, and evaluated on the same held-out text. Losses are in nats a token. The
-    report is written after each point, so that the same call goes on where a stopped one was.
+    above it. It is then started in closed form, distilled layer by layer, fine-tuned on the same
+    batches as the dense model, and evaluated on the same held-out text. Losses are in nats a
+    token. The report is written after each point, so that the same call goes on where a stopped
+    one was.
+
+    Args:
+      settings: what is compared, at which speed, and how long it trains.
+      console: gets the progress and the table.
+
+    Returns:
+      What it writes to ``quality.json``.
 
     Raises:
       CheckpointError, FileNotFoundError, ValueError: if model, text or settings do not fit, or
@@ -136,43 +109,27 @@ class Settled(NamedTuple):
 
 
 class _Job:
-    """What is known so far."""
+    """A comparison of methods, and its report so far."""
 
     def __init__(self, settings: QualitySettings, console: Console):
         self.settings, self.console = settings, console
         self.path = settings.out / "quality.json"
         self.report = self._start_report()
-        self.dense = load_pretrained(settings.model)
-        if self.dense.ffns:
-            raise ValueError(f"{settings.model} is sparse already: give a dense GPT-2")
-        self.model, spec = self.dense.model(), self.dense.spec
+        dense = load_dense(settings.model)
+        spec = dense.spec
         if spec.gated or not spec.ffn_bias:
             raise ValueError(
                 f"{settings.model} has gated FFNs or FFNs without biases, which the peers are not "
                 "made for: give a GPT-2 or a GPT-J"
             )
         self.shape = FFNShape(spec.d_model, spec.d_ff, spec.activation)
-        tokenizer = load_tokenizer(settings.model)
-        check_tokenizer(tokenizer, self.dense.config)
-        windows = load_windows(
-            settings.text, tokenizer, check_window(settings.window, spec.n_positions)
+        self.comparison = Comparison(
+            settings, dense, timed_tokens=settings.timed_tokens, timing_seed=settings.seed
         )
-        rng = np.random.default_rng(settings.seed)
-        held_out = rng.permutation(len(windows.validation))[: settings.evaluation_windows]
-        self.windows = TokenWindows(windows.train, windows.validation[held_out])
-        chosen = rng.permutation(len(windows.train))[: settings.calibration_windows]
-        self.calibration = windows.train[chosen]
-        self.activations = jax.random.normal(
-            jax.random.key(settings.seed), (settings.timed_tokens, spec.d_model)
-        )
-        self.dense_stack = ffn_stack(self.model, self.dense.params)
+        self.model, self.pretrained = self.comparison.model, dense.params
 
     def _start_report(self) -> dict[str, Any]:
-        fresh = {
-            "settings": dataclasses.asdict(self.settings) | {"out": str(self.settings.out)},
-            "versions": records.versions(),
-            "points": [],
-        }
+        fresh = begin_report(self.settings) | {"points": []}
         # JSON knows no tuples: what is compared has gone through it on both sides.
         fresh = json.loads(json.dumps(fresh))
         if not self.path.exists():
@@ -196,12 +153,12 @@ class _Job:
         if "dense" in self.report:
             return
         self.say(f"Fine-tuning the dense model for {self.settings.steps} steps")
-        pretrained = self.loss(self.model, self.dense.params)
-        loss, conditions = self.train("dense", self.model, self.dense.params)
+        pretrained = self.comparison.loss(self.model, self.pretrained)
+        tuned = self.comparison.tune_dense()
         self.report["dense"] = {
             "pretrained_loss": pretrained,
-            "loss": loss,
-            "conditions": dataclasses.asdict(conditions),
+            "loss": tuned.loss,
+            "conditions": dataclasses.asdict(tuned.conditions),
         }
         self.save("dense")
 
@@ -243,7 +200,7 @@ class _Job:
             self.save(_folder(name, target))
 
     def settle(self, method: Method, sizer: Sizer, target: float) -> Settled | None:
-        """Sizes a method, and measures the result again, longer; a smaller one if too slow."""
+        """Sizes a method and measures the result longer; if it is too slow, sizes again."""
         while (sized := sizer.meet(target)) is not None:
             times = self.speedup(method, sized.config, _FINAL_REPEATS)
             if times["speedup"] >= target:
@@ -252,17 +209,16 @@ class _Job:
         return None
 
     def best(self, candidates: Mapping[str, Method], found: Mapping[str, Settled]) -> str:
-        """Returns the candidate with the lowest loss on calibration text after closed forms."""
+        """Returns the candidate with the lowest loss on calibration text after the closed forms."""
         if len(found) == 1:
             return next(iter(found))
         losses = {}
         for candidate, settled in found.items():
             model, params = candidates[candidate].convert(
-                self.model, self.dense.params, settled.config, self.warm_start(distill_steps=0)
+                self.model, self.pretrained, settled.config, self.warm_start(distill_steps=0)
             )
-            losses[candidate] = make_evaluator(model)(
-                params, self.calibration[:_SEARCH_WINDOWS], _EVALUATION_BATCH
-            )
+            windows = self.comparison.calibration[:_SEARCH_WINDOWS]
+            losses[candidate] = self.comparison.loss(model, params, windows)
             self.console.print(f"  candidate {candidate}: {losses[candidate]:.4f}")
         return min(losses, key=losses.__getitem__)
 
@@ -271,69 +227,30 @@ class _Job:
     ) -> dict[str, Any]:
         """Converts, fine-tunes and evaluates one sized configuration."""
         start = self.warm_start(self.settings.distill_steps)
-        model, params = method.convert(self.model, self.dense.params, config, start)
-        converted = self.loss(model, params)
-        loss, conditions = self.train(name, model, params)
-        check_comparable(name, conditions, "dense", self.conditions_of_dense())
+        model, params = method.convert(self.model, self.pretrained, config, start)
+        converted = self.comparison.loss(model, params)
+        tuned = self.comparison.tune(name, model, params)
+        dense = self.report["dense"]
+        check_comparable(name, tuned.conditions, "dense", Conditions(**dense["conditions"]))
         return {
             "config": config.to_dict(),
             "flops_ratio": method.flops_ratio(config),
             **times,
             "realised": times["speedup"] * method.flops_ratio(config),
             "converted_loss": converted,
-            "loss": loss,
-            "loss_gap": loss - self.report["dense"]["loss"],
-            "conditions": dataclasses.asdict(conditions),
+            "loss": tuned.loss,
+            "loss_gap": tuned.loss - dense["loss"],
+            "conditions": dataclasses.asdict(tuned.conditions),
         }
 
-    def conditions_of_dense(self) -> Conditions:
-        return Conditions(**self.report["dense"]["conditions"])
-
     def warm_start(self, distill_steps: int) -> WarmStart:
-        return WarmStart(
-            self.calibration[:, :-1], distill_steps, _EVALUATION_BATCH, self.settings.seed
-        )
+        calibration = self.comparison.calibration[:, :-1]
+        return WarmStart(calibration, distill_steps, EVALUATION_BATCH, self.settings.seed)
 
     def speedup(self, method: Method, config: Any, repeats: int) -> dict[str, Any]:
         """Times the FFNs of all layers against the dense ones."""
         model = self.model.clone(ffns=(method.ffn(config),) * self.model.spec.n_layer)
-        stack = ffn_stack(model, fresh_ffns(model))
-        pair = time_stacks(self.dense_stack, stack, self.activations, repeats=repeats)
-        return pair.summary()
-
-    def train(self, name: str, model: Decoder, params: Any) -> tuple[float, Conditions]:
-        """Fine-tunes; returns the loss on held-out text and under which conditions it came."""
-        settings, is_dense = self.settings, name == "dense"
-        rate = settings.dense_learning_rate if is_dense else settings.learning_rate
-        config = TrainConfig(
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            recipe="full",
-            learning_rate=rate,
-            ffn_learning_rate=rate,
-            distill_weight=0.0 if is_dense else 1.0,
-            temperature=1.0,
-            seed=settings.seed,
-            log_every=max(1, settings.steps // 10),
-            eval_every=0,
-            save_every=settings.steps,
-        )
-        teacher = None if is_dense else (self.model, self.dense.params)
-        folder = settings.out / "training" / name
-        # What a stopped run left may be of another size: the clock is never quite the same.
-        shutil.rmtree(folder, ignore_errors=True)
-        result = train(model, params, self.windows, config, folder, teacher=teacher)
-        conditions = Conditions(
-            data_hash=result.data_hash,
-            evaluation_hash=token_hash(self.windows.validation),
-            batch_size=config.batch_size,
-            steps=config.steps,
-            precision=np.dtype(model.dtype).name,
-        )
-        return self.loss(model, result.params), conditions
-
-    def loss(self, model: Decoder, params: Any) -> float:
-        return make_evaluator(model)(params, self.windows.validation, _EVALUATION_BATCH)
+        return self.comparison.time_ffns(model, fresh_ffns(model), repeats=repeats).summary()
 
     def say(self, what: str) -> None:
         self.console.print(f"[bold]> {what}[/bold]")
@@ -353,7 +270,11 @@ class _Job:
 
 
 def quality_table(results: Mapping[str, Any]) -> Table:
-    """Returns the report of :func:`run_quality` as a table, by target and then by loss."""
+    """Returns the report of :func:`run_quality` as a table, by target and then by loss.
+
+    Args:
+      results: the report.
+    """
     dense = results["dense"]
     table = Table(
         title=f"Loss at equal FFN time, nats a token; dense: {dense['loss']:.4f} fine-tuned",

@@ -1,4 +1,4 @@
-"""Sizes a method until its measured speed-up meets a target."""
+"""A search for the size at which the measured speed-up of a method meets a target."""
 
 import dataclasses
 import math
@@ -17,8 +17,8 @@ class Sized:
     """A configuration and what it was measured to gain.
 
     Attributes:
-      config: of the method.
-      speedup: measured, over the dense FFN.
+      config: configuration of the method.
+      speedup: time of the dense FFN over the configuration's.
     """
 
     config: Any
@@ -28,11 +28,12 @@ class Sized:
 class Sizer:
     """Finds the largest configuration of a method that is still fast enough.
 
-    Measurements are kept: each target of the same method starts from those before it.
+    Measurements are kept, so that each target of a method starts from those for the targets before.
 
     Args:
-      size: FLOPs ratio to configuration; raises ``ValueError`` where there is none so small.
-      measure: configuration to measured speed-up.
+      size: returns the configuration for a FLOPs ratio, or raises ``ValueError`` if there is none
+        so small.
+      measure: returns the measured speed-up of a configuration.
     """
 
     def __init__(self, size: Callable[[float], Any], measure: Callable[[Any], float]):
@@ -43,9 +44,12 @@ class Sizer:
         """Returns the configuration whose speed-up is the target or a little more.
 
         Secant steps on the logarithms of FLOPs and time, which are nearly proportional, take turns
-        with bisections, which a jump of the clock does not stall. Where no configuration lands
-        within a few percent above the target, the next faster one is returned; ``None`` where none
-        is fast enough.
+        with bisections, which a jump of the clock does not stall. If no configuration lands within
+        a few percent above the target, the next faster one is returned, and ``None`` if none is
+        fast enough.
+
+        Args:
+          target: speed-up over the dense FFN, above 0.
         """
         low, high = _SMALLEST_RATIO, 1.0
         for turn in range(_MOST_MEASUREMENTS):
@@ -69,7 +73,12 @@ class Sizer:
         return None if fast is None else self._known[fast]
 
     def correct(self, sized: Sized, speedup: float) -> None:
-        """Replaces a measurement by a better one of the same configuration."""
+        """Replaces a measurement by a better one of the same configuration.
+
+        Args:
+          sized: the configuration, as :meth:`meet` returned it.
+          speedup: its speed-up by the better measurement.
+        """
         for ratio, known in self._known.items():
             if known.config == sized.config:
                 self._known[ratio] = dataclasses.replace(known, speedup=speedup)

@@ -16,13 +16,13 @@ Stack = Callable[[Float[Array, "t d"]], Any]
 def ffn_stack(model: Decoder, params: Any, *, train: bool = False) -> Stack:
     """Returns the model's FFNs, one after the other, as one jitted function of the activations.
 
-    Nothing else of the model is in it: what replacing the FFNs gains is seen undiluted.
+    Nothing else of the model is in it, so that what replacing the FFNs gains is seen undiluted.
 
     Args:
       model: a decoder.
-      params: its parameters, or those of its FFNs alone; see :func:`fresh_ffns`.
-      train: return the gradient of the squared outputs by parameters and activations instead of
-        the outputs.
+      params: parameters of the model, or of its FFNs alone as :func:`fresh_ffns` returns them.
+      train: whether the function returns the gradients of the sum of squared outputs by the
+        parameters and the activations, instead of the outputs.
     """
     modules = [ffn_module(model, i) for i in range(model.spec.n_layer)]
     layers = [layer["mlp"] for layer in layers_of(model, params)]
@@ -42,8 +42,12 @@ def ffn_stack(model: Decoder, params: Any, *, train: bool = False) -> Stack:
 def fresh_ffns(model: Decoder, seed: int = 0) -> dict[str, Any]:
     """Returns newly drawn parameters of the FFNs alone, at their places in the model's tree.
 
-    How long a layer takes does not depend on its weights: a configuration can be timed before
-    anything is fitted.
+    How long a layer takes does not depend on its weights, so that a configuration can be timed
+    before anything is fitted.
+
+    Args:
+      model: a decoder.
+      seed: seed of the parameters.
     """
     x = jnp.zeros((1, model.spec.d_model), model.dtype)
     inits, layers = {}, {}
@@ -59,5 +63,12 @@ def fresh_ffns(model: Decoder, seed: int = 0) -> dict[str, Any]:
 def time_stacks(
     baseline: Stack, candidate: Stack, x: Float[Array, "t d"], *, repeats: int = 15
 ) -> PairedTimes:
-    """Times two stacks in turn on the same activations; see :func:`time_pair`."""
+    """Times two stacks in turn on the same activations, as :func:`time_pair` does.
+
+    Args:
+      baseline: the stack that is compared with.
+      candidate: the stack that is compared.
+      x: (t, d_model) activations.
+      repeats: number of pairs of runs.
+    """
     return time_pair(lambda: baseline(x), lambda: candidate(x), repeats=repeats)

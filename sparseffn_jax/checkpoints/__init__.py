@@ -1,1 +1,1 @@
-"""Model folders in Hugging Face format, in and out, and files from elsewhere checked."""
+"""Reads, checks and writes model folders in Hugging Face's format."""

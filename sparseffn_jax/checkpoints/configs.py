@@ -1,4 +1,8 @@
-"""``config.json``: transformers' keys, and ``sparse_ffn`` with a ``SparseFFNConfig`` per layer."""
+"""Reads and writes ``config.json``.
+
+It holds transformers' keys and, for a sparse model, ``sparse_ffn``: a list with ``null`` or a
+``SparseFFNConfig`` for each layer.
+"""
 
 import json
 from collections.abc import Collection

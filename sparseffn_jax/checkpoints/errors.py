@@ -1,4 +1,4 @@
-"""The error of all that reads and writes checkpoints, and the wording that its messages share."""
+"""The error that all reading and writing of checkpoints raises, and what its messages share."""
 
 from collections.abc import Collection
 

@@ -1,4 +1,4 @@
-"""Sparse models as standard Hugging Face checkpoints, where each layer is a narrower dense FFN."""
+"""Writes sparse models that narrower dense FFNs can stand for as standard checkpoints."""
 
 import copy
 from collections.abc import Mapping
@@ -33,20 +33,20 @@ def export_dense(
     overwrite: bool = False,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
-    """Writes a model as one that anything can load which loads its model family.
+    """Writes a model as a checkpoint that anything can load that loads its model family.
 
     Every layer must be dense, or a SparseFFN of a core alone whose masks, if any, are whole rows
     and columns; and all must have one width, which the config then names (``n_inner``,
     ``intermediate_size``). Units that a mask of the output weights drops are left out.
 
     Args:
-      folder: what to write; see :func:`save_pretrained`, as for the other arguments.
-      model: whose layers are dense in this sense.
-      params: its parameter tree.
+      folder: the folder to write, whose parents are made.
+      model: a model whose layers are dense in this sense.
+      params: the model's parameter tree.
       tokenizer: a transformers tokenizer, or a folder to copy tokenizer files from.
-      dtype: to cast the parameters to; ``None`` keeps theirs.
+      dtype: the dtype that the parameters are cast to; ``None`` keeps theirs.
       overwrite: whether a model folder of that name is replaced, with all that is in it.
-      max_shard_size: bytes of one file.
+      max_shard_size: the most bytes of one file; a larger model is written in shards with an index.
 
     Raises:
       CheckpointError: if a layer is not dense in this sense (the message says which, and why), or
@@ -68,7 +68,7 @@ def to_dense(model: Decoder, params: Mapping[str, Any]) -> tuple[Decoder, dict[s
     """Returns the dense model, of narrower FFNs if need be, that computes the same.
 
     Raises:
-      CheckpointError: see :func:`export_dense`.
+      CheckpointError: if a layer is not dense as :func:`export_dense` asks.
     """
     spec = model.spec
     ffns = model.ffns or (None,) * spec.n_layer

@@ -1,4 +1,4 @@
-"""A model's folder as a whole: finding it, here or on the Hugging Face Hub, and replacing it."""
+"""Finds a model's folder, here or on the Hugging Face Hub, and replaces one as a whole."""
 
 import contextlib
 import os

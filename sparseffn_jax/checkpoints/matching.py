@@ -1,4 +1,4 @@
-"""Whether tensors are a model's: their names, shapes and dtypes against its parameter tree."""
+"""Checks stored tensors' names, shapes and dtypes against a model's parameter tree."""
 
 import dataclasses
 import typing

@@ -1,9 +1,9 @@
-"""Checkpoints in and out: Hugging Face folders, hub names and live Flax models.
+"""Loads and saves models: Hugging Face folders, names on the Hub and live Flax models.
 
-Read are safetensors (https://huggingface.co/docs/safetensors) and Flax's msgpack
-(``flax.serialization``), in one file or in shards with an index; written is safetensors in
-PyTorch's names and layouts, so that transformers loads a dense model as its own. Pickle files
-are never opened.
+Models are read from safetensors (https://huggingface.co/docs/safetensors) and from Flax's msgpack
+(``flax.serialization``), in one file or in shards with an index. They are written as safetensors in
+PyTorch's names and layouts, so that transformers loads a dense model as its own. Pickle files are
+never opened.
 """
 
 import dataclasses
@@ -46,10 +46,12 @@ class Pretrained:
     """A model that was loaded.
 
     Attributes:
-      config: of the model.
-      params: its parameter tree, that of transformers' Flax class but for sparse layers' ``mlp``.
-      ffns: one entry a layer, ``None`` where it is dense; empty if every layer is.
-      folder: where it was read from, tokenizer files included; ``None`` for a live model.
+      config: the model's config, of transformers' class.
+      params: the parameter tree, which is that of transformers' Flax class but for the ``mlp`` of
+        sparse layers.
+      ffns: one entry for each layer, ``None`` where it is dense; empty if every layer is dense.
+      folder: the folder that it was read from, where tokenizer files may be too; ``None`` for a
+        live model.
     """
 
     config: Any
@@ -59,11 +61,14 @@ class Pretrained:
 
     @property
     def spec(self) -> DecoderSpec:
-        """What the config says, under one name in all model families."""
+        """What the config says, under names that are the same in all model families."""
         return family(self.config.model_type).spec_of(self.config)
 
     def model(self, dtype: Dtype = jnp.float32, remat: bool = False) -> Decoder:
-        """Returns the module that ``params`` belong to; see :class:`Decoder`."""
+        """Returns the :class:`Decoder` that ``params`` belong to, which computes in ``dtype``.
+
+        ``remat`` makes it compute each block again in the backward pass, to save memory.
+        """
         return family(self.config.model_type)(self.config, self.ffns, dtype=dtype, remat=remat)
 
 
@@ -85,9 +90,9 @@ def load_pretrained(
         either in one file or in shards with a ``.index.json``; the name of such a model on the
         Hugging Face Hub; a live ``FlaxPreTrainedModel``; or a pair ``(config, params)``. Arrays
         of live models are shared, not copied, where their dtype stays.
-      param_dtype: of the parameters; ``None`` keeps the checkpoint's.
-      sharding: called with each leaf's path, such as ``("model", "norm", "weight")``, and shape;
-        returns where it is to lie, or ``None`` for the default device.
+      param_dtype: the dtype of the parameters; ``None`` keeps the checkpoint's.
+      sharding: a function of each leaf's path, such as ``("model", "norm", "weight")``, and shape
+        that returns where the leaf is to lie, or ``None`` for the default device.
 
     Raises:
       CheckpointError: if the source is not there, damaged, of another kind than its config says,
@@ -124,13 +129,13 @@ def save_pretrained(
     under its name only when it is complete.
 
     Args:
-      folder: what to write; parents are made.
-      model: whose config and ``ffns`` are saved.
-      params: its parameter tree.
+      folder: the folder to write, whose parents are made.
+      model: the model whose config and ``ffns`` are saved.
+      params: the model's parameter tree.
       tokenizer: a transformers tokenizer, or a folder to copy tokenizer files from.
-      dtype: to cast the parameters to; ``None`` keeps theirs.
+      dtype: the dtype that the parameters are cast to; ``None`` keeps theirs.
       overwrite: whether a model folder of that name is replaced, with all that is in it.
-      max_shard_size: bytes of one file; a larger model is written in shards with an index.
+      max_shard_size: the most bytes of one file; a larger model is written in shards with an index.
 
     Raises:
       CheckpointError: if the folder cannot be written or holds something already, if ``params``

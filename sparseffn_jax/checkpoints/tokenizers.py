@@ -1,4 +1,4 @@
-"""Tokenizers that lie in a model's folder: reading them, checking them and taking them along."""
+"""Reads tokenizers, checks them against a model and writes them into its folder."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What a checkpoint's files claim, checked before anything is built on it.
+"""Reads what a checkpoint's files claim, and checks it before anything is built on it.
 
 A file from elsewhere may be damaged or made to harm. Sizes that it states are compared with its
 own before memory is taken for them, nothing in it is run, and names stay within its folder. Every
@@ -30,12 +30,13 @@ _CHECKED_AT_ONCE = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """An array within a file.
+    """Describes an array that lies in a file.
 
     Attributes:
-      shape: as stored.
-      dtype: as stored.
-      parts: (offset, bytes) in the file of its contents, row by row.
+      shape: the array's shape.
+      dtype: the array's dtype.
+      parts: where its contents lie, row by row, as pairs of an offset in the file and a number of
+        bytes.
     """
 
     shape: tuple[int, ...]
@@ -43,7 +44,7 @@ class StoredArray:
     parts: tuple[tuple[int, int], ...]
 
     def read(self, file: Path) -> np.ndarray:
-        """Reads the array."""
+        """Returns the array, read from the file."""
         array = np.empty(self.shape, self.dtype)
         flat, start = array.reshape(-1).view(np.uint8), 0
         with file.open("rb") as f:
@@ -55,7 +56,7 @@ class StoredArray:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Reads a file that holds one JSON object.
+    """Returns the JSON object that a file holds.
 
     Raises:
       CheckpointError: if it cannot be read, is far too large, or holds something else.
@@ -107,17 +108,20 @@ def open_safetensors(file: Path) -> Any:
 
 
 def read_flax_msgpack(file: Path, data: memoryview) -> dict[str, StoredArray]:
-    """Finds the arrays in a msgpack file of Flax, by path joined with dots.
+    """Finds the arrays in a msgpack file of Flax, without reading their contents.
 
-    Nothing is read but what describes them (https://github.com/msgpack/msgpack/blob/master/spec.md
-    and ``flax.serialization``).
+    The format is that of ``flax.serialization``, written as
+    https://github.com/msgpack/msgpack/blob/master/spec.md says.
 
     Args:
-      file: for the errors.
-      data: its contents.
+      file: the file, for the errors to name.
+      data: the file's contents.
+
+    Returns:
+      The arrays by path, whose parts are joined by dots.
 
     Raises:
-      CheckpointError: if the file is anything else than nested dictionaries of arrays.
+      CheckpointError: if the file holds anything else than nested dictionaries of arrays.
     """
     try:
         arrays = dict(_Msgpack(data).tree("", 0))
@@ -130,10 +134,15 @@ def read_flax_msgpack(file: Path, data: memoryview) -> dict[str, StoredArray]:
 
 
 def check_finite(array: np.ndarray, name: str, where: str) -> np.ndarray:
-    """Returns a floating-point array whose values are finite, in float32 too if it is wider.
+    """Returns ``array`` as it is, once its values are known to be finite.
+
+    Args:
+      array: a floating-point array; a float64 must be finite in float32 too.
+      name: what the error calls the array.
+      where: what the error calls the array's holder.
 
     Raises:
-      CheckpointError: if it has one.
+      CheckpointError: if a value is not finite; the message names the first.
     """
     flat = array.reshape(-1)
     for start in range(0, flat.size, _CHECKED_AT_ONCE):
@@ -158,10 +167,10 @@ def check_sizes(
     """Checks that a config's sizes can be those of a checkpoint, before a model is built of them.
 
     Args:
-      layers: of the config; each has a tensor at least.
-      sides: sizes of the config, by name, that are the length of some tensor's side.
-      shapes: of the checkpoint's tensors.
-      where: the config, for the error.
+      layers: the config's number of layers, each of which has a tensor at least.
+      sides: the config's sizes, by name, that are the length of some tensor's side.
+      shapes: the shapes of the checkpoint's tensors.
+      where: what the error calls the config.
 
     Raises:
       CheckpointError: if a size is beyond what is stored.
@@ -216,11 +225,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Malformed(Exception):
-    """The bytes are not what a parameter tree is written as."""
+    """The bytes are not those of a parameter tree that Flax has written."""
 
 
 class _Msgpack:
-    """Walks a parameter tree in msgpack; takes memory only for what describes its arrays."""
+    """Walks a parameter tree in msgpack, and keeps in memory only what describes its arrays."""
 
     _EXT_NDARRAY = 1
 
@@ -230,7 +239,7 @@ class _Msgpack:
         self._entries = 0
 
     def tree(self, path: str, depth: int) -> Iterator[tuple[str, StoredArray]]:
-        """Yields the arrays of the map that comes next, and nothing after the outermost."""
+        """Yields the arrays of the map that comes next; after the outermost the data must end."""
         count = self._header("map", {0x80: 0x0F}, {0xDE: ">H", 0xDF: ">I"})
         if depth > _MOST_NESTING:
             raise _Malformed("it is nested too deeply")
@@ -275,7 +284,7 @@ class _Msgpack:
         return _Msgpack(self._data, start, self._at)._ndarray()
 
     def _ndarray(self) -> StoredArray:
-        """Reads (shape, name of the dtype, contents)."""
+        """Reads an array, which is written as its shape, its dtype's name and its contents."""
         if self._header("array", {0x90: 0x0F}, {}) != 3:
             raise _Malformed("an array is not described by three values")
         shape = tuple(
@@ -290,7 +299,7 @@ class _Msgpack:
         return StoredArray(shape, dtype, ((start, size),))
 
     def _chunked(self, count: int) -> StoredArray:
-        """Reads an array that Flax has cut, after the key that says so."""
+        """Reads an array that Flax has cut into pieces, after the key that says so."""
         if count != 3 or self._take(1) != b"\xc3":
             raise _Malformed("a cut array is not described by three values")
         shape, chunks = (), []

@@ -1,4 +1,4 @@
-"""Stored tensors: safetensors and msgpack files, whole or in shards, and arrays in memory.
+"""Reads and writes tensors: safetensors and msgpack files, whole or in shards, and live arrays.
 
 A file is opened without reading its tensors. What describes them is known at once, and each is read
 by itself when its turn comes.
@@ -72,7 +72,7 @@ class Weights:
 
 
 def open_weights(folder: Path) -> Weights:
-    """Opens a folder's weights: safetensors or else msgpack, in one file or in shards.
+    """Opens a folder's safetensors or else msgpack weights, in one file or in shards.
 
     Raises:
       CheckpointError: if there are none, or a file is damaged.

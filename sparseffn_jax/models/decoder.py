@@ -34,12 +34,12 @@ class DecoderSpec:
     """The sizes that a model's config states, under the same names in all families.
 
     Attributes:
-      n_layer: number of blocks.
-      n_positions: largest number of tokens in a sequence.
-      d_model: number of channels that enter and leave the FFN.
-      d_ff: number of hidden units of the dense FFN.
-      activation: Hugging Face name of the dense FFN's activation.
-      gated: whether the dense FFN is ``W2 (phi(Wg x) * (Wu x))``.
+      n_layer: the number of blocks.
+      n_positions: the largest number of tokens in a sequence.
+      d_model: the number of channels that go into an FFN and come out of it.
+      d_ff: the number of hidden units of the dense FFN.
+      activation: the Hugging Face name of the dense FFN's activation.
+      gated: whether the dense FFN is ``W2 (phi(Wg x) * (Wu x))`` instead of ``W2 phi(W1 x)``.
       ffn_bias: whether the dense FFN has biases.
 
     Example:
@@ -64,9 +64,9 @@ class FFNLayout:
     """The names that a family gives to the maps of its dense FFN, below ``mlp``.
 
     Attributes:
-      up: name of W1 or, in a gated FFN, of Wu.
-      down: name of W2.
-      gate: name of Wg; ``None`` if the FFN is not gated.
+      up: the name of W1 or, if the FFN is gated, of Wu.
+      down: the name of W2.
+      gate: the name of Wg, or ``None`` if the FFN is not gated.
       transposed: whether kernels are stored as ``(out, in)``.
     """
 
@@ -77,23 +77,41 @@ class FFNLayout:
 
     @property
     def up_maps(self) -> tuple[str, ...]:
-        """Names of the maps into the hidden units, in the order of ``SparseFFNConfig.up_maps``."""
+        """The maps into the hidden units, in the order of ``SparseFFNConfig.up_maps``."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 class Decoder(nn.Module):
     """A decoder with a language-model head; the base class of the model families.
 
+    A family is a subclass that defines the class attributes below and :meth:`spec_of`, and whose
+    ``setup`` makes the body and, unless embeddings are tied, ``lm_head``. It becomes known to the
+    library by :func:`sparseffn_jax.models.families.register`.
+
     Attributes:
-      config: Hugging Face config of the family; every field that changes numbers is honoured.
-      ffns: one entry for each layer. ``None`` keeps the dense FFN; a ``SparseFFNConfig`` puts a
-        ``SparseFFN`` in its place; any callable is called with ``name``, ``dtype`` and
+      config: the model's config, of the class ``config_class``; every field that changes numbers
+        is honoured.
+      ffns: one entry for each layer: ``None`` keeps the dense FFN, a ``SparseFFNConfig`` puts a
+        ``SparseFFN`` in its place, and any callable is called with ``name``, ``dtype`` and
         ``param_dtype`` and returns the module to use, which maps ``(B, T, D)`` to ``(B, T, D)``.
         The empty tuple keeps every layer dense.
-      dtype: dtype of the computation; the statistics of norms, softmax and logits are always
+      dtype: the dtype of the computation. Norms' statistics, softmax and logits are always
         float32.
-      param_dtype: dtype of the parameters.
-      remat: whether the backward pass recomputes each block instead of storing its activations.
+      param_dtype: the dtype of the parameters.
+      remat: whether each block is computed again in the backward pass, so that its activations
+        need not be stored.
+      config_class: the class of the family's configs, whose ``model_type`` is the family's name.
+      layer_path: the names of the body and of the collection of its blocks, under which a layer's
+        number leads to its part of the parameters, the cache and the intermediates.
+      ffn_layout: the names of the dense FFN's maps.
+      d_ff_key: the config's key for the hidden width of the dense FFN.
+      block: the class of the blocks.
+      names: the names of the family's tensors in checkpoints.
+      sharding: how the family's own parameters, those of SparseFFNs left out, are dealt out on a
+        mesh of devices; see :data:`sparseffn_jax.nn.paths.ShardingRule`. A parameter that no rule
+        names is whole on every device.
+      attention: the name of the attention in a block.
+      norms: the names of the norms in the blocks and after them.
 
     Example:
       >>> import jax
@@ -120,23 +138,14 @@ class Decoder(nn.Module):
     param_dtype: Dtype = jnp.float32
     remat: bool = False
 
-    # What a family says of itself.
-    # The class of its configs, whose model_type is the family's name.
     config_class: ClassVar[type]
-    # Where the blocks lie in parameters, cache and intermediates.
     layer_path: ClassVar[tuple[str, str]]
     ffn_layout: ClassVar[FFNLayout]
-    # The config's key for the dense FFN's hidden width.
     d_ff_key: ClassVar[str]
     block: ClassVar[type["Block"]]
-    # What checkpoints call its tensors.
     names: ClassVar[NameMap]
-    # How its own parameters are dealt out on a mesh. Flax's Dense keeps its kernel as (in, out). A
-    # parameter that no rule names is whole on every device.
     sharding: ClassVar[tuple[ShardingRule, ...]]
-    # What a block calls its attention.
     attention: ClassVar[str]
-    # What the norms in the blocks and after them are called.
     norms: ClassVar[tuple[str, ...]]
 
     @staticmethod
@@ -144,7 +153,7 @@ class Decoder(nn.Module):
         """Returns the sizes that a config of this family states.
 
         Raises:
-          ValueError: if the config describes a model that the family cannot build.
+          ValueError: if the family's model cannot honour the config.
         """
         raise NotImplementedError
 
@@ -224,7 +233,17 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Base class of the families' blocks, which hold attention and a feed-forward module."""
+    """Base class of the families' blocks, which hold attention and a feed-forward module.
+
+    Attributes:
+      config: the model's config.
+      layer_index: the layer's number, from 0.
+      ffn: the layer's entry of :attr:`Decoder.ffns`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
+      mlp: function that makes the dense FFN from the config, ``name``, ``dtype`` and
+        ``param_dtype``.
+    """
 
     config: Any
     layer_index: int
@@ -232,7 +251,6 @@ class Block(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
 
-    # The dense FFN, made with (config, name=, dtype=, param_dtype=).
     mlp: ClassVar[Callable[..., nn.Module]]
 
     def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -244,15 +262,15 @@ class Block(nn.Module):
 
 
 class BlockCollection(nn.Module):
-    """The stack of a model's blocks, which are named ``0``, ``1``, ...
+    """The stack of a model's blocks, which are named ``0``, ``1`` and so on.
 
     Attributes:
-      block: class of the family's blocks.
-      config: Hugging Face config of the model.
-      ffns: one entry for each layer, as in :class:`Decoder`.
-      dtype: dtype of the computation.
-      param_dtype: dtype of the parameters.
-      remat: whether to recompute each block in the backward pass.
+      block: the family's class of blocks.
+      config: the model's config.
+      ffns: one entry for each layer, as in :attr:`Decoder.ffns`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
+      remat: whether each block is computed again in the backward pass.
     """
 
     block: type[Block]

@@ -1,4 +1,4 @@
-"""The model families, by the ``model_type`` of their Hugging Face configs.
+"""Knows the model families by the ``model_type`` of their Hugging Face configs.
 
 A family is one subclass of :class:`Decoder`, which says all that this library asks of a family, and
 one line that registers it.

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019) in Flax Linen; its tree is ``FlaxGPT2LMHeadModel``'s."""
+"""GPT-2 (Radford et al. 2019) in Flax Linen, with the tree of ``FlaxGPT2LMHeadModel``."""
 
 from typing import Any
 
@@ -99,7 +99,7 @@ class GPT2Attention(CausalAttention):
 
 
 class GPT2Block(Block):
-    """Pre-norm residual block: attention, then the layer's feed-forward module."""
+    """A pre-norm residual block of attention and then the layer's feed-forward module."""
 
     mlp = GPT2MLP
 
@@ -122,7 +122,7 @@ class GPT2Block(Block):
 
 
 class GPT2Model(nn.Module):
-    """Embeddings, blocks and the last LayerNorm; returns hidden states ``(B, T, D)``."""
+    """Embeddings, blocks and the last LayerNorm, which return hidden states ``(B, T, D)``."""
 
     config: GPT2Config
     ffns: tuple[FFN, ...]
@@ -148,12 +148,12 @@ class GPT2Model(nn.Module):
 
     @property
     def token_embedding(self) -> Float[Array, "V D"]:
-        """What a tied head shares."""
+        """The embedding that a tied head shares."""
         return self.wte.embedding
 
 
 class GPT2LMHeadModel(Decoder):
-    """GPT-2 with a language-model head; see :class:`Decoder`."""
+    """GPT-2 with a language-model head, a :class:`Decoder`."""
 
     config: GPT2Config
 
@@ -200,7 +200,7 @@ class GPT2LMHeadModel(Decoder):
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:
-        """See :meth:`Decoder.spec_of`."""
+        """Returns what a config says, as :meth:`Decoder.spec_of` describes."""
         if config.add_cross_attention:
             raise ValueError(
                 "add_cross_attention=True: this GPT-2 is a decoder alone, without an encoder to "
@@ -210,7 +210,7 @@ class GPT2LMHeadModel(Decoder):
 
 
 def gpt_spec(config: Any) -> DecoderSpec:
-    """Checks and returns what a config with GPT-2's keys says; see :meth:`Decoder.spec_of`."""
+    """Checks and returns what a config with GPT-2's keys says, as :meth:`Decoder.spec_of` does."""
     if config.n_embd % config.n_head:
         raise ValueError(f"n_head={config.n_head} does not divide n_embd={config.n_embd}")
     return DecoderSpec(

@@ -1,4 +1,4 @@
-"""GPT-J (Wang & Komatsuzaki 2021) in Flax Linen; its tree is ``FlaxGPTJForCausalLM``'s.
+"""GPT-J (Wang & Komatsuzaki 2021) in Flax Linen, with the tree of ``FlaxGPTJForCausalLM``.
 
 Rotary positions turn neighbouring channels of a part of each head, attention and feed-forward
 module read the same LayerNorm and run side by side, and the head has weights and a bias of its own.
@@ -45,7 +45,7 @@ class GPTJMLP(nn.Module):
 
 
 class GPTJAttention(CausalAttention):
-    """Causal self-attention; rotary positions on the first ``rotary_dim`` channels of a head."""
+    """Causal self-attention with rotary positions on a head's first ``rotary_dim`` channels."""
 
     config: GPTJConfig
     dtype: Dtype
@@ -79,7 +79,7 @@ class GPTJAttention(CausalAttention):
 
 
 class GPTJBlock(Block):
-    """Residual block: attention and feed-forward module side by side."""
+    """A residual block of attention and the feed-forward module side by side."""
 
     mlp = GPTJMLP
 
@@ -102,7 +102,7 @@ class GPTJBlock(Block):
 
 
 class GPTJModel(nn.Module):
-    """Embedding, blocks and the last LayerNorm; returns hidden states ``(B, T, D)``."""
+    """Embedding, blocks and the last LayerNorm, which return hidden states ``(B, T, D)``."""
 
     config: GPTJConfig
     ffns: tuple[FFN, ...]
@@ -125,7 +125,7 @@ class GPTJModel(nn.Module):
 
 
 class GPTJForCausalLM(Decoder):
-    """GPT-J with a language-model head; see :class:`Decoder`."""
+    """GPT-J with a language-model head, a :class:`Decoder`."""
 
     config: GPTJConfig
 
@@ -167,7 +167,7 @@ class GPTJForCausalLM(Decoder):
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:
-        """See :meth:`Decoder.spec_of`."""
+        """Returns what a config says, as :meth:`Decoder.spec_of` describes."""
         if config.tie_word_embeddings:
             raise ValueError(
                 "tie_word_embeddings=True: GPT-J's head has weights of its own; set it to False"

@@ -1,8 +1,8 @@
-"""LLaMA (Touvron et al. 2023) in Flax Linen; its tree is ``FlaxLlamaForCausalLM``'s.
+"""LLaMA (Touvron et al. 2023) in Flax Linen, with the tree of ``FlaxLlamaForCausalLM``.
 
-RMSNorm, rotary positions on halves of each head, grouped-query attention, and a gated feed-forward
-network (SwiGLU; Shazeer 2020, 2002.05202). Honours what the Flax class does not: ``rope_theta``,
-``rope_scaling``, ``head_dim``, ``mlp_bias`` and tied embeddings.
+It has RMSNorm, rotary positions on halves of each head, grouped-query attention, and a gated
+feed-forward network (SwiGLU; Shazeer 2020, 2002.05202). It honours what the Flax class does not:
+``rope_theta``, ``rope_scaling``, ``head_dim``, ``mlp_bias`` and tied embeddings.
 """
 
 from typing import Any, ClassVar
@@ -62,7 +62,7 @@ class LlamaMLP(nn.Module):
 
     @property
     def use_bias(self) -> bool:
-        """Whether its maps have biases."""
+        """Whether the maps have biases."""
         return self.config.mlp_bias
 
 
@@ -105,17 +105,17 @@ class LlamaAttention(CausalAttention):
 
     @property
     def use_bias(self) -> bool:
-        """Whether its projections have biases."""
+        """Whether the projections have biases."""
         return self.config.attention_bias
 
     @property
     def window(self) -> int | None:
-        """Tokens that a token sees, itself included."""
+        """How many tokens a token sees, itself included; ``None`` is all before it."""
         return None
 
 
 class LlamaBlock(Block):
-    """Pre-norm residual block: attention, then the layer's feed-forward module."""
+    """A pre-norm residual block of attention and then the layer's feed-forward module."""
 
     attention: ClassVar[type[LlamaAttention]] = LlamaAttention
     mlp = LlamaMLP
@@ -139,7 +139,7 @@ class LlamaBlock(Block):
 
 
 class LlamaModel(nn.Module):
-    """Embedding, blocks and the last RMSNorm; returns hidden states ``(B, T, D)``."""
+    """Embedding, blocks and the last RMSNorm, which return hidden states ``(B, T, D)``."""
 
     block: type[Block]
     config: Any
@@ -162,12 +162,12 @@ class LlamaModel(nn.Module):
 
     @property
     def token_embedding(self) -> Float[Array, "V D"]:
-        """What a tied head shares."""
+        """The embedding that a tied head shares."""
         return self.embed_tokens.embedding
 
 
 class LlamaForCausalLM(Decoder):
-    """LLaMA with a language-model head; see :class:`Decoder`."""
+    """LLaMA with a language-model head, a :class:`Decoder`."""
 
     config: Any
 
@@ -207,12 +207,12 @@ class LlamaForCausalLM(Decoder):
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:
-        """See :meth:`Decoder.spec_of`."""
+        """Returns what a config says, as :meth:`Decoder.spec_of` describes."""
         return llama_spec(config, ffn_bias=config.mlp_bias)
 
 
 def llama_spec(config: Any, ffn_bias: bool) -> DecoderSpec:
-    """Checks and returns what a LLaMA-like config says; see :meth:`Decoder.spec_of`."""
+    """Checks and returns what a LLaMA-like config says, as :meth:`Decoder.spec_of` does."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         raise ValueError(
@@ -232,5 +232,5 @@ def llama_spec(config: Any, ffn_bias: bool) -> DecoderSpec:
 
 
 def head_width(config: Any) -> int:
-    """Returns K: ``head_dim``, or what the heads share out of ``hidden_size``."""
+    """Returns a head's channels: ``head_dim``, or each head's share of ``hidden_size``."""
     return config.head_dim or config.hidden_size // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023, 2310.06825): LLaMA without biases, attending to a sliding window.
+"""Mistral (Jiang et al. 2023, 2310.06825), a LLaMA without biases and with a sliding window.
 
 The tree is ``FlaxMistralForCausalLM``'s; its window is not: there a token sees ``sliding_window``
 tokens before itself, here, as in PyTorch and in the paper, itself and ``sliding_window - 1`` more.
@@ -19,44 +19,44 @@ from sparseffn_jax.models.llama import (
 
 
 class MistralMLP(LlamaMLP):
-    """LLaMA's, without biases."""
+    """LLaMA's FFN without biases."""
 
     @property
     def use_bias(self) -> bool:
-        """Never."""
+        """Whether there are biases, which Mistral never has."""
         return False
 
 
 class MistralAttention(LlamaAttention):
-    """LLaMA's, without biases, within ``sliding_window`` tokens."""
+    """LLaMA's attention without biases, which reaches ``sliding_window`` tokens back."""
 
     @property
     def use_bias(self) -> bool:
-        """Never."""
+        """Whether there are biases, which Mistral never has."""
         return False
 
     @property
     def window(self) -> int | None:
-        """Tokens that a token sees, itself included."""
+        """How many tokens a token sees, itself included; ``None`` is all before it."""
         return self.config.sliding_window
 
 
 class MistralBlock(LlamaBlock):
-    """LLaMA's, made of Mistral's parts."""
+    """LLaMA's block, made of Mistral's parts."""
 
     attention = MistralAttention
     mlp = MistralMLP
 
 
 class MistralForCausalLM(LlamaForCausalLM):
-    """Mistral with a language-model head; see :class:`Decoder`."""
+    """Mistral with a language-model head, a :class:`Decoder`."""
 
     config_class = MistralConfig
     block = MistralBlock
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:
-        """See :meth:`Decoder.spec_of`."""
+        """Returns what a config says, as :meth:`Decoder.spec_of` describes."""
         if config.sliding_window is not None and config.sliding_window < 1:
             raise ValueError(
                 f"sliding_window={config.sliding_window}: expected a positive integer, or null"

@@ -1,4 +1,4 @@
-"""What checkpoints call their tensors, and where those stand in our parameter trees.
+"""Translates between what checkpoints call their tensors and paths in our parameter trees.
 
 Our trees are those of transformers' Flax models, so that a family's table lists only what PyTorch
 calls or lays out differently. A name without a rule is the same on both sides: those are biases,

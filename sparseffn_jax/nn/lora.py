@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA; Hu et al. 2021, 2106.09685) as a second parameter tree.
+"""Low-rank adapters (LoRA; Hu et al. 2021, 2106.09685), which lie in a parameter tree of their own.
 
-Nothing in a model changes: the adapters are merged into a copy of its parameters before each
+A model itself does not change: the adapters are merged into a copy of its parameters before each
 forward pass, so every model family and every wrapper around ``apply`` works as it is.
 """
 
@@ -32,12 +32,12 @@ def init_lora(
     ``b`` is zero, so that merging them changes nothing at first; ``a`` is Gaussian.
 
     Args:
-      key: for ``a``.
+      key: the random key that ``a`` is drawn with.
       params: a model's parameters, or their shapes.
-      rank: of the update; at most the smaller side of every target.
-      is_target: says of a leaf's path, such as ``("transformer", "h", "0", "attn", "c_attn",
-        "kernel")``, whether it gets an adapter; such as
-        :func:`sparseffn_jax.models.paths.is_attention_kernel`.
+      rank: the rank of the update, at most the smaller side of every target.
+      is_target: says whether a leaf gets an adapter, given its path, such as ``("transformer", "h",
+        "0", "attn", "c_attn", "kernel")``;
+        :func:`sparseffn_jax.models.paths.is_attention_kernel` takes Hu et al.'s targets.
 
     Returns:
       A float32 tree in which each target's path holds ``{"a": ..., "b": ...}``.
@@ -68,8 +68,9 @@ def merge_lora(params: Params, adapters: Params, alpha: float) -> Params:
 
     Args:
       params: the parameters that :func:`init_lora` saw; they are not changed.
-      adapters: from :func:`init_lora`.
-      alpha: scale of the update; divided by the rank, so that a rate suits all ranks.
+      adapters: the adapters that :func:`init_lora` returned, or what training made of them.
+      alpha: the scale of the update, which is divided by the rank so that one learning rate suits
+        all ranks.
     """
     merged: dict[Path, Any] = flatten_dict(params)
     factors: dict[Path, Any] = flatten_dict(adapters)

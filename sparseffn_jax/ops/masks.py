@@ -1,10 +1,11 @@
-"""Static block masks: which blocks of a weight matrix are stored and multiplied.
+"""Static block masks say which blocks of a weight matrix live: are stored and multiplied.
 
-Storage follows the mask's structure, which is known when the program is traced:
+How they are stored follows the mask's structure, which is known when the program is traced:
 
-- *structured* (whole block rows and columns live): one dense matrix of the live rows and columns,
-  so that the product is a plain smaller GEMM;
-- *unstructured*: the live blocks, ``(n, bi, bo)``, sorted by output block, then by input block.
+- A *structured* mask has whole block rows and block columns live. What is stored is one dense
+  matrix of the live rows and columns, so that the product is a plain smaller GEMM.
+- Of any other, *unstructured*, mask the live blocks are stored, ``(n, bi, bo)``, sorted by output
+  block and then by input block.
 """
 
 import dataclasses
@@ -19,11 +20,21 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class BlockMask:
-    """Which blocks of a weight matrix live; hashable, so that it can be static under jit.
+    """A mask says which blocks of a weight matrix live; it can be a static argument under jit.
 
     Attributes:
-      block_shape: ``(bi, bo)``, the rows (inputs) and columns (outputs) of one block.
-      blocks: one tuple of booleans for each block row; ``True`` keeps the block.
+      block_shape: One block has ``(bi, bo)`` rows (inputs) and columns (outputs).
+      blocks: There is one tuple of booleans for each block row; ``True`` keeps the block.
+
+    Raises:
+      ValueError: If a field is of another form, or if the mask keeps no block.
+
+    Example:
+      >>> mask = BlockMask(block_shape=(2, 3), blocks=((True, False), (True, True)))
+      >>> mask.shape, mask.size, mask.density
+      ((4, 6), 18, 0.75)
+      >>> mask.is_structured, mask.kernel_shape
+      (False, (3, 2, 3))
     """
 
     block_shape: tuple[int, int]
@@ -37,7 +48,11 @@ class BlockMask:
 
     @classmethod
     def from_array(cls, blocks: np.ndarray, block_shape: tuple[int, int]) -> "BlockMask":
-        """Builds a mask from a two-dimensional array of booleans, or of 0 and 1, one a block."""
+        """Builds a mask from a ``(block rows, block columns)`` array of booleans, or of 0 and 1.
+
+        Raises:
+          ValueError: If the array is of another form, or if it keeps no block.
+        """
         blocks = np.asarray(blocks)
         if not np.isin(blocks, (0, 1)).all():
             raise ValueError("blocks must be booleans, or 0 and 1")
@@ -45,49 +60,49 @@ class BlockMask:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Block rows and block columns."""
+        """Counts the block rows and the block columns."""
         return len(self.blocks), len(self.blocks[0])
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(inputs, outputs)`` of the weight matrix that the mask covers."""
+        """Gives the shape of the weight matrix that the mask covers, ``(inputs, outputs)``."""
         return self.grid[0] * self.block_shape[0], self.grid[1] * self.block_shape[1]
 
     @property
     def size(self) -> int:
-        """Entries that live: the number of parameters stored."""
+        """Counts the entries that live, each of which is one stored parameter."""
         return sum(map(sum, self.blocks)) * math.prod(self.block_shape)
 
     @property
     def density(self) -> float:
-        """Share of the entries that live."""
+        """Gives the share of the entries that live, between 0 and 1."""
         return self.size / math.prod(self.shape)
 
     @functools.cached_property
     def live_rows(self) -> tuple[int, ...]:
-        """Block rows with a living block."""
+        """Lists the block rows that have a living block, in ascending order."""
         return tuple(i for i, row in enumerate(self.blocks) if any(row))
 
     @functools.cached_property
     def live_columns(self) -> tuple[int, ...]:
-        """Block columns with a living block."""
+        """Lists the block columns that have a living block, in ascending order."""
         return tuple(j for j, column in enumerate(zip(*self.blocks, strict=True)) if any(column))
 
     @functools.cached_property
     def is_structured(self) -> bool:
-        """Whether whole block rows and columns live, so that one smaller GEMM does the product."""
+        """Tells whether whole block rows and columns live, so that one smaller GEMM is enough."""
         return sum(map(sum, self.blocks)) == len(self.live_rows) * len(self.live_columns)
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of the stored weights; see the module's docstring."""
+        """Gives the shape of the stored weights, which the module's docstring explains."""
         bi, bo = self.block_shape
         if self.is_structured:
             return len(self.live_rows) * bi, len(self.live_columns) * bo
         return sum(map(sum, self.blocks)), bi, bo
 
     def compress(self, dense: np.ndarray) -> np.ndarray:
-        """Takes a dense ``shape`` matrix to its stored form; what is masked is dropped."""
+        """Takes a dense matrix of the mask's shape to its stored form and drops what is masked."""
         bi, bo = self.block_shape
         blocks = np.asarray(dense).reshape(self.grid[0], bi, self.grid[1], bo)
         if self.is_structured:
@@ -98,18 +113,18 @@ class BlockMask:
 
     @functools.cached_property
     def stored_in_row(self) -> Mapping[int, tuple[int, ...]]:
-        """For every live block row the places of its blocks in the stored order."""
+        """Maps every live block row to the places of its blocks in the stored order."""
         rows, _ = self.coordinates()
         return {int(i): tuple(np.flatnonzero(rows == i).tolist()) for i in self.live_rows}
 
     def coordinates(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns block row and block column of every living block, in the stored order."""
+        """Returns the block rows and block columns of the living blocks, in the stored order."""
         columns, rows = np.nonzero(np.array(self.blocks).T)
         return rows, columns
 
 
 def decompress(kernel: Float[Array, "..."], mask: BlockMask) -> Float[Array, "i o"]:
-    """Returns the dense matrix, zeros where masked."""
+    """Returns the dense matrix of stored weights, with zeros where it is masked."""
     bi, bo = mask.block_shape
     dense = jnp.zeros((*mask.grid, bi, bo), kernel.dtype)
     if mask.is_structured:

@@ -1,4 +1,7 @@
-"""How parameters are laid out on a mesh of devices: rules by parameter path, which families give.
+"""How parameters are laid out on a mesh of devices, by rules that go by a parameter's path.
+
+The rules are :func:`sparseffn_jax.models.paths.sharding_rules`: each family has its own, beside
+those of SparseFFNs and LoRA adapters.
 
 The mesh has three axes. ``data`` holds replicas; ``fsdp`` holds replicas of the computation that
 share one copy of the weights (ZeRO, Rajbhandari et al. 2019, 1910.02054); ``tensor`` splits the
@@ -29,9 +32,9 @@ class Replicated:
     """A leaf that every device holds whole.
 
     Attributes:
-      path: the names that lead to the leaf, joined by slashes.
+      path: the leaf's path, joined by slashes.
       shape: the leaf's shape.
-      bytes: the memory that the leaf takes on each device, in bytes.
+      bytes: how many bytes it takes on each device.
     """
 
     path: str
@@ -66,14 +69,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
-
-    Args:
-      sizes: the size of each axis.
-      devices: the devices of the mesh; by default all that there are.
+    """Returns a mesh of ``devices``, by default of all that there are.
 
     Raises:
-      ValueError: if the product of the sizes is not the number of devices.
+      ValueError: if the product of ``sizes`` is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = tuple(sizes[axis] for axis in AXES)
@@ -90,13 +89,13 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
 def leaf_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedSharding:
     """Returns the sharding that the rules give a leaf.
 
-    An axis that does not divide its dimension goes to the largest other dimension that it divides,
-    if there is one.
+    An axis that does not divide its dimension goes to the largest other one that it divides, if
+    there is one. A leaf that no rule names is whole on every device.
 
     Args:
       mesh: a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
-      path: the key path of the leaf in a tree of parameters, or in an optimizer's state that holds
-        such trees.
+      path: the leaf's key path in a tree of parameters, or in an optimizer's state that holds such
+        trees.
       shape: the leaf's shape.
     """
     name = path_name(path)
@@ -107,13 +106,16 @@ def leaf_sharding(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> NamedShardin
 
 
 def shardings(mesh: Mesh, tree: Any, *, gathered: bool = False) -> Any:
-    """Returns a tree with the sharding of every leaf of ``tree``.
+    """Returns the sharding of every leaf.
 
     Args:
       mesh: a mesh with the axes ``data``, ``fsdp`` and ``tensor``.
-      tree: a tree of arrays or of their shapes.
-      gathered: whether to leave out ``fsdp``, which gives the shardings in which the computation
-        of a layer takes its weights.
+      tree: arrays, or their shapes.
+      gathered: whether to give the shardings in which a layer's computation takes its weights,
+        which are those of the rules without ``fsdp``.
+
+    Returns:
+      A tree like ``tree``.
     """
 
     def of_leaf(path, leaf):
@@ -133,7 +135,7 @@ def replicated_leaves(tree: Any, larger_than: int = _LARGE) -> list[Replicated]:
 
 
 def path_name(path: Any) -> str:
-    """Returns the dictionary keys in a key path, joined by slashes."""
+    """Joins the dictionary keys in a key path by slashes and leaves all other entries out."""
     return "/".join(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 

@@ -1,15 +1,21 @@
 """The benches run, compare like with like, and write what they say they write."""
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
+from sparseffn_jax.bench import commands
 from sparseffn_jax.bench import layer as layer_bench
 from sparseffn_jax.bench import model as model_bench
 from sparseffn_jax.cli import main
 from sparseffn_jax.measure.costs import flops_ratio
+from sparseffn_jax.ops.plans.choice import PlanTable, pick, platform_of
 
 ONLY = ("low-rank-21", "circulant-16", "circulant-16-half")
 
@@ -76,10 +82,55 @@ def test_the_model_bench(tmp_path, monkeypatch):
         (["model", "--block-size", "5"], "block_size=5 does not divide d_model=768"),
         (["model", "--layers", "13"], "layers=13 must lie between 1 and 12"),
         (["quality", "--targets", "0.5"], "a target speed-up of 0.5 must be above 1"),
+        (["model", "--plans", "no/plans.json"], "no/plans.json"),
     ],
 )
 def test_wrong_settings_are_refused(argv, message, capfd):
     with pytest.raises(SystemExit) as stopped:
         main(["bench", *argv])
     assert stopped.value.code == 2
-    assert message in " ".join(capfd.readouterr().err.split())
+    # Long messages are wrapped inside a frame.
+    assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("bench", ["ffn", "model", "quality"])
+def test_a_table_of_measured_plans_is_followed(bench, monkeypatch, tmp_path):
+    path = tmp_path / "plans.json"
+    PlanTable(jax.devices()[0].device_kind, {("product", (8,)): "measured"}).save(path)
+    followed = []
+
+    def run(settings, console):
+        costs = {"cheapest": 1.0, "measured": 2.0}
+        plan = pick("product", None, costs, problem=(8,), platform=platform_of(()))
+        followed.append(plan)
+        # Nothing else of the command is wanted here.
+        raise KeyboardInterrupt
+
+    name = "run_quality" if bench == "quality" else f"run_{bench}_bench"
+    monkeypatch.setattr(commands, name, run)
+    for options in ([], ["--plans", str(path)]):
+        with pytest.raises(SystemExit):
+            main(["bench", bench, *options])
+    assert followed == ["cheapest", "measured"]
+
+
+def test_the_gpu_campaign_asks_for_what_the_benches_have(monkeypatch, tmp_path):
+    calls = tmp_path / "calls"
+    for name, body in (
+        ("nvidia-smi", "echo NVIDIA H100"),
+        ("sparseffn", f'echo "$@" >> {calls}'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = Path(__file__).parents[2] / "campaigns" / "gpu.sh"
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", script], check=True, env=os.environ | {"PATH": path})
+    asked = []
+    for name in ("run_ffn_bench", "run_model_bench"):
+        monkeypatch.setattr(commands, name, lambda settings, console: asked.append(settings))
+    for name in ("ffn_tables", "model_table"):
+        monkeypatch.setattr(commands, name, lambda result: [])
+    for line in calls.read_text().splitlines():
+        main(line.split())
+    assert [type(settings).__name__ for settings in asked] == ["BenchFFN"] * 3 + ["BenchModel"]
+    assert not any(settings.all_plans for settings in asked[:3])

@@ -24,7 +24,7 @@ def test_equal_conditions_are_comparable():
     ],
 )
 def test_a_comparison_is_refused_and_says_what_differs(change):
-    with pytest.raises(ValueError, match="klt and dense cannot be compared") as refusal:
+    with pytest.raises(ValueError, match="low_rank and dense cannot be compared") as refusal:
         check_comparable("low_rank", dataclasses.replace(DENSE, **change), "dense", DENSE)
     for field in dataclasses.asdict(DENSE):
         assert (field in str(refusal.value)) == (field in change)

@@ -5,43 +5,21 @@ import io
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, PreTrainedTokenizerFast
 
-import sparseffn_jax as sf
-from sparseffn_jax.bench import quality
+from sparseffn_jax.bench import comparison, quality
 from sparseffn_jax.bench.peers import PEERS, Searched
 from sparseffn_jax.bench.quality import QualitySettings, run_quality
 from sparseffn_jax.measure.timing import PairedTimes
 
-TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i * i % 97}\n" for i in range(600))
-
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quality")
-    (folder / "corpus.txt").write_text(TEXT)
-    vocabulary = {"<|endoftext|>": 0} | {
-        token: i + 1 for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
-    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-    config = GPT2Config(
-        vocab_size=len(vocabulary), n_positions=16, n_embd=32, n_layer=1, n_head=2,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = sf.GPT2LMHeadModel(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    sf.save_pretrained(folder / "dense", model, params, tokenizer=tokenizer)
+def settings(tiny, tmp_path_factory):
     return QualitySettings(
-        model=str(folder / "dense"),
-        text=str(folder / "corpus.txt"),
-        out=folder / "out",
+        **tiny,
+        out=tmp_path_factory.mktemp("quality"),
         targets=(2.0,),
         methods=("narrow", "Monarch"),
         steps=2,
@@ -63,8 +41,8 @@ def exact_clock(monkeypatch):
     def time_stacks(baseline, candidate, x, *, repeats):
         return PairedTimes((float(baseline),) * repeats, (float(candidate),) * repeats)
 
-    monkeypatch.setattr(quality, "ffn_stack", weigh)
-    monkeypatch.setattr(quality, "time_stacks", time_stacks)
+    monkeypatch.setattr(comparison, "ffn_stack", weigh)
+    monkeypatch.setattr(comparison, "time_stacks", time_stacks)
 
 
 def run(settings):

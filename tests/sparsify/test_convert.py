@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from tiny_models import make_config, make_model
 from transformers import GPT2Config
 
+from sparseffn_jax.bench.ablation import select_layer
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -17,7 +18,6 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
-from sparseffn_jax.demo import select_layer
 from sparseffn_jax.models.decoder import ffn_module, layers_of
 from sparseffn_jax.models.families import FAMILIES
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel

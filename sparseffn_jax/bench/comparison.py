@@ -1,0 +1,227 @@
+"""One fair comparison: a dense model and its sparse replacements, trained and evaluated alike."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from sparseffn_jax.bench.fairness import Conditions, token_hash
+from sparseffn_jax.bench.settings import check_counts
+from sparseffn_jax.bench.stacks import Stack, ffn_stack, time_stacks
+from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained
+from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
+from sparseffn_jax.evaluate.losses import make_evaluator
+from sparseffn_jax.evaluate.windows import check_window
+from sparseffn_jax.measure.timing import PairedTimes
+from sparseffn_jax.models.decoder import Decoder
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.data import STDLIB, TokenWindows, load_windows
+from sparseffn_jax.train.loop import train
+
+# Windows in one forward pass, in evaluation and in calibration.
+EVALUATION_BATCH = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonSettings:
+    """What a dense model and its sparse replacements are trained and evaluated on.
+
+    Attributes:
+      model: Folder or hub name of a dense model.
+      text: What to train, calibrate and evaluate on: "stdlib" (the source of Python's standard
+        library), a text file, a folder of text files, or a Hugging Face dataset with a "text"
+        column.
+      out: Folder that the results are written to.
+      steps: Fine-tuning steps, as many for the dense model as for sparse ones. Sparse models learn
+        from the dense one's predictions, the dense one learns from the text.
+      batch_size: Windows in a training step.
+      window: Tokens in a window. The default is the model's n_positions, which is also the most.
+      learning_rate: Peak learning rate of sparse models.
+      dense_learning_rate: Peak learning rate of the dense model, which has less far to go.
+      calibration_windows: Windows of training text that the sparse models' closed forms are
+        fitted to.
+      distill_steps: Steps of layer-wise distillation between the closed forms and fine-tuning.
+      evaluation_windows: Held-out windows that every loss is the mean over.
+      seed: Seed of the order of the data and of the choice of windows.
+
+    Raises:
+      ValueError: on construction, if a value is out of its range.
+    """
+
+    model: str
+    text: str = STDLIB
+    out: Path
+    steps: int
+    batch_size: int = 8
+    window: int | None = None
+    learning_rate: float = 1e-3
+    dense_learning_rate: float = 3e-4
+    calibration_windows: int = 96
+    distill_steps: int
+    evaluation_windows: int = 128
+    seed: int = 0
+
+    def __post_init__(self):
+        check_counts(self, "steps", "batch_size", "calibration_windows", "evaluation_windows")
+        check_counts(self, "distill_steps", "seed", least=0)
+        for name in ("learning_rate", "dense_learning_rate"):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+
+
+class Tuned(NamedTuple):
+    """What one side of a comparison is after fine-tuning.
+
+    Attributes:
+      params: its parameters.
+      loss: its loss on the held-out windows, in nats a token.
+      conditions: the conditions under which the loss came about.
+      curve: the number of each step, from 1, and the cross-entropy of its batch in nats a token.
+    """
+
+    params: Any
+    loss: float
+    conditions: Conditions
+    curve: list[tuple[int, float]]
+
+
+class Comparison:
+    """A dense model, and the text that it and its replacements are trained and evaluated on.
+
+    Both sides read the same batches with the same recipe, and are evaluated on the same windows.
+
+    Attributes:
+      dense: the pretrained dense model, as it was loaded.
+      model: the dense model's decoder.
+      tokenizer: the model's tokenizer.
+      windows: the training windows, and the held-out windows that are evaluated on.
+      calibration: (calibration_windows, window + 1) token ids, drawn from the training windows.
+
+    Args:
+      settings: the settings of the comparison.
+      dense: the dense model, from :func:`load_dense`.
+      timed_tokens: rows of the activations that FFNs are timed on.
+      timing_seed: seed of these activations.
+
+    Raises:
+      CheckpointError, FileNotFoundError, ValueError: if tokenizer, text or window do not fit.
+    """
+
+    def __init__(
+        self,
+        settings: ComparisonSettings,
+        dense: Pretrained,
+        *,
+        timed_tokens: int,
+        timing_seed: int,
+    ):
+        self._settings, self.dense, self.model = settings, dense, dense.model()
+        self.tokenizer = load_tokenizer(settings.model)
+        check_tokenizer(self.tokenizer, dense.config)
+        window = check_window(settings.window, dense.spec.n_positions)
+        windows = load_windows(settings.text, self.tokenizer, window)
+        rng = np.random.default_rng(settings.seed)
+        held_out = rng.permutation(len(windows.validation))[: settings.evaluation_windows]
+        self.windows = TokenWindows(windows.train, windows.validation[held_out])
+        chosen = rng.permutation(len(windows.train))[: settings.calibration_windows]
+        self.calibration: Int[np.ndarray, "n w"] = windows.train[chosen]
+        self._activations = jax.random.normal(
+            jax.random.key(timing_seed), (timed_tokens, dense.spec.d_model)
+        )
+        self._dense_stacks: dict[bool, Stack] = {}
+
+    def loss(
+        self, model: Decoder, params: Any, windows: Int[np.ndarray, "n w"] | None = None
+    ) -> float:
+        """Returns a model's loss on the held-out windows, or on others, in nats a token."""
+        windows = self.windows.validation if windows is None else windows
+        return make_evaluator(model)(params, windows, EVALUATION_BATCH)
+
+    def tune_dense(self) -> Tuned:
+        """Fine-tunes the dense model on the text."""
+        return self._tune("dense", self.model, self.dense.params, self._settings.steps, None)
+
+    def tune(self, name: str, model: Decoder, params: Any, *, steps: int | None = None) -> Tuned:
+        """Fine-tunes a sparse model with the pretrained dense one as its teacher.
+
+        Args:
+          name: the folder of the run below ``out/training``; what it holds is removed first.
+          model: the sparse model.
+          params: the parameters to start from.
+          steps: number of training steps; ``None`` takes that of the settings.
+        """
+        teacher = (self.model, self.dense.params)
+        return self._tune(name, model, params, steps or self._settings.steps, teacher)
+
+    def time_ffns(
+        self, model: Decoder, params: Any, *, train: bool = False, repeats: int = 15
+    ) -> PairedTimes:
+        """Times the FFNs of all of a model's layers in turn with the dense model's.
+
+        Args:
+          model: a sparse model.
+          params: its parameters, or those of its FFNs alone.
+          train: whether gradients are timed instead of outputs.
+          repeats: number of pairs of runs.
+        """
+        if train not in self._dense_stacks:
+            self._dense_stacks[train] = ffn_stack(self.model, self.dense.params, train=train)
+        stack = ffn_stack(model, params, train=train)
+        return time_stacks(self._dense_stacks[train], stack, self._activations, repeats=repeats)
+
+    def _tune(self, name: str, model: Decoder, params: Any, steps: int, teacher: Any) -> Tuned:
+        settings = self._settings
+        rate = settings.dense_learning_rate if teacher is None else settings.learning_rate
+        config = TrainConfig(
+            steps=steps,
+            batch_size=settings.batch_size,
+            recipe="full",
+            learning_rate=rate,
+            ffn_learning_rate=rate,
+            distill_weight=0.0 if teacher is None else 1.0,
+            temperature=1.0,
+            seed=settings.seed,
+            log_every=max(1, steps // 10),
+            eval_every=0,
+            save_every=steps,
+        )
+        curve: list[tuple[int, float]] = []
+
+        def remember(step: int, metrics: dict[str, float]) -> None:
+            curve.append((step, metrics.get("cross_entropy", metrics["loss"])))
+
+        folder = settings.out / "training" / name
+        # What a stopped run left there may be a model of another size, because the clock that
+        # sizes it never says quite the same; and its curve would be missing here.
+        shutil.rmtree(folder, ignore_errors=True)
+        result = train(
+            model, params, self.windows, config, folder, teacher=teacher, on_step=remember
+        )
+        conditions = Conditions(
+            data_hash=result.data_hash,
+            evaluation_hash=token_hash(self.windows.validation),
+            batch_size=config.batch_size,
+            steps=config.steps,
+            precision=np.dtype(model.dtype).name,
+        )
+        return Tuned(result.params, self.loss(model, result.params), conditions, curve)
+
+
+def load_dense(source: str) -> Pretrained:
+    """Loads the dense model of a comparison.
+
+    Args:
+      source: folder or hub name of a checkpoint.
+
+    Raises:
+      CheckpointError, FileNotFoundError: if it cannot be read.
+      ValueError: if the model is sparse already.
+    """
+    dense = load_pretrained(source)
+    if dense.ffns:
+        raise ValueError(f"{source} is sparse already: give a dense model")
+    return dense
