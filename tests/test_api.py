@@ -14,12 +14,10 @@ import sparseffn_jax as sf
 # Where names have no example yet; delete a home once its names have theirs.
 WITHOUT_EXAMPLES = (
     "checkpoints.",
-    "config",
     "models.gpt2",
     "models.gptj",
     "models.llama",
     "models.mistral",
-    "ops.masks",
 )
 HEAVY = {
     "datasets", "grain", "lm_eval", "matplotlib", "orbax", "rich", "tensorboardX", "transformers",

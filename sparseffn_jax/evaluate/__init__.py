@@ -1,1 +1,1 @@
-"""What a model is worth: losses, perplexity and log-probabilities."""
+"""Evaluation of models: losses, perplexity and log-probabilities."""

@@ -18,7 +18,12 @@ Evaluator = Callable[[Params, Int[np.ndarray, "n w"], int], float]
 
 
 def cross_entropy(logits: Float[Array, "*b v"], targets: Int[Array, "*b"]) -> Float[Array, ""]:
-    """Next-token cross-entropy in float32: the mean over all targets, in nats a token."""
+    """Returns the next-token cross-entropy, the mean over all targets in nats a token.
+
+    Args:
+      logits: logits (..., V); they are cast to float32.
+      targets: ids of the tokens to be predicted.
+    """
     logits = logits.astype(jnp.float32)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
@@ -26,10 +31,15 @@ def cross_entropy(logits: Float[Array, "*b v"], targets: Int[Array, "*b"]) -> Fl
 def distillation_loss(
     logits: Float[Array, "*b v"], teacher_logits: Float[Array, "*b v"], temperature: float
 ) -> Float[Array, ""]:
-    """``temperature**2 * KL(teacher || student)``, the mean over tokens, in nats.
+    """Returns ``temperature**2 * KL(teacher || student)``, the mean over tokens, in nats.
 
-    Both distributions are softened by ``temperature``; the square keeps the gradient's size
-    when it changes (Hinton et al. 2015, 1503.02531). The teacher gets no gradient.
+    Both distributions are softened by ``temperature``. Its square keeps the size of the gradient
+    when the temperature changes (Hinton et al. 2015, 1503.02531). The teacher gets no gradient.
+
+    Args:
+      logits: logits (..., V) of the student; they are cast to float32.
+      teacher_logits: logits (..., V) of the teacher; they are cast to float32.
+      temperature: number above 0 by which all logits are divided.
     """
     student = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
     teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
@@ -41,10 +51,14 @@ def distillation_loss(
 def hidden_state_mse(
     states: Sequence[Float[Array, "*b d"]], teacher_states: Sequence[Float[Array, "*b d"]]
 ) -> Float[Array, ""]:
-    """Mean squared difference of the residual stream after each block, in float32.
+    """Returns the mean squared difference between two models' residual streams, in float32.
+
+    Args:
+      states: residual stream after each block of the student.
+      teacher_states: residual stream after each block of the teacher, which gets no gradient.
 
     Raises:
-      ValueError: if the two models have not the same number of blocks.
+      ValueError: if the two models differ in their number of blocks.
     """
     if len(states) != len(teacher_states):
         raise ValueError(
@@ -69,12 +83,13 @@ def forward(
     """Applies a decoder; returns its logits and, on request, the residual stream after each block.
 
     Args:
-      model: called as ``model.apply({"params": params}, input_ids, deterministic=...)``; sows
-        its residual stream as ``hidden_states`` under ``intermediates``.
-      params: its parameters.
+      model: a decoder that is called as
+        ``model.apply({"params": params}, input_ids, deterministic=...)`` and sows its residual
+        stream as ``hidden_states`` under ``intermediates``.
+      params: parameters of the decoder.
       input_ids: token ids.
-      dropout_key: switches dropout on.
-      with_hidden_states: otherwise the list is empty.
+      dropout_key: random key of the dropout; ``None`` switches dropout off.
+      with_hidden_states: whether to return the residual stream; otherwise the list is empty.
     """
     out: Any = model.apply(
         {"params": params},
@@ -97,9 +112,10 @@ def evaluate_loss(
 
     Args:
       model: a decoder.
-      params: its parameters.
-      windows: ``(n, window + 1)`` token ids, as :func:`sparseffn_jax.train.data.pack` cuts them.
-      batch_size: windows a step; does not change the result beyond rounding.
+      params: parameters of the decoder.
+      windows: token ids ``(n, window + 1)``; ``[:, :-1]`` are the inputs and ``[:, 1:]`` the
+        targets. :func:`sparseffn_jax.load_windows` returns such windows.
+      batch_size: number of windows in one forward pass; it changes the result by rounding alone.
 
     Raises:
       ValueError: if there is no window, or a token id that the model does not know.
@@ -135,15 +151,15 @@ def evaluate_tokens(
 ) -> float:
     """Returns the mean cross-entropy of a whole text, in nats a token.
 
-    The text is cut into non-overlapping windows of inputs; every token but the first is predicted
-    once, from what stands before it in its window.
+    The text is cut into windows whose inputs do not overlap. Every token but the first is predicted
+    once, from the tokens before it in its window.
 
     Args:
       model: a decoder.
-      params: its parameters.
-      tokens: the text's token ids, at least two.
-      window: tokens a window.
-      batch_size: windows a step; does not change the result beyond rounding.
+      params: parameters of the decoder.
+      tokens: token ids of the text, at least two.
+      window: number of tokens that a window predicts.
+      batch_size: number of windows in one forward pass; it changes the result by rounding alone.
     """
     windows = cut_windows(tokens, window)
     rest = tokens[len(windows) * window :][None]
@@ -158,13 +174,14 @@ def evaluate_tokens(
 def make_evaluator(
     model: nn.Module, place: Callable[[np.ndarray], Any] = lambda batch: batch
 ) -> Evaluator:
-    """Returns :func:`evaluate_loss` for one model, compiled once for all its calls.
+    """Returns a function that computes :func:`evaluate_loss` for one model, compiled once.
 
-    Its windows are not checked; see :func:`check_token_ids`.
+    It takes parameters, windows and batch size. Unlike :func:`evaluate_loss` it does not check the
+    windows, which :func:`check_token_ids` does.
 
     Args:
       model: a decoder.
-      place: puts a batch where the parameters are.
+      place: function that puts a batch on the devices on which the parameters lie.
     """
 
     @jax.jit
@@ -187,9 +204,12 @@ def make_evaluator(
 
 
 def check_token_ids(model: nn.Module, params: Params, windows: Int[np.ndarray, "n w"]) -> None:
-    """Raises ``ValueError`` if there is no window, or a token id beyond the model's vocabulary.
+    """Checks that there are windows, and that all their token ids are in the model's vocabulary.
 
-    XLA would clamp such an id silently.
+    XLA would clamp an id beyond the vocabulary silently.
+
+    Raises:
+      ValueError: if there is no window, or a token id beyond the vocabulary.
     """
     if not windows.size:
         raise ValueError("there is no window to evaluate or train on: give more text")

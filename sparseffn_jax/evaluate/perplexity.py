@@ -1,4 +1,4 @@
-"""How likely a model finds a text: log-probabilities of rows of tokens, loss with a stride."""
+"""How likely a model finds a text: log-probabilities of rows, and loss in strided windows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,18 +21,18 @@ Scorer = Callable[
 
 
 def make_scorer(model: nn.Module, window: int, batch_size: int) -> Scorer:
-    """Returns a function that scores how rows of tokens end.
+    """Returns a function that scores the last tokens of rows.
 
-    It maps ``(params, rows, counts)`` to the log-probability, in nats, of the last ``counts[i]``
-    tokens of row i, each given all that stands before it in the row; and to whether all of these
-    tokens are the likeliest. A row has at most ``window + 1`` tokens, of which the first cannot be
-    counted. Rows are batched by length and padded to powers of two: a few programs, each compiled
-    once, serve all calls.
+    It takes ``(params, rows, counts)`` and returns, for each row i, the log-probability in nats of
+    its last ``counts[i]`` tokens, each given all tokens before it in the row, and whether each of
+    these tokens is the likeliest at its place. A row has at most ``window + 1`` tokens, of which
+    the first cannot be counted. Rows are batched by length and padded to powers of two, so that a
+    few programs, each compiled once, serve all calls.
 
     Args:
       model: a decoder.
-      window: the longest input.
-      batch_size: rows computed at once; does not change the result beyond rounding.
+      window: the largest number of tokens that the model reads at once.
+      batch_size: number of rows in one forward pass; it changes the result by rounding alone.
     """
 
     @jax.jit
@@ -72,22 +72,22 @@ def strided_loss(
     stride: int,
     batch_size: int,
 ) -> float:
-    """Returns the mean cross-entropy of a text whose tokens all see much of it, in nats a token.
+    """Returns the mean cross-entropy of a text in overlapping windows, in nats a token.
 
     A window of tokens moves along the text by ``stride``. Each token but the text's first is
-    predicted once, in the first window that it is in: from at least ``window - stride`` tokens
-    before it, but for those of the first window. This is Hugging Face's method
+    predicted once, in the first window that contains it; behind the first window, that is from at
+    least ``window - stride`` tokens before it. This is Hugging Face's method
     (https://huggingface.co/docs/transformers/perplexity), where the tokens that a window shares
-    with the one before have the label -100; there a window weighs one token less than it predicts,
-    here all tokens weigh the same.
+    with the previous one have the label -100. There a window weighs one token less than it
+    predicts; here all tokens weigh the same.
 
     Args:
       model: a decoder.
-      params: its parameters.
-      tokens: the text's token ids, at least two.
-      window: tokens in a window.
-      stride: from 1 to ``window - 1``.
-      batch_size: windows computed at once; does not change the result beyond rounding.
+      params: parameters of the decoder.
+      tokens: token ids of the text, at least two.
+      window: number of tokens in a window.
+      stride: number of tokens by which the window moves, from 1 to ``window - 1``.
+      batch_size: number of windows in one forward pass; it changes the result by rounding alone.
 
     Raises:
       ValueError: if the stride is out of its range.

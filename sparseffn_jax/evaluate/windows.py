@@ -1,4 +1,4 @@
-"""Text as windows of tokens: what a model is trained on and evaluated on."""
+"""Windows of tokens, on which a model is trained and evaluated."""
 
 import numpy as np
 from jaxtyping import Int
@@ -7,8 +7,8 @@ from jaxtyping import Int
 def cut_windows(tokens: Int[np.ndarray, " n"], window: int) -> Int[np.ndarray, "k w"]:
     """Cuts a row of tokens into windows of ``window + 1``, each sharing one token with the next.
 
-    Every token but the first is then the target of exactly one window; what does not fill the
-    last window is dropped.
+    Every token but the first is then the target of exactly one window. Tokens behind the last full
+    window are dropped.
     """
     count = max(0, (len(tokens) - 1) // window)
     starts = window * np.arange(count)[:, None]
@@ -16,10 +16,10 @@ def cut_windows(tokens: Int[np.ndarray, " n"], window: int) -> Int[np.ndarray, "
 
 
 def check_window(window: int | None, n_positions: int) -> int:
-    """Returns the window's length, by default all that the model has positions for.
+    """Returns the length of a window, which is by default the model's number of positions.
 
     Raises:
-      ValueError: if the model has too few, or the window is empty.
+      ValueError: if the window is empty or has more tokens than the model has positions.
     """
     if window is None:
         return n_positions

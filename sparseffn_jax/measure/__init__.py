@@ -1,1 +1,1 @@
-"""What a program costs: FLOPs, time, memory, traffic, and device time by part."""
+"""Costs of a program: FLOPs, time, memory, traffic, and device time by part."""

@@ -25,16 +25,24 @@ def autotune(
     train: bool = False,
     repeats: int = 9,
 ) -> PlanTable:
-    """Measures every plan of every operator of a layer and returns the fastest.
+    """Measures every plan of every operator of a layer and returns the fastest plans.
 
-    Plans that the configuration forces stay.
+    Plans that the configuration forces are not changed. Plans that are estimated to be far slower
+    than the best one are not measured.
 
     Args:
       config: configuration of the layer.
-      shapes: numbers of tokens, such as 1 for decoding and a batch's for training.
+      shapes: numbers of tokens to measure with, such as 1 for decoding, or the number of tokens of
+        a batch for training.
       dtype: dtype of the computation.
-      train: time forward and backward pass together instead of the forward pass.
-      repeats: runs of each plan, taken in turn.
+      train: whether to time forward and backward pass together; otherwise the forward pass alone is
+        timed.
+      repeats: number of runs of each plan; the plans take turns, and the median counts.
+
+    Returns:
+      The fastest plans on the default device, by operator and problem. An operator of which only
+      one plan was worth measuring is left out. :func:`sparseffn_jax.use_plans` follows such a
+      table.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -58,7 +66,19 @@ def time_plans(
     train: bool = False,
     repeats: int = 9,
 ) -> list[PlanTimes]:
-    """Times the plans of every operator of a layer; :func:`autotune` explains the arguments."""
+    """Times the plans of every operator of a layer.
+
+    Args:
+      config: configuration of the layer.
+      tokens: number of tokens to measure with.
+      dtype: dtype of the computation.
+      train: whether to time forward and backward pass together; otherwise the forward pass alone is
+        timed.
+      repeats: number of runs of each plan; the plans take turns, and the median counts.
+
+    Returns:
+      The times of each choice for which more than one plan was worth timing.
+    """
     layer = SparseFFN(config, dtype=dtype)
     x = jax.random.normal(jax.random.key(0), (tokens, config.d_model), dtype)
     shapes = jax.eval_shape(layer.init, jax.random.key(1), x)

@@ -1,8 +1,9 @@
-"""What a SparseFFN costs on paper: floating-point operations, weights, numbers between products.
+"""Costs of a SparseFFN by formula: floating-point operations, weights and intermediate numbers.
 
-Operations are counted on nonzeros and a multiply-add counts as two. Biases, the core's activation
-and the product with the gate are left out, as they are in the dense FFN's count; the polynomial is
-counted. :func:`sparseffn_jax.measure.flops.count_flops` counts the same in a program.
+Operations are counted on nonzeros, and a multiply-add counts as two. Biases, the core's activation
+and the product with the gate are left out, as they are in the count of the dense FFN; the
+polynomial is counted. :func:`sparseffn_jax.measure.flops.count_flops` counts the operations of a
+program instead.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,14 @@ from sparseffn_jax.ops.fourier import circulant_products, complex_frequencies
 
 
 def dense_flops(d_model: int, d_ff: int, gated: bool) -> int:
-    """Counts a dense FFN's floating-point operations for one token: two products, three if gated.
+    """Counts a dense FFN's floating-point operations in one token's forward pass.
+
+    They are those of two matrix products, or of three in a gated FFN.
+
+    Args:
+      d_model: number of channels in and out.
+      d_ff: number of hidden units.
+      gated: whether a hidden unit is ``phi(gate) * up``.
 
     Example:
       >>> dense_flops(768, 3072, gated=False)
@@ -28,7 +36,8 @@ def flops_per_token(config: SparseFFNConfig) -> dict[str, int]:
       config: configuration of the layer.
 
     Returns:
-      Operations by part: ``"spectral"``, ``"polynomial"`` and ``"micro"``.
+      The number of operations of each part: ``"spectral"``, ``"polynomial"`` and ``"micro"``. A
+      multiply-add counts as two.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -50,7 +59,12 @@ def flops_per_token(config: SparseFFNConfig) -> dict[str, int]:
 
 
 def flops_ratio(config: SparseFFNConfig) -> float:
-    """Returns a layer's floating-point operations over those of the dense FFN it stands for.
+    """Returns a layer's floating-point operations over those of the dense FFN that it replaces.
+
+    Both are counted for one token's forward pass, as :func:`flops_per_token` counts them.
+
+    Args:
+      config: configuration of the layer.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -63,16 +77,26 @@ def flops_ratio(config: SparseFFNConfig) -> float:
 
 
 def training_flops_per_token(config: SparseFFNConfig) -> dict[str, int]:
-    """Counts one token's forward and backward pass, by part, as :func:`flops_per_token` does.
+    """Counts the floating-point operations of one token's forward and backward pass, by part.
 
-    A linear map costs three times its forward pass: the gradient of its inputs and that of its
-    weights are one more product of the same size each. The transforms of a block-circulant map
-    have no weights and cost twice. The spectral branch does not keep its hidden activations: the
-    backward pass computes them again; a low-rank map from the components it kept, a
-    block-circulant one from its inputs, and of the map out of the hidden units what comes before
-    the filter. The polynomial is then recomputed too and differentiated by its input, and every
-    coefficient's gradient takes its own term once more. Nor does a core with unstructured masks
-    keep its hidden activations, unless a plan of one product is forced.
+    A linear map costs three times its forward pass, because the gradient of its inputs and the
+    gradient of its weights take one more product of the same size each. The transforms of a
+    block-circulant map have no weights and cost twice their forward pass.
+
+    The spectral branch does not keep its hidden activations; the backward pass computes them again.
+    It does so from the components that a low-rank map has kept, or from the inputs of a
+    block-circulant map. It also repeats the transform with which a block-circulant map out of the
+    hidden units begins. The polynomial is recomputed and differentiated by its input, and the
+    gradient of each coefficient evaluates its term once more.
+
+    A core with unstructured masks does not keep its hidden activations either, unless a plan of one
+    single product is forced.
+
+    Args:
+      config: configuration of the layer.
+
+    Returns:
+      The number of operations of each part, as :func:`flops_per_token` returns them.
     """
     training = {part: 3 * count for part, count in flops_per_token(config).items()}
     maps = len(config.up_maps)
@@ -97,7 +121,7 @@ def training_flops_per_token(config: SparseFFNConfig) -> dict[str, int]:
 
 
 def micro_weights(config: SparseFFNConfig) -> int:
-    """Counts the kernels' entries of the core and the corrections, masked ones left out."""
+    """Counts the entries of the core's and the corrections' kernels, without the masked ones."""
     if (micro := config.micro) is None:
         return 0
     weights = sum(mask.size for mask in micro.corrections)
@@ -113,8 +137,8 @@ class Numbers(NamedTuple):
     """How many numbers a layer's forward pass reads and writes, apart from input and output.
 
     Attributes:
-      weights: stored weights, biases and coefficients, each read once.
-      between: numbers that one token leaves between the layer's products.
+      weights: number of stored weights, biases and coefficients, each of which is read once.
+      between: number of intermediate results of one token, which lie between the layer's products.
     """
 
     weights: int
@@ -122,12 +146,12 @@ class Numbers(NamedTuple):
 
 
 def count_numbers(config: SparseFFNConfig) -> Numbers:
-    """Counts a layer's stored numbers, and what one token leaves between its products.
+    """Counts a layer's stored numbers, and one token's intermediate results between products.
 
-    Between products lie the hidden units of each branch, once for every map into them; of a
-    low-rank map its components; of a block-circulant map the kept frequencies of its inputs and
-    outputs; and the layer's output once for every correction. Elementwise work is taken to be
-    fused into the products beside it.
+    The intermediate results are the hidden units of each branch, once for every map into them; the
+    components of every low-rank map; the kept frequencies of the inputs and outputs of
+    block-circulant maps; and the layer's output, once for every correction. Elementwise work is
+    taken to be fused into the products beside it.
     """
     maps = len(config.up_maps)
     weights, between = micro_weights(config), 0
@@ -162,13 +186,13 @@ def _low_rank_weights(config: SparseFFNConfig, branch: SpectralConfig) -> int:
 
 
 def _components(branch: SpectralConfig) -> int:
-    """Returns how many real components of a block's b are kept: DC and Nyquist are one each."""
+    """Counts the real components that are kept of a block: DC and Nyquist have one each."""
     frequencies = branch.frequencies
     return len(frequencies) + len(complex_frequencies(frequencies, branch.block_size))
 
 
 def _circulant_multiply_adds(config: SparseFFNConfig, branch: SpectralConfig) -> tuple[int, int]:
-    """Returns those of the filters and those of the transforms, all maps together."""
+    """Counts the multiply-adds of the filters, and of the transforms, of all maps together."""
     b = branch.block_size
     products = circulant_products(branch.frequencies, b)
     p, q = config.d_model // b, branch.width // b

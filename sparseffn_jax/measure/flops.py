@@ -1,8 +1,8 @@
 """Floating-point operations of any JAX function, counted in its jaxpr.
 
-XLA's own ``cost_analysis`` counts the body of a loop once, whatever its trip count, and nothing
-of a custom call. Here loops count as often as they run and dead code not at all. The counterpart
-on paper is :mod:`sparseffn_jax.measure.costs`.
+XLA's own ``cost_analysis`` counts the body of a loop once, whatever its trip count, and does not
+count custom calls. Here the body of a loop counts as often as it runs, and dead code does not
+count. The module :mod:`sparseffn_jax.measure.costs` computes the operations of a layer by formula.
 """
 
 import dataclasses
@@ -38,17 +38,19 @@ _COMPLEX_COST = {"mul": 6, "div": 11, "add": 2, "sub": 2, "add_any": 2, "neg": 2
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """What one call of a function computes and, at most, moves.
+    """The operations of one call of a function, and an upper bound of the bytes that it moves.
 
     Attributes:
-      dot: of matrix products and convolutions; a multiply-add counts as two, a complex one as
-        eight.
-      fft: of fast Fourier transforms, by the convention ``5 N log2(N)``, half of it where one
-        side is real.
-      elementwise: of everything else in floating point: arithmetic, functions, reductions. One a
-        number; comparisons, selections, conversions and integers are free.
-      bytes_moved: read and written if every operation of the program took its operands from
-        memory and put its results back: an upper bound, since XLA fuses most of them.
+      dot: number of operations of matrix products and convolutions; a multiply-add counts as two, a
+        complex one as eight.
+      fft: number of operations of fast Fourier transforms, by the convention ``5 N log2(N)``, or
+        half of it where inputs or outputs are real.
+      elementwise: number of all other floating-point operations: arithmetic, functions and
+        reductions count as one for each number. Comparisons, selections, conversions and operations
+        on integers do not count.
+      bytes_moved: number of bytes that would be read and written if every operation of the program
+        took its operands from memory and put its results back. It is an upper bound, because XLA
+        fuses most operations.
     """
 
     dot: int = 0
@@ -58,7 +60,7 @@ class FlopCount:
 
     @property
     def total(self) -> int:
-        """All floating-point operations."""
+        """Number of all floating-point operations."""
         return self.dot + self.fft + self.elementwise
 
     def __add__(self, other: Self) -> Self:
@@ -73,17 +75,18 @@ class FlopCount:
 
 
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> FlopCount:
-    """Counts the operations of ``function(*args, **kwargs)``; runs and allocates nothing.
+    """Counts the operations of ``function(*args, **kwargs)``; nothing is run or allocated.
 
-    Loops count as often as they run, a ``cond`` as its costliest branch, or as the one for this
-    machine's platform, a ``shard_map`` or
-    ``pmap`` once a device. Outputs that nothing uses are not computed, as under ``jit``.
+    The body of a loop counts as often as it runs. A ``cond`` counts as its costliest branch, or as
+    the branch for this machine's platform if it chooses by platform. A ``shard_map`` or ``pmap``
+    counts once for each device. Intermediate results that no output depends on are not counted, as
+    they are not computed under ``jit``.
 
     Args:
       function: any JAX function; give ``jax.grad(f)`` or ``jax.value_and_grad(f)`` to count
         training.
-      *args: arrays, or ``jax.ShapeDtypeStruct`` for them.
-      **kwargs: likewise.
+      *args: positional arguments; ``jax.ShapeDtypeStruct`` may stand for arrays.
+      **kwargs: keyword arguments; ``jax.ShapeDtypeStruct`` may stand for arrays.
 
     Raises:
       ValueError: if a ``while`` loop's trip count is not fixed by the program.
@@ -165,7 +168,7 @@ def _branch_here(params: Any) -> Any:
 
 
 def _trip_count(equation: Any) -> int:
-    """Returns how often a ``while`` runs that counts up by ones to a bound, both of them static."""
+    """Returns the trip count of a ``while`` that counts up by ones between two static numbers."""
     params = equation.params
     condition, body = _open(params["cond_jaxpr"]), _open(params["body_jaxpr"])
     carry = equation.invars[params["cond_nconsts"] + params["body_nconsts"] :]

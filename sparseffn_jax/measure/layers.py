@@ -1,4 +1,4 @@
-"""What one layer's FFN is made of and which plans run it."""
+"""The parts of one layer's FFN, its costs, and the plans that run it."""
 
 import dataclasses
 
@@ -12,14 +12,14 @@ from sparseffn_jax.ops.plans.choice import recorded
 
 @dataclasses.dataclass(frozen=True)
 class LayerSummary:
-    """One layer's FFN.
+    """A description of one layer's FFN.
 
     Attributes:
-      parts: a line for each part.
-      parameters: stored numbers.
+      parts: one line of text for each part.
+      parameters: number of stored numbers.
       flops: floating-point operations of one token's forward pass; a multiply-add counts as two.
-      flops_ratio: ``flops`` over the dense FFN's.
-      plans: (operator, plan) in the order in which they run.
+      flops_ratio: ``flops`` divided by the operations of the dense FFN.
+      plans: pairs (operator, plan) in the order in which they run.
     """
 
     parts: tuple[str, ...]
@@ -30,7 +30,7 @@ class LayerSummary:
 
 
 def describe_layer(model: Decoder, layer: int, tokens: int) -> LayerSummary:
-    """Describes one layer's FFN as it runs on ``tokens`` rows; allocates nothing."""
+    """Describes one layer's FFN as it runs on ``tokens`` rows, without allocating its arrays."""
     spec, module = model.spec, ffn_module(model, layer)
     x = jax.ShapeDtypeStruct((tokens, spec.d_model), model.dtype)
     with recorded() as plans:

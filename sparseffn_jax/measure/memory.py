@@ -1,4 +1,4 @@
-"""Memory of compiled programs, and the most that a device has held."""
+"""Memory of compiled programs, and the peak memory of a device."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,14 +9,13 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class ProgramMemory:
-    """What a compiled program needs on its device, in bytes, as XLA has assigned its buffers.
+    """The memory that a compiled program needs on its device, as XLA has assigned its buffers.
 
     Attributes:
-      temporary: buffers that live inside the program: activations, and whatever else is not
-        handed out.
-      arguments: inputs.
-      outputs: results.
-      aliased: the part of the outputs that reuses donated arguments.
+      temporary: bytes of buffers that live inside the program, such as activations.
+      arguments: bytes of the inputs.
+      outputs: bytes of the results.
+      aliased: bytes of the results that reuse the buffers of donated arguments.
     """
 
     temporary: int
@@ -26,7 +25,7 @@ class ProgramMemory:
 
     @property
     def total(self) -> int:
-        """Everything that is alive while the program runs."""
+        """Bytes of all buffers that are alive while the program runs."""
         return self.temporary + self.arguments + self.outputs - self.aliased
 
 
@@ -36,10 +35,11 @@ def program_memory(
     """Compiles ``function`` for the default device, without running it, and returns its memory.
 
     Args:
-      function: any JAX function; with ``jax.grad`` around a loss the temporary bytes include what
-        is stored for the backward pass.
-      *args: arrays, or ``jax.ShapeDtypeStruct`` for them.
-      donate_argnums: arguments whose buffers the results may reuse; see ``jax.jit``.
+      function: any JAX function; with ``jax.grad`` around a loss, the temporary bytes include the
+        activations that are stored for the backward pass.
+      *args: positional arguments; ``jax.ShapeDtypeStruct`` may stand for arrays.
+      donate_argnums: numbers of the arguments whose buffers the results may reuse, as for
+        ``jax.jit``.
     """
     compiled = jax.jit(function, donate_argnums=donate_argnums).lower(*args).compile()
     analysis: Any = compiled.memory_analysis()
@@ -55,10 +55,10 @@ def peak_device_bytes(device: Any = None) -> int | None:
     """Returns the most bytes in use at once on a device since the process began.
 
     Args:
-      device: a ``jax.Device``; the default one if ``None``.
+      device: a ``jax.Device``; ``None`` takes the default device.
 
     Returns:
-      The allocator's count, or ``None`` where it keeps none, as on CPU.
+      The allocator's count of bytes, or ``None`` where it keeps no count, as on CPU.
     """
     stats = (device or jax.devices()[0]).memory_stats()
     return None if stats is None else stats.get("peak_bytes_in_use")

@@ -1,4 +1,4 @@
-"""What a measurement leaves behind: a folder, a JSON file, the versions it was taken with."""
+"""Records of a measurement: its folder, its JSON file and the versions that it was taken with."""
 
 import json
 import os
@@ -10,10 +10,10 @@ import jax
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and proves, before any work, that results can be written to it.
+    """Makes a folder and checks, before any work is done, that results can be written to it.
 
     Raises:
-      ValueError: if they cannot.
+      ValueError: if results cannot be written to the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -25,14 +25,14 @@ def make_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes indented JSON to ``path``, whole or not at all."""
+    """Writes indented JSON to ``path``; the file is written whole or not at all."""
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def versions() -> dict[str, str]:
-    """Returns the device and library versions that a measurement was taken with."""
+    """Returns the device, the number of CPUs and the library versions of this process, by name."""
     import flax
     import transformers
 

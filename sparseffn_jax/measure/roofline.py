@@ -1,4 +1,4 @@
-"""What the machine allows: its measured peaks, and the time that they set for a layer.
+"""The bound that a machine sets: its measured peaks, and the least time of a layer on it.
 
 The roofline model (Williams et al. 2009): a program takes at least the time of its arithmetic at
 the machine's peak and at least the time of its traffic at the machine's bandwidth.
@@ -23,13 +23,13 @@ _STREAM_BYTES = {"cpu": 2**28, "gpu": 2**31}
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """What one device was measured to reach.
+    """The measured peak performance of one device.
 
     Attributes:
-      device: its kind.
-      dtype: of the matrix product.
-      flops_per_second: of a large square matrix product.
-      bytes_per_second: read and written by a copy that no cache holds.
+      device: kind of the device, as JAX names it.
+      dtype: dtype of the matrix product.
+      flops_per_second: floating-point operations per second of a large square matrix product.
+      bytes_per_second: bytes per second, read and written, of a copy that is larger than any cache.
     """
 
     device: str
@@ -43,9 +43,11 @@ class Traffic:
     """Bytes that one layer's forward pass moves if each stage reads and writes memory once.
 
     Attributes:
-      weights: read.
-      activations: the layer's inputs read and outputs written.
-      hidden: what lies between its products, written and read again.
+      weights: bytes of the weights, which are read once.
+      activations: bytes of the layer's inputs, which are read, and of its outputs, which are
+        written.
+      hidden: bytes of the intermediate results between its products, which are written and read
+        again.
     """
 
     weights: int
@@ -54,7 +56,7 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        """All bytes."""
+        """Number of all bytes."""
         return self.weights + self.activations + self.hidden
 
 
@@ -63,10 +65,10 @@ class Roofline:
     """The bound that a machine's peaks set for one layer's forward pass.
 
     Attributes:
-      flops: of the layer, on nonzeros.
-      traffic: bytes moved.
-      compute_seconds: of the FLOPs at the peak.
-      memory_seconds: of the bytes at the peak.
+      flops: floating-point operations of the layer, counted on nonzeros.
+      traffic: bytes that the layer moves.
+      compute_seconds: time of the operations at the machine's peak, in seconds.
+      memory_seconds: time of the traffic at the machine's bandwidth, in seconds.
     """
 
     flops: int
@@ -76,12 +78,12 @@ class Roofline:
 
     @property
     def intensity(self) -> float:
-        """FLOPs a byte."""
+        """Arithmetic intensity, in floating-point operations per byte."""
         return self.flops / self.traffic.total
 
     @property
     def seconds(self) -> float:
-        """The least time: arithmetic and traffic overlap fully."""
+        """The least time in seconds, which is reached if arithmetic and traffic overlap fully."""
         return max(self.compute_seconds, self.memory_seconds)
 
     @property
@@ -91,11 +93,13 @@ class Roofline:
 
 
 def measure_peak(dtype: Any = jnp.float32, repeats: int = 5) -> Peak:
-    """Measures the default device: a large matrix product, and a copy; about a second each.
+    """Measures the peak performance of the default device.
+
+    It times a large matrix product and a large copy, which take about a second each.
 
     Args:
-      dtype: of the product.
-      repeats: of both; the median counts.
+      dtype: dtype of the matrix product.
+      repeats: number of runs of each; the median counts.
     """
     device = jax.devices()[0]
     kind = "cpu" if device.platform == "cpu" else "gpu"
@@ -113,12 +117,12 @@ def measure_peak(dtype: Any = jnp.float32, repeats: int = 5) -> Peak:
 def layer_traffic(config: SparseFFNConfig, tokens: int, dtype: Any = jnp.float32) -> Traffic:
     """Counts the bytes that a layer's forward pass moves.
 
-    Every weight is read once; what lies between products, as
-    :func:`sparseffn_jax.measure.costs.count_numbers` counts it, is written once and read once.
+    Every weight is read once. The intermediate results between products, which
+    :func:`sparseffn_jax.measure.costs.count_numbers` counts, are written once and read once.
 
     Args:
-      config: configuration of the layer; a core of all hidden units is the dense FFN.
-      tokens: rows of the activations.
+      config: configuration of the layer; a dense core with all hidden units is the dense FFN.
+      tokens: number of rows of the activations.
       dtype: dtype of weights and activations.
     """
     numbers = count_numbers(config)
@@ -133,7 +137,13 @@ def layer_traffic(config: SparseFFNConfig, tokens: int, dtype: Any = jnp.float32
 def roofline(
     config: SparseFFNConfig, tokens: int, peak: Peak, dtype: Any = jnp.float32
 ) -> Roofline:
-    """Returns the bound that measured peaks set for a layer on ``tokens`` rows.
+    """Returns the bound that measured peaks set for a layer's forward pass.
+
+    Args:
+      config: configuration of the layer; a dense core with all hidden units is the dense FFN.
+      tokens: number of rows of the activations.
+      peak: the machine's measured peaks.
+      dtype: dtype of weights and activations.
 
     Raises:
       ValueError: if the peak was measured in another dtype.

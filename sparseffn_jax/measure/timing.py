@@ -11,11 +11,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class PairedTimes:
-    """Times of a baseline and a candidate, in seconds, run in turn.
+    """Times of a baseline and a candidate that ran in turn, in seconds.
 
     Attributes:
-      baseline: one entry a repetition.
-      candidate: one entry a repetition, each run right after the baseline's of the same index.
+      baseline: the baseline's time in each repetition.
+      candidate: the candidate's time in each repetition.
     """
 
     baseline: tuple[float, ...]
@@ -23,7 +23,7 @@ class PairedTimes:
 
     @property
     def speedup(self) -> float:
-        """Median over the pairs of baseline time over candidate time."""
+        """Speed-up of the candidate: the median ratio of the times in a repetition."""
         return float(np.median(np.divide(self.baseline, self.candidate)))
 
     def __add__(self, other: "PairedTimes") -> "PairedTimes":
@@ -31,7 +31,7 @@ class PairedTimes:
         return PairedTimes(self.baseline + other.baseline, self.candidate + other.candidate)
 
     def summary(self) -> dict[str, float | list[float]]:
-        """Returns medians, the speed-up and its quartiles over the pairs, ready for JSON."""
+        """Returns medians in seconds, the speed-up and its quartiles, in a form fit for JSON."""
         ratios = np.divide(self.baseline, self.candidate)
         return {
             "baseline_seconds": float(np.median(self.baseline)),
@@ -44,8 +44,8 @@ class PairedTimes:
 def chained(function: Callable[[Any, Any], Any], times: int) -> Callable[[Any, Any], Any]:
     """Returns ``x -> x + function(params, x)``, applied ``times`` times in one program.
 
-    One call on few tokens is over before the clock has read it; here each waits for the one before,
-    as in generation.
+    A single call on few tokens is too short for the clock. In the chain each call waits for the
+    previous one, as in generation.
     """
 
     def run(params: Any, x: Any) -> Any:
@@ -57,12 +57,14 @@ def chained(function: Callable[[Any, Any], Any], times: int) -> Callable[[Any, A
 def time_pair(
     baseline: Callable[[], Any], candidate: Callable[[], Any], *, repeats: int = 15
 ) -> PairedTimes:
-    """Times two functions in turn; see :func:`time_in_turn`.
+    """Times two functions in turn, as :func:`time_in_turn` does.
 
     Args:
-      baseline: runs the program compared with and returns its outputs, which are waited for.
-      candidate: likewise.
-      repeats: pairs to measure.
+      baseline: function that runs the reference program and returns its outputs, which are waited
+        for.
+      candidate: function that runs the program to be compared with the reference and returns its
+        outputs, which are waited for.
+      repeats: number of times that each function is timed.
     """
     return PairedTimes(*time_in_turn([baseline, candidate], repeats=repeats))
 
@@ -70,15 +72,18 @@ def time_pair(
 def time_in_turn(
     functions: Sequence[Callable[[], Any]], *, repeats: int = 15
 ) -> list[tuple[float, ...]]:
-    """Times functions in turn; returns each one's seconds, run by run.
+    """Times functions in turn.
 
-    Taking turns lets a slow spell of a shared machine fall on all. Each turn begins with a run that
-    is not timed: otherwise a program would pay for the state in which the one before it left caches
-    and allocator, and a light program for a heavy one's.
+    Because the functions take turns, a slow spell of a shared machine affects all of them alike.
+    Each turn begins with a run that is not timed: otherwise a program would pay for the state in
+    which the previous program left caches and allocator.
 
     Args:
-      functions: each runs a program and returns its outputs, which are waited for.
-      repeats: runs of each.
+      functions: functions that each run a program and return its outputs, which are waited for.
+      repeats: number of times that each function is timed.
+
+    Returns:
+      The times of each function, in seconds, run by run.
     """
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats):

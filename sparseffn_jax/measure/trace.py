@@ -1,8 +1,8 @@
 """Device time by part of a layer, from a profiler trace and the program's named scopes.
 
-A trace names the HLO instruction behind every stretch of time, on CPU as on GPU, but not its
-named scopes; the compiled program's text has both, and joins the two. A fusion belongs to the
-scope of its root.
+A trace names the HLO instruction behind every stretch of time, on CPU as on GPU, but not its named
+scopes. The text of the compiled program names both, which allows time to be assigned to scopes. A
+fusion belongs to the scope of its root.
 """
 
 import dataclasses
@@ -31,15 +31,16 @@ class PartTimes:
     """Device time of one program, by part.
 
     Attributes:
-      seconds: of one run, by part, forward and backward together; ``"other"`` is what belongs to
-        no part. On CPU the time of threads that work at once is added up.
+      seconds: time of one run in seconds, by part, forward and backward pass together; the key
+        ``"other"`` has the time that belongs to no part. On CPU the times of threads that work at
+        once are added up.
     """
 
     seconds: dict[str, float]
 
     @property
     def shares(self) -> dict[str, float]:
-        """Each part's share of the time."""
+        """The share of the time that each part takes."""
         total = sum(self.seconds.values())
         return {part: seconds / total for part, seconds in self.seconds.items()}
 
@@ -50,10 +51,10 @@ def time_by_part(
     """Runs a compiled program under the profiler and returns its device time by named scope.
 
     Args:
-      compiled: ``jax.jit(f).lower(*args).compile()``.
-      *args: of the program.
-      parts: names of scopes; an instruction below several of them belongs to the innermost.
-      repeats: runs that the time is averaged over.
+      compiled: the compiled program, ``jax.jit(f).lower(*args).compile()``.
+      *args: arguments of the program.
+      parts: names of scopes; an instruction inside several of them belongs to the innermost one.
+      repeats: number of runs over which the time is averaged.
 
     Raises:
       ValueError: if the trace names no instruction of the program.
@@ -78,9 +79,12 @@ def time_by_part(
 
 
 def instruction_paths(hlo: str) -> dict[str, str]:
-    """Returns the scope path of every instruction of a compiled program's text that takes time.
+    """Returns the scope path of every instruction that takes time, by name of the instruction.
 
-    Instructions that the compiler made up, such as copies, have an empty path.
+    Instructions that the compiler has added, such as copies, have an empty path.
+
+    Args:
+      hlo: text of a compiled program.
     """
     found = filter(None, map(_INSTRUCTION.match, hlo.splitlines()))
     return {

@@ -1,4 +1,4 @@
-"""What all model families share: the pluggable feed-forward layer, the stack, the head, the cache.
+"""The parts that all model families share: feed-forward layer, stack of blocks, head and cache.
 
 A family is a subclass of :class:`Decoder`. Its parameter tree has the names, shapes and layouts of
 transformers 4.57's Flax class, so that a tree from there applies unchanged. Shape letters in
@@ -31,11 +31,11 @@ FFN = SparseFFNConfig | Callable[..., nn.Module] | None
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """What a model's config says, under names that are the same in all families.
+    """The sizes that a model's config states, under the same names in all families.
 
     Attributes:
       n_layer: the number of blocks.
-      n_positions: the most tokens that a sequence can have.
+      n_positions: the largest number of tokens in a sequence.
       d_model: the number of channels that go into an FFN and come out of it.
       d_ff: the number of hidden units of the dense FFN.
       activation: the Hugging Face name of the dense FFN's activation.
@@ -61,7 +61,7 @@ class DecoderSpec:
 
 @dataclasses.dataclass(frozen=True)
 class FFNLayout:
-    """What a family calls the maps of its dense FFN, below ``mlp``.
+    """The names that a family gives to the maps of its dense FFN, below ``mlp``.
 
     Attributes:
       up: the name of W1 or, if the FFN is gated, of Wu.
@@ -82,9 +82,9 @@ class FFNLayout:
 
 
 class Decoder(nn.Module):
-    """A decoder with a language-model head, and all that a model family says of itself.
+    """A decoder with a language-model head; the base class of the model families.
 
-    A family is a subclass that gives the class attributes below and :meth:`spec_of`, and whose
+    A family is a subclass that defines the class attributes below and :meth:`spec_of`, and whose
     ``setup`` makes the body and, unless embeddings are tied, ``lm_head``. It becomes known to the
     library by :func:`sparseffn_jax.models.families.register`.
 
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
       config: the model's config, of the class ``config_class``; every field that changes numbers
         is honoured.
       ffns: one entry for each layer: ``None`` keeps the dense FFN, a ``SparseFFNConfig`` puts a
-        ``SparseFFN`` there, and any callable is called with ``name``, ``dtype`` and
+        ``SparseFFN`` in its place, and any callable is called with ``name``, ``dtype`` and
         ``param_dtype`` and returns the module to use, which maps ``(B, T, D)`` to ``(B, T, D)``.
         The empty tuple keeps every layer dense.
       dtype: the dtype of the computation. Norms' statistics, softmax and logits are always
@@ -103,15 +103,15 @@ class Decoder(nn.Module):
       config_class: the class of the family's configs, whose ``model_type`` is the family's name.
       layer_path: the names of the body and of the collection of its blocks, under which a layer's
         number leads to its part of the parameters, the cache and the intermediates.
-      ffn_layout: what the dense FFN's maps are called.
+      ffn_layout: the names of the dense FFN's maps.
       d_ff_key: the config's key for the hidden width of the dense FFN.
       block: the class of the blocks.
-      names: what checkpoints call the family's tensors.
+      names: the names of the family's tensors in checkpoints.
       sharding: how the family's own parameters, those of SparseFFNs left out, are dealt out on a
         mesh of devices; see :data:`sparseffn_jax.nn.paths.ShardingRule`. A parameter that no rule
         names is whole on every device.
-      attention: what a block calls its attention.
-      norms: what the norms in the blocks and after them are called.
+      attention: the name of the attention in a block.
+      norms: the names of the norms in the blocks and after them.
 
     Example:
       >>> import jax
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:
-        """Returns what a config of this family says.
+        """Returns the sizes that a config of this family states.
 
         Raises:
           ValueError: if the family's model cannot honour the config.
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
 
     @property
     def spec(self) -> DecoderSpec:
-        """What the model's config says, under names that are the same in all families."""
+        """The sizes that the model's config states, under the same names in all families."""
         return self.spec_of(self.config)
 
     def __call__(
@@ -170,21 +170,28 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         init_cache: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Returns next-token logits in float32.
+        """Returns the logits of every position's next token, in float32.
 
         Args:
-          input_ids: token ids below ``vocab_size``.
-          attention_mask: 1 for real tokens, 0 for padding; over the whole cache (S = its
-            length) when decoding, else S = T. ``None`` means no padding.
-          position_ids: positions below ``n_positions``. By default they count from 0, or from
-            the cache's end when there is one; left padding needs them given.
-          deterministic: ``False`` applies the config's dropout (needs an rng ``"dropout"``).
-          init_cache: create the key/value cache; see :func:`init_cache`.
+          input_ids: token ids (B, T) below ``vocab_size``.
+          attention_mask: 1 for real tokens, 0 for padding. When decoding it covers the whole cache,
+            so that S is the cache's length; otherwise S = T. ``None`` means that there is no
+            padding.
+          position_ids: positions (B, T) below ``n_positions``. By default they count from 0, or
+            from the first free position of the cache if there is one; with padding on the left
+            they must be given.
+          deterministic: whether dropout is off; ``False`` applies the config's dropout rates and
+            needs an rng named ``"dropout"``.
+          init_cache: whether to create the key/value cache, as the function :func:`init_cache`
+            does.
+
+        Returns:
+          Logits (B, T, V).
 
         Raises:
-          ValueError: if the config asks for what this model does not have, if ``ffns`` has not
-            one entry a layer, if the tokens exceed ``n_positions`` or the cache, or if
-            ``attention_mask`` does not cover the keys.
+          ValueError: if the config asks for a feature that the family lacks, if the number of
+            entries of ``ffns`` is not that of the layers, if the tokens exceed ``n_positions`` or
+            the cache, or if ``attention_mask`` does not cover the keys.
         """
         n_positions = self.spec.n_positions
         if input_ids.shape[1] > n_positions:
@@ -234,7 +241,8 @@ class Block(nn.Module):
       ffn: the layer's entry of :attr:`Decoder.ffns`.
       dtype: the dtype of the computation.
       param_dtype: the dtype of the parameters.
-      mlp: makes the dense FFN, called with the config and ``name``, ``dtype`` and ``param_dtype``.
+      mlp: function that makes the dense FFN from the config, ``name``, ``dtype`` and
+        ``param_dtype``.
     """
 
     config: Any
@@ -254,7 +262,7 @@ class Block(nn.Module):
 
 
 class BlockCollection(nn.Module):
-    """The stack of a family's blocks, named ``0``, ``1`` and so on.
+    """The stack of a model's blocks, which are named ``0``, ``1`` and so on.
 
     Attributes:
       block: the family's class of blocks.
@@ -290,7 +298,15 @@ class BlockCollection(nn.Module):
 def make_ffn(
     ffn: FFN, dense: Callable[..., nn.Module], config: Any, dtype: Dtype, param_dtype: Dtype
 ) -> nn.Module:
-    """Returns a layer's feed-forward module, named ``mlp``: ``ffn``, or ``dense`` if it is None."""
+    """Returns a layer's feed-forward module, which is named ``mlp``.
+
+    Args:
+      ffn: the layer's entry in ``ffns``, as in :class:`Decoder`.
+      dense: class of the dense FFN, which is taken if ``ffn`` is ``None``.
+      config: Hugging Face config of the model, with which the dense FFN is made.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
+    """
     settings = {"name": FFN_NAME, "dtype": dtype, "param_dtype": param_dtype}
     if ffn is None:
         return dense(config, **settings)
@@ -302,9 +318,17 @@ def make_ffn(
 def init_cache(model: Decoder, batch_size: int, max_length: int) -> dict[str, Any]:
     """Returns an empty key/value cache for ``batch_size`` sequences of ``max_length`` tokens.
 
-    Pass it as ``model.apply({"params": p, "cache": cache}, ..., mutable=["cache"])``. How many
-    positions are written is tracked inside; writing more than ``max_length`` in all is not
-    detected.
+    Pass it as ``model.apply({"params": p, "cache": cache}, ..., mutable=["cache"])``. The cache
+    itself counts the positions that are written; writing more than ``max_length`` positions in all
+    is not detected.
+
+    Args:
+      model: the decoder.
+      batch_size: number of sequences.
+      max_length: largest number of tokens in a sequence, prompt and continuation together.
+
+    Returns:
+      The collection ``cache``, filled with zeros; keys and values have the model's ``dtype``.
 
     Raises:
       ValueError: if ``max_length`` exceeds the model's ``n_positions``.
@@ -344,7 +368,7 @@ def init_cache(model: Decoder, batch_size: int, max_length: int) -> dict[str, An
 
 
 def ffn_module(model: Decoder, layer: int) -> nn.Module:
-    """Returns one layer's FFN as a module of its own, to apply to that layer's ``mlp`` leaves."""
+    """Returns one layer's FFN as a separate module, to apply to that layer's ``mlp`` leaves."""
     ffn = model.ffns[layer] if model.ffns else None
     return make_ffn(ffn, model.block.mlp, model.config, model.dtype, model.param_dtype)
 
@@ -355,13 +379,14 @@ def pack_ffns(
     """Packs the weights of all sparse FFNs for calls of ``tokens`` tokens.
 
     Args:
-      model: a decoder; its FFNs of other kinds have nothing to pack.
-      params: its parameters.
-      tokens: how many tokens a call has, all its sequences together.
-      platform: that the calls are compiled for.
+      model: a decoder; FFNs that are no ``SparseFFN`` are left out.
+      params: parameters of the model.
+      tokens: number of tokens of a call, all its sequences together.
+      platform: the platform that the calls are compiled for.
 
     Returns:
-      The model's collection ``packed``; :meth:`SparseFFN.pack` tells what it holds.
+      The model's collection ``packed``, which :meth:`SparseFFN.pack` describes; empty if no layer
+      has a ``SparseFFN``.
     """
     sparse = [i for i, ffn in enumerate(model.ffns) if isinstance(ffn, SparseFFNConfig)]
     if not sparse:
@@ -380,7 +405,7 @@ def pack_ffns(
 
 
 def layers_of(model: Decoder, tree: Mapping[str, Any]) -> list[Any]:
-    """Returns each layer's part of a tree of parameters, intermediates or caches."""
+    """Returns the part of each layer in a tree of parameters, intermediates or caches."""
     body, collection = model.layer_path
     return [tree[body][collection][str(i)] for i in range(model.spec.n_layer)]
 

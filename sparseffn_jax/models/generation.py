@@ -1,7 +1,7 @@
 """Token generation with the key/value cache: prompts are read once, then one compiled loop decodes.
 
-The loop's program depends on shapes alone. How tokens are chosen is data to it, and so is how far
-it runs: calling it for one token at a time streams, with the same program and the same tokens.
+The program of the loop depends on shapes alone. The sampling settings and the length to stop at are
+data: calling the loop for one token at a time streams, with the same program and the same tokens.
 Shape letters: B prompts, T their padded length, N new tokens, V the vocabulary.
 """
 
@@ -30,13 +30,15 @@ class Sampling:
     The settings apply in this order, as in Hugging Face's ``generate``.
 
     Attributes:
-      repetition_penalty: divides the positive and multiplies the negative logits of tokens that
-        the row holds already (Keskar et al. 2019, 1909.05858); 1 changes nothing.
-      temperature: 0 takes the likeliest token; otherwise the logits are divided by it and a token
-        is drawn.
-      top_k: draw from the k likeliest tokens only.
-      top_p: draw from the likeliest tokens only, as few as have this probability together
-        (Holtzman et al. 2019, 1904.09751).
+      repetition_penalty: number by which the positive logits of tokens that the row holds already
+        are divided, and the negative ones multiplied (Keskar et al. 2019, 1909.05858); 1 changes
+        nothing.
+      temperature: number by which the logits are divided before a token is drawn; 0 takes the
+        likeliest token instead.
+      top_k: number k of likeliest tokens that a token is drawn from; ``None`` sets no limit.
+      top_p: probability, above 0 and at most 1. A token is drawn from the smallest set of likeliest
+        tokens that together have at least this probability (Holtzman et al. 2019, 1904.09751);
+        ``None`` sets no limit.
 
     Raises:
       ValueError: on construction, if a value is out of its range; the message names it.
@@ -71,12 +73,13 @@ class DecodeState(NamedTuple):
 
     Attributes:
       cache: the model's key/value cache, for T + N tokens.
-      tokens: the padded prompts, the new tokens, and anything for those to come.
-      length: of the sequences up to now, padding included; the same for all.
-      padding: how many places on the left hold no token.
-      seen: which tokens a row holds.
-      done: rows that have ended: their last token is repeated.
-      key: from which the random numbers to come are made.
+      tokens: the padded prompts followed by the new tokens, (B, T + N) int32; positions from
+        ``length`` on hold arbitrary values.
+      length: the length of all sequences up to now, padding included.
+      padding: the number of places on the left of each row that hold no token, (B,).
+      seen: which tokens each row holds, (B, V).
+      done: which rows have ended, (B,); the last token of such a row is repeated.
+      key: the key from which later random numbers are made.
     """
 
     cache: Any
@@ -102,26 +105,31 @@ def generate(
     prompt_mask: Int[Array | np.ndarray, "b t"] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Int[Array, "b t_plus_n"]:
-    """Continues prompts.
+    """Continues prompts, token by token.
 
-    Compiled once for all calls with the same model and shapes, whatever the settings.
+    The programs are compiled once for all calls with the same model and shapes; the sampling
+    settings may differ from call to call.
 
     Args:
       model: the decoder.
-      params: its parameters.
-      prompt: ``(B, T)`` token ids; or B lists of ids of any lengths, which :func:`left_pad` pads.
-      max_new_tokens: how many tokens to add at most.
-      temperature: see :class:`Sampling`, as for the next three.
-      top_k: see there.
-      top_p: see there.
-      repetition_penalty: see there.
-      eos_token_id: the token, or tokens, that end a row; it is repeated to the row's end. ``None``
-        ends nothing.
-      prompt_mask: ``(B, T)``, 1 for tokens and 0 for padding, which is on the left.
-      key: for sampling; needed if ``temperature`` is above 0.
+      params: parameters of the decoder.
+      prompt: token ids ``(B, T)``, or B lists of ids of any lengths, which :func:`left_pad` pads.
+      max_new_tokens: largest number of tokens to add to each row.
+      temperature: number by which the logits are divided before a token is drawn; 0 takes the
+        likeliest token instead.
+      top_k: number of likeliest tokens that a token is drawn from; ``None`` sets no limit.
+      top_p: probability of the smallest set of likeliest tokens that a token is drawn from;
+        ``None`` sets no limit.
+      repetition_penalty: penalty on tokens that the row holds already, as in :class:`Sampling`;
+        1 changes nothing.
+      eos_token_id: the token, or tokens, that end a row; the token that ended a row is repeated up
+        to the row's end. ``None`` ends no row early.
+      prompt_mask: ``(B, T)``, 1 for tokens and 0 for padding, which must be on the left. ``None``
+        means that there is no padding.
+      key: random key for sampling; needed if ``temperature`` is above 0.
 
     Returns:
-      ``(B, T + max_new_tokens)`` int32: the padded prompts and their continuations.
+      The padded prompts and their continuations, ``(B, T + max_new_tokens)`` int32.
 
     Raises:
       ValueError: if a prompt is empty or padded on the right, or holds an unknown token; if prompt
@@ -163,7 +171,24 @@ def start(
     prompt_mask: Int[Array | np.ndarray, "b t"] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> DecodeState:
-    """Reads the prompts and chooses the first new token; see :func:`generate`."""
+    """Reads the prompts and chooses the first new token of each.
+
+    Args:
+      model: the decoder.
+      params: parameters of the decoder.
+      prompt: token ids, as :func:`generate` takes them.
+      max_new_tokens: largest number N of tokens to add to each row.
+      sampling: how tokens are chosen.
+      eos_token_id: the token, or tokens, that end a row; ``None`` ends no row early.
+      prompt_mask: mask of the prompts, as :func:`generate` takes it.
+      key: random key for sampling; needed if the temperature is above 0.
+
+    Returns:
+      The state from which :func:`advance` goes on.
+
+    Raises:
+      ValueError: under the conditions that :func:`generate` lists.
+    """
     vocab_size: int = model.config.vocab_size
     if isinstance(prompt, np.ndarray | jax.Array):
         ids = np.asarray(prompt, np.int32)
@@ -196,11 +221,17 @@ def advance(
 
     Args:
       model: the decoder.
-      params: its parameters.
-      state: is donated: do not use it again.
-      length: padding included; at most T + N.
+      params: parameters of the decoder.
+      state: the sequences so far. Its buffers are donated, so that it must not be used again.
+      length: length of the sequences to stop at, padding included; at most T + N.
       sampling: how tokens are chosen.
-      eos_token_id: see :func:`generate`.
+      eos_token_id: the token, or tokens, that end a row; ``None`` ends no row early.
+
+    Returns:
+      The state of the longer sequences.
+
+    Raises:
+      ValueError: if ``top_k`` exceeds the vocabulary.
     """
     data = _as_data(sampling, model.config.vocab_size)
     return _decode(
@@ -212,11 +243,14 @@ def advance(
 def left_pad(
     prompts: Sequence[Sequence[int]], length: int = 0
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b t"]]:
-    """Pads lists of token ids on the left to one length; returns ids and mask, int32.
+    """Pads lists of token ids on the left to one length.
 
     Args:
-      prompts: B lists.
-      length: to pad to at least; else to the longest list.
+      prompts: B lists of token ids.
+      length: smallest length T of the result; longer lists make it longer.
+
+    Returns:
+      The padded ids (B, T), and a mask (B, T) with 1 for tokens and 0 for padding; both int32.
     """
     length = max(length, *map(len, prompts)) if prompts else length
     ids = np.zeros((len(prompts), length), np.int32)
@@ -234,7 +268,17 @@ def choose(
     settings: dict[str, Array],
     key: PRNGKeyArray,
 ) -> Int[Array, " b"]:
-    """Chooses a token a row; ``settings`` are :class:`Sampling`'s as arrays."""
+    """Chooses a token for each row.
+
+    Args:
+      logits: logits of the next token, (B, V).
+      seen: which tokens each row holds, (B, V).
+      settings: the attributes of :class:`Sampling`, as scalar arrays without ``None``.
+      key: random key.
+
+    Returns:
+      Token ids (B,), int32.
+    """
     logits = penalize(logits, seen, settings["repetition_penalty"])
 
     def draw():
@@ -249,19 +293,21 @@ def choose(
 def penalize(
     logits: Float[Array, "b v"], seen: Bool[Array, "b v"], penalty: Float[Array, ""]
 ) -> Float[Array, "b v"]:
-    """Makes the tokens that were seen less likely; see :class:`Sampling`."""
+    """Applies the repetition penalty of :class:`Sampling` to the tokens that were seen."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def truncate(
     logits: Float[Array, "b v"], top_k: Int[Array, ""], top_p: Float[Array, ""]
 ) -> Float[Array, "b v"]:
-    """Sets the logits that top-k and then top-p leave out to -inf; equal logits stay together.
+    """Sets the logits that top-k, and then top-p, leave out to -inf.
+
+    Tokens with equal logits are either all kept or all left out.
 
     Args:
-      logits: divided by the temperature already.
-      top_k: from 1 to V, where V leaves out none.
-      top_p: above 0, where 1 leaves out none.
+      logits: logits (B, V) that are already divided by the temperature.
+      top_k: number of tokens to keep, from 1 to V; V leaves out none.
+      top_p: probability to keep, above 0; 1 leaves out none.
     """
 
     def smallest_kept():
@@ -285,7 +331,7 @@ def truncate(
 
 @dataclasses.dataclass(frozen=True)
 class _ByValue:
-    """A model as a static argument of jit: equal to any other whose fields are equal.
+    """A model as a static argument of jit, which is equal to any other with equal fields.
 
     Linen hashes a module by its fields, and configs of transformers compare by value but have no
     hash.
@@ -333,7 +379,7 @@ def _decode(static, platform, params, state, length, settings, ends):
 
 
 def _append(model, params, state, tokens, settings, ends, packed=None):
-    """Feeds the model the sequences' last tokens and appends the token that it chooses."""
+    """Runs the model on the last tokens of the sequences and appends the tokens that it chooses."""
     count, capacity = tokens.shape[1], state.tokens.shape[1]
     places = state.length - count + jnp.arange(count)
     is_token = jnp.arange(capacity) >= state.padding[:, None]

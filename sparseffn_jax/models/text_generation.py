@@ -28,7 +28,26 @@ def generate_text(
     key: PRNGKeyArray | None = None,
     least_length: int = 0,
 ) -> list[str]:
-    """Returns what the model writes after each prompt; see :func:`stream_text`.
+    """Returns the text that a model writes after each prompt.
+
+    Args:
+      model: the decoder.
+      params: parameters of the decoder.
+      tokenizer: a transformers tokenizer; its end-of-text token ends a row.
+      prompts: one prompt for each row, as text or as token ids.
+      max_new_tokens: largest number of tokens to add to each row.
+      sampling: how tokens are chosen; by default the likeliest token is taken.
+      stop: strings that end a row; the text ends before the first of them.
+      key: random key for sampling; needed if the temperature is above 0.
+      least_length: smallest number of tokens to pad the prompts to: calls with prompts of different
+        lengths then share one compiled program.
+
+    Returns:
+      One text for each prompt, without the prompt.
+
+    Raises:
+      ValueError: if a stop string is empty, and under the conditions that
+        :func:`sparseffn_jax.generate` lists.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -59,29 +78,30 @@ def stream_text(
     chunk: int = 1,
     least_length: int = 0,
 ) -> Iterator[tuple[str, ...]]:
-    """Yields what the model writes after each prompt, piece by piece.
+    """Yields the text that a model writes after each prompt, piece by piece.
 
-    A piece ends with a whole character, and nothing is given out that may turn out to be the
-    beginning of a stop string.
+    A piece ends with a whole character. Text that may turn out to be the beginning of a stop string
+    is held back until it is certain that it is none.
 
     Args:
       model: the decoder.
-      params: its parameters.
+      params: parameters of the decoder.
       tokenizer: a transformers tokenizer; its end-of-text token ends a row.
-      prompts: one a row, as text or as token ids.
-      max_new_tokens: how many tokens a row gets at most.
-      sampling: how tokens are chosen; by default the likeliest.
-      stop: strings that end a row; neither they nor what follows is given out.
-      key: for sampling.
-      chunk: tokens between two pieces.
-      least_length: tokens to pad the prompts to at least: calls with different prompts then share
-        one compiled program.
+      prompts: one prompt for each row, as text or as token ids.
+      max_new_tokens: largest number of tokens to add to each row.
+      sampling: how tokens are chosen; by default the likeliest token is taken.
+      stop: strings that end a row; the text ends before the first of them.
+      key: random key for sampling; needed if the temperature is above 0.
+      chunk: number of tokens between two pieces.
+      least_length: smallest number of tokens to pad the prompts to: calls with prompts of different
+        lengths then share one compiled program.
 
     Yields:
-      A piece for each prompt, which may be empty.
+      A tuple with one piece for each prompt; a piece may be empty.
 
     Raises:
-      ValueError: if a stop string is empty, and as :func:`generate` raises it.
+      ValueError: if a stop string is empty, and under the conditions that
+        :func:`sparseffn_jax.generate` lists.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -131,7 +151,7 @@ def stream_text(
 
 
 class _Row:
-    """One prompt's continuation, and how much of it was given out."""
+    """The continuation of one prompt, and the length of the text that was given out already."""
 
     def __init__(self, tokenizer: Any, prompt: list[int], stop: Sequence[str]):
         self.is_over = False
@@ -141,7 +161,7 @@ class _Row:
         self._given = len(self._decode())
 
     def add(self, ids: list[int], is_last: bool) -> str:
-        """Takes new tokens; returns the text that has become certain."""
+        """Appends new tokens and returns the text that has become certain."""
         if self.is_over:
             return ""
         end = self._tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""Calibration text, and what each layer's FFN receives on it."""
+"""Calibration text, and the inputs that each layer's FFN receives on it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,17 @@ def collect_ffn_inputs(
     tokens: Int[np.ndarray, "n t"],
     batch_size: int,
 ) -> list[Float[np.ndarray, "nt d"]]:
-    """Returns what each layer's FFN receives on the given text, in float32 on the host."""
+    """Returns the inputs that each layer's FFN receives on a text.
+
+    Args:
+      model: the decoder.
+      params: parameters of the decoder.
+      tokens: token ids (n, t).
+      batch_size: number of rows of ``tokens`` in one forward pass.
+
+    Returns:
+      For each layer a float32 array (n * t, d_model) in host memory.
+    """
 
     @jax.jit
     def forward(params: Params, tokens: Array) -> list[Array]:
@@ -38,7 +48,16 @@ def check_calibration(
     configs: Sequence[SparseFFNConfig | None],
     calibration: Int[np.ndarray, "n t"],
 ) -> None:
-    """Raises ``ValueError`` if the calibration text does not fit the model, or is too short."""
+    """Checks that the calibration text fits the model and is long enough.
+
+    Args:
+      model: the decoder.
+      configs: the configuration of each layer; ``None`` for a layer that stays dense.
+      calibration: token ids (n, t).
+
+    Raises:
+      ValueError: if the text does not fit the model, or is too short.
+    """
     if calibration.ndim != 2 or calibration.shape[1] > model.spec.n_positions:
         raise ValueError(
             f"calibration has shape {calibration.shape}: expected (windows, tokens) with at most "

@@ -1,8 +1,9 @@
-"""Least squares in closed form, from second moments: where each part of a SparseFFN starts.
+"""Least squares in closed form, from second moments, for the start of each part of a SparseFFN.
 
-All fits are ridge regressions of targets Y on features X, both centred if the map has a bias,
-given their moments alone, in NumPy float64. A ridge is relative: it is multiplied by the mean of
-the diagonal that it is added to. Shape letters: N tokens, i features, o targets.
+All fits are ridge regressions of targets Y on features X, both of which are centred if the map has
+a bias. They need the moments of X and Y alone and are computed by NumPy in float64. A ridge is
+relative: it is multiplied by the mean of the diagonal that it is added to. Shape letters: N tokens,
+i features, o targets.
 """
 
 import dataclasses
@@ -25,13 +26,13 @@ _POLYNOMIAL_TOKENS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Second moments of features X and targets Y over N tokens; means are zero if not centred.
+    """Second moments of features X and targets Y over N tokens.
 
     Attributes:
-      xx: ``X'X / N``, shape (i, i).
-      xy: ``X'Y / N``, shape (i, o).
-      x_mean: shape (i,).
-      y_mean: shape (o,).
+      xx: ``X'X / N``, shape (i, i), of the centred features if the moments are centred.
+      xy: ``X'Y / N``, shape (i, o), of centred features and targets if the moments are centred.
+      x_mean: means of the features, shape (i,); zero if the moments are not centred.
+      y_mean: means of the targets, shape (o,); zero if the moments are not centred.
     """
 
     xx: Float[np.ndarray, "i i"]
@@ -45,7 +46,11 @@ class Moments:
     ) -> "Moments":
         """Accumulates the moments of float32 data in float64, chunk by chunk.
 
-        What is fitted to moments that are not centred needs no bias.
+        Args:
+          x: features (N, i).
+          y: targets (N, o).
+          centred: whether to subtract the means; a map that is fitted to moments that are not
+            centred needs no bias.
         """
         n = len(x)
         x_mean, y_mean = (part.mean(0, dtype=np.float64) * centred for part in (x, y))
@@ -59,10 +64,11 @@ class Moments:
         return cls(xx / n, xy / n, x_mean, y_mean)
 
     def without(self, i: slice, given: slice) -> "Moments":
-        """Returns the moments of features ``i`` with what features ``given`` explain taken out.
+        """Returns the moments of features ``i`` after regressing out the features ``given``.
 
-        By the theorem of Frisch, Waugh and Lovell, fitting ``i`` to these moments, in any form
-        that is linear in its weights, is fitting ``i`` and unrestricted ``given`` jointly.
+        By the theorem of Frisch, Waugh and Lovell, a fit of ``i`` to these moments, in any form
+        that is linear in its weights, equals a joint fit of ``i`` and of ``given`` with
+        unrestricted weights.
         """
         explained = ridge_solve(
             self.xx[given, given], np.hstack([self.xx[given, i], self.xy[given]])
@@ -73,7 +79,7 @@ class Moments:
         return Moments((xx + xx.T) / 2, xy, self.x_mean[i], self.y_mean)
 
     def residual(self, i: slice, given: slice, weight: Float[np.ndarray, "g o"]) -> "Moments":
-        """Returns the moments of features ``i`` and what ``given @ weight`` leaves of Y."""
+        """Returns the moments of features ``i`` and of the error of ``given @ weight`` on Y."""
         xy = self.xy[i] - self.xx[i, given] @ weight
         y_mean = self.y_mean - self.x_mean[given] @ weight
         return Moments(self.xx[i, i], xy, self.x_mean[i], y_mean)
@@ -93,11 +99,20 @@ def whitened_svd(
     rank: int,
     output_scale: Float[np.ndarray, " o"],
 ) -> tuple[Float[np.ndarray, "i r"], Float[np.ndarray, "r o"]]:
-    """Returns the rank-r factors nearest to ``weight`` as the activations see it.
+    """Returns the rank-r factors whose outputs are nearest to those of ``weight``.
 
-    Minimises ``E |x' (weight - axes filter) diag(output_scale)|^2``: the SVD of the weight
-    whitened by the inputs' second moments (Yuan et al. 2023, ASVD; Wang et al. 2024, SVD-LLM,
-    2403.07378), which is the Karhunen-Loeve transform of the outputs.
+    They minimise ``E |x' (weight - axes filter) diag(output_scale)|^2``. The solution is the SVD of
+    the weight whitened by the inputs' second moments (Yuan et al. 2023, ASVD; Wang et al. 2024,
+    SVD-LLM, 2403.07378), which is the Karhunen-Loeve transform of the outputs.
+
+    Args:
+      weight: the matrix to approximate, (i, o).
+      xx: second moments of the inputs, (i, i).
+      rank: number r of components to keep.
+      output_scale: weight of each output's error, (o,); all positive.
+
+    Returns:
+      The factors ``axes`` (i, r) and ``filter`` (r, o).
     """
     values, vectors = np.linalg.eigh(xx)
     values = np.maximum(values, RIDGE * values.mean())
@@ -114,14 +129,24 @@ def whitened_svd(
 def truncated_svd(
     weight: Float[np.ndarray, "i o"], rank: int
 ) -> tuple[Float[np.ndarray, "i r"], Float[np.ndarray, "r o"]]:
-    """Returns the rank-r factors nearest to ``weight``, blind to the activations."""
+    """Returns the rank-r factors nearest to ``weight``, whatever the activations are.
+
+    Args:
+      weight: the matrix to approximate, (i, o).
+      rank: number r of components to keep.
+    """
     return whitened_svd(weight, np.eye(len(weight)), rank, np.ones(weight.shape[1]))
 
 
 def reduced_rank_regression(
     moments: Moments, rank: int
 ) -> tuple[Float[np.ndarray, "i r"], Float[np.ndarray, "r o"]]:
-    """Returns the rank-r factors that regress the targets best (Izenman 1975)."""
+    """Returns the rank-r factors with the least squared error on the targets (Izenman 1975).
+
+    Args:
+      moments: moments of features and targets.
+      rank: number r of components to keep.
+    """
     full = ridge_solve(moments.xx, moments.xy)
     _, vectors = np.linalg.eigh(full.T @ moments.xy)
     directions = vectors[:, ::-1][:, :rank]
@@ -134,10 +159,15 @@ def reduced_rank_regression(
 def block_circulant_regression(
     moments: Moments, block_size: int, frequencies: tuple[int, ...]
 ) -> tuple[Float[np.ndarray, "f p q"], Float[np.ndarray, "c p q"]]:
-    """Returns the filter ``(real, imag)`` that regresses the targets best.
+    """Returns the filter ``(real, imag)`` with the least squared error on the targets.
 
-    The orthonormal DFT leaves the squared error unchanged and the map diagonal in frequency, so
-    that it is one small complex least-squares problem a frequency.
+    The orthonormal DFT leaves the squared error unchanged and makes the map diagonal in frequency,
+    so that each frequency is a small complex least-squares problem of its own.
+
+    Args:
+      moments: moments of features and targets.
+      block_size: side b of a circulant block.
+      frequencies: the kept frequencies, ascending.
     """
     b = block_size
     p, q = moments.xx.shape[0] // b, moments.xy.shape[1] // b
@@ -162,10 +192,16 @@ def block_circulant_regression(
 
 
 def masked_regression(moments: Moments, mask: BlockMask | None) -> Float[np.ndarray, "i o"]:
-    """Returns the weights that regress the targets best among those that the mask allows.
+    """Returns the weights with the least squared error on the targets that the mask allows.
 
-    One ridge regression for each output block, on the input blocks that reach it. ``None``
-    restricts nothing.
+    Each output block is a ridge regression on the input blocks that reach it.
+
+    Args:
+      moments: moments of features and targets.
+      mask: mask of the weights; ``None`` allows all of them.
+
+    Returns:
+      A dense matrix (i, o), which is zero where it is masked.
     """
     if mask is None:
         return ridge_solve(moments.xx, moments.xy)
@@ -190,14 +226,15 @@ def fit_polynomial(
     """Fits the polynomial to what the branch should output, by least squares weighted by channel.
 
     Args:
-      config: of the polynomial.
-      us: the branch's pre-activations, ``(u,)``, or ``(gate, up)`` where units are ``poly(gate) *
-        up``.
-      target: what its hidden units should be.
-      weights: of each channel's squared error.
+      config: configuration of the polynomial.
+      us: the branch's pre-activations, ``(u,)`` or, where units are ``poly(gate) * up``,
+        ``(gate, up)``.
+      target: the values that the hidden units should have.
+      weights: weight of each channel's squared error.
 
     Returns:
-      The config with the radius that holds nearly all pre-activations, and the coefficients.
+      The config with the radius that holds nearly all pre-activations, and the coefficients
+      (groups, k).
     """
     # A sample of tokens is plenty for a handful of coefficients.
     sample = slice(None, None, max(1, len(target) // _POLYNOMIAL_TOKENS))

@@ -1,8 +1,8 @@
-"""Dense FFNs in, SparseFFNs out: :func:`sparsify`.
+"""The conversion of dense FFNs to SparseFFNs, by :func:`sparsify`.
 
-Closed forms come before gradients: every layer gets its start from calibration activations, then
-regresses its dense FFN's outputs by gradient, in parallel for all layers, before any end-to-end
-loss sees it.
+Closed forms come before gradients. Every layer is first fitted to calibration activations in closed
+form; gradient steps then fit it to the outputs of its dense FFN, in parallel for all layers. Only
+after that is the model trained on an end-to-end loss.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,21 +37,24 @@ def sparsify(
     """Replaces dense FFNs by SparseFFNs that start near them.
 
     Args:
-      model: a model whose layers to be replaced are dense.
-      params: its parameters; not changed.
-      config: for every layer, or one a layer, ``None`` keeping that layer dense. The
-        polynomial's radius is overwritten by what the calibration activations need.
-      calibration: (n, t) token ids of ordinary text; some 10 tokens a hidden unit or more.
-      fit: gives one layer its start, in closed form: called with the layer's dense FFN, its config
-        and the FFN's inputs, it returns the config, in which the polynomial's radius may be
-        another, and float32 parameters.
-      distill_steps: gradient steps of layer-wise distillation after the closed forms; 0 for none.
-      batch_size: windows in one forward pass of the dense model.
-      seed: of the distillation's batches.
+      model: a decoder in which the layers to be replaced are dense.
+      params: parameters of the decoder; they are not changed.
+      config: one configuration for all layers, or a sequence with one entry for each layer, where
+        ``None`` keeps a layer dense. The polynomial's radius is overwritten by the radius that the
+        calibration activations need.
+      calibration: token ids (n, t) of ordinary text; there should be ten tokens or more for each
+        hidden unit.
+      fit: function that fits one layer in closed form. It is called with the layer's dense FFN, its
+        config and the FFN's inputs, and returns the config, in which the polynomial's radius may
+        have changed, and float32 parameters.
+      distill_steps: number of gradient steps of layer-wise distillation after the closed forms; 0
+        leaves the distillation out.
+      batch_size: number of windows in one forward pass of the dense model.
+      seed: seed of the distillation's batches.
 
     Returns:
-      The sparse model, and its parameters with fresh leaves only under the replaced ``mlp``, in
-      the dtype of what they replace.
+      The sparse model and its parameters. Only the leaves under a replaced ``mlp`` are new; they
+      have the dtype of the leaves that they replace.
 
     Raises:
       ValueError: if the config does not fit the model or there is too little calibration text.

@@ -16,18 +16,18 @@ from sparseffn_jax.ops.activations import get_activation
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A linear map's weight and bias, ``x weight + bias``, in float64.
+    """A linear map ``x weight + bias``, in float64.
 
     Attributes:
-      weight: (i, o).
-      bias: (o,); zero where the model has none.
+      weight: weight matrix, (i, o).
+      bias: bias, (o,); zero if the model's map has no bias.
     """
 
     weight: Float[np.ndarray, "i o"]
     bias: Float[np.ndarray, " o"]
 
     def __call__(self, x: Float[np.ndarray, "n i"]) -> Float[np.ndarray, "n o"]:
-        """Returns the outputs in float32."""
+        """Returns the outputs (n, o) in float32."""
         return x @ self.weight.astype(np.float32) + self.bias.astype(np.float32)
 
     def outputs(self, chosen: Int[np.ndarray, " k"]) -> "Linear":
@@ -37,12 +37,12 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class DenseFFN:
-    """A dense FFN: ``down(phi(up(x)))`` or, gated, ``down(phi(gate(x)) * up(x))``.
+    """A dense FFN ``down(phi(up(x)))`` or, if gated, ``down(phi(gate(x)) * up(x))``.
 
     Attributes:
       up_maps: the maps into the m hidden units, ``(up,)`` or ``(gate, up)``.
-      down: the map out of them.
-      activation: phi, by its Hugging Face name.
+      down: the map out of the hidden units.
+      activation: Hugging Face name of phi.
     """
 
     up_maps: tuple[Linear, ...]
@@ -51,7 +51,13 @@ class DenseFFN:
 
     @classmethod
     def from_params(cls, mlp: Mapping[str, Any], layout: FFNLayout, activation: str) -> "DenseFFN":
-        """Reads a layer's ``mlp`` parameters, whatever its family calls them."""
+        """Reads a dense FFN from a layer's ``mlp`` parameters.
+
+        Args:
+          mlp: parameters of the FFN.
+          layout: the names that the model's family gives to the parameters.
+          activation: Hugging Face name of the activation.
+        """
 
         def linear(name: str) -> Linear:
             weight = np.asarray(mlp[name]["kernel"], np.float64)
@@ -64,17 +70,17 @@ class DenseFFN:
 
     @property
     def width(self) -> int:
-        """Hidden units."""
+        """Number of hidden units."""
         return len(self.down.weight)
 
     def __call__(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-        """Returns the FFN's outputs in float32."""
+        """Returns the FFN's outputs (n, d) in float32."""
         return self.down(self.hidden([up(x) for up in self.up_maps])[0])
 
     def hidden(
         self, preactivations: Sequence[Float[np.ndarray, "n m"]]
     ) -> tuple[Float[np.ndarray, "n m"], list[Float[np.ndarray, "n m"]]]:
-        """Returns the hidden units, and their slopes in each of the pre-activations."""
+        """Returns the hidden units, and their derivatives by each of the pre-activations."""
         value, slope = map(np.asarray, _activation_and_slope(self.activation)(preactivations[0]))
         if len(preactivations) == 1:
             return value, [slope]

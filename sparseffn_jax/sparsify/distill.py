@@ -1,4 +1,4 @@
-"""Layer-wise distillation: each sparse FFN regresses its dense FFN's outputs by gradient."""
+"""Layer-wise distillation: gradient steps fit each sparse FFN to its dense FFN's outputs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,16 +28,17 @@ def distill_layers(
 ) -> dict[int, Any]:
     """Trains all layers at once, each on its own loss: no gradient passes between layers.
 
-    The loss is the squared error over the target's variance, so that every layer counts alike.
-    Adam with a cosine schedule, on 2048 tokens a step.
+    The loss of a layer is its squared error divided by the variance of its targets, so that every
+    layer counts alike. The optimizer is Adam with a cosine schedule, on 2048 tokens in each step.
 
     Args:
-      configs: by layer number; or a module of another kind, ``(N, d) -> (N, d)``.
+      configs: configuration of each layer's SparseFFN, by layer number; or a module of another kind
+        that maps (N, d) to (N, d).
       params: float32 parameters of each layer's SparseFFN or module.
-      inputs: what each layer receives, N tokens on the host.
-      targets: what its dense FFN makes of them.
-      steps: gradient steps.
-      seed: of the order of the tokens.
+      inputs: inputs (N, d) of each layer, in host memory.
+      targets: outputs (N, d) of each layer's dense FFN on these inputs, in host memory.
+      steps: number of gradient steps.
+      seed: seed of the choice of tokens.
 
     Returns:
       The trained parameters by layer number.

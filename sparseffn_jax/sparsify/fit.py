@@ -1,9 +1,10 @@
-"""One layer's closed-form start: units, maps into them, polynomial, output weights, corrections.
+"""The fit of one layer in closed form, on calibration activations.
 
-Each step is a function of what the steps before it returned. On calibration activations: the units
-whose loss would cost most go to the core as they are; the spectral branch takes the other units'
-weights in the transform domain; the polynomial is fitted to what those units really output; the
-output weights of all branches are regressed jointly on the dense FFN's outputs.
+The units whose loss would cost most go to the core as they are. The spectral branch approximates
+the input weights of other units in the transform domain, and its polynomial is fitted to the true
+outputs of these units. The output weights of all branches are then regressed jointly on the dense
+FFN's outputs, and the corrections on the error that is left. Each step is a function of the results
+of earlier steps.
 """
 
 import dataclasses
@@ -29,14 +30,14 @@ _BACKFITTING_TURNS = 4
 
 
 class Calibration(NamedTuple):
-    """A dense FFN on calibration activations.
+    """A dense FFN's inputs, hidden units and outputs on calibration activations.
 
     Attributes:
-      x: (n, d_model) inputs, float32.
+      x: inputs (n, d_model), float32.
       moments: moments of the inputs; their means are zero if the layer has no bias.
-      hidden: (n, d_ff) hidden units.
-      target: (n, d_model) outputs.
-      scores: of the hidden units.
+      hidden: hidden units (n, d_ff).
+      target: outputs (n, d_model).
+      scores: scores of the hidden units.
     """
 
     x: Activations
@@ -51,8 +52,8 @@ class Branch(NamedTuple):
 
     Attributes:
       leaves: parameters of the maps into the hidden units.
-      features: (n, width) hidden units on the calibration activations; what the map out of them
-        acts on.
+      features: hidden units (n, width) on the calibration activations, which are the inputs of the
+        map out of them.
     """
 
     leaves: Leaves
@@ -60,13 +61,13 @@ class Branch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The map out of all branches' hidden units.
+    """The map out of the hidden units of all branches.
 
     Attributes:
-      spectral: leaves of the spectral branch's map, or ``None``.
-      core: weight of the core's map, or ``None``.
-      bias: (d_model,) bias of the layer.
-      output: (n, d_model) what the layer now makes of the calibration activations.
+      spectral: leaves of the spectral branch's map; ``None`` if there is no such branch.
+      core: weight of the core's map; ``None`` if there is no core.
+      bias: bias of the layer, (d_model,).
+      output: outputs (n, d_model) of the layer on the calibration activations, without corrections.
     """
 
     spectral: Leaves | None
@@ -81,9 +82,9 @@ def fit_layer(
     """Fits one SparseFFN to one dense FFN on its inputs.
 
     Args:
-      dense: the FFN to stand in for.
+      dense: the dense FFN that the layer replaces.
       config: configuration of the layer; the polynomial's radius is overwritten.
-      x: (n, d_model) calibration activations, float32.
+      x: calibration activations (n, d_model), float32.
 
     Returns:
       The config with the polynomial's fitted radius, and float32 parameters.
@@ -115,7 +116,7 @@ def fit_layer(
 
 
 def is_whole(config: SparseFFNConfig | None) -> bool:
-    """Returns whether the config is the dense FFN itself."""
+    """Returns whether the config describes the dense FFN itself: a dense core with all units."""
     if config is None or config.spectral is not None or config.micro is None:
         return False
     core = config.micro.core
@@ -185,7 +186,7 @@ def fit_core(
     calibration: Calibration,
     units: Units,
 ) -> Branch:
-    """Takes over the core units' input weights; masked ones are regressed."""
+    """Copies the core units' input weights from the dense FFN, or regresses them if masked."""
     leaves, us = {}, []
     for name, full in zip(config.up_maps, dense.up_maps, strict=True):
         linear = full.outputs(units.core)
@@ -205,7 +206,14 @@ def fit_core(
 def fit_outputs(
     config: SparseFFNConfig, target: Activations, spectral: Branch | None, core: Branch | None
 ) -> Outputs:
-    """Regresses the dense FFN's outputs on the hidden units of both branches, jointly."""
+    """Regresses the dense FFN's outputs jointly on the hidden units of both branches.
+
+    Args:
+      config: configuration of the layer.
+      target: outputs (n, d_model) of the dense FFN.
+      spectral: the spectral branch; ``None`` if there is no such branch.
+      core: the core; ``None`` if there is no core.
+    """
     empty = np.zeros((len(target), 0), np.float32)
     parts = [empty if part is None else part.features for part in (spectral, core)]
     features = np.concatenate(parts, axis=1)
@@ -237,7 +245,16 @@ def fit_outputs(
 def fit_corrections(
     masks: tuple[BlockMask, ...], output: Activations, target: Activations
 ) -> list[Float[np.ndarray, "d d"]]:
-    """Regresses what is left of the error on the output, one correction after the other."""
+    """Regresses the remaining error on the layer's output, one correction after the other.
+
+    Args:
+      masks: mask of each correction, over (d_model, d_model).
+      output: outputs (n, d_model) of the layer without corrections.
+      target: outputs (n, d_model) of the dense FFN.
+
+    Returns:
+      The dense matrix (d_model, d_model) of each correction, which is zero where it is masked.
+    """
     weights = []
     for mask in masks:
         # Not centred: a correction sees the output with its mean and adds no bias.
@@ -270,7 +287,7 @@ def _core_of(config: SparseFFNConfig) -> CoreConfig | None:
 
 
 def _whole(dense: DenseFFN, config: SparseFFNConfig) -> Leaves:
-    """Returns the dense FFN's own weights, to the bit."""
+    """Returns the dense FFN's own weights, bit for bit."""
     core: Leaves = {"down": {"kernel": dense.down.weight}}
     for name, linear in zip(config.up_maps, dense.up_maps, strict=True):
         core[name] = {"kernel": linear.weight} | ({"bias": linear.bias} if config.bias else {})

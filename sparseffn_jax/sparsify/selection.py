@@ -1,7 +1,7 @@
-"""Which hidden units of a dense FFN a layer keeps, and where.
+"""The choice of the hidden units of a dense FFN that a layer keeps, and of the branch for each.
 
 The core keeps units as they are; the spectral branch shares few components among many units. The
-units whose loss would cost most, or that the branch would serve worst, go to the core.
+units whose loss would cost most, or that the branch would approximate worst, go to the core.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ Hidden = Float[np.ndarray, "n m"]
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What each hidden unit means to the output, from calibration activations.
+    """The effect of each hidden unit on the output, measured on calibration activations.
 
     Attributes:
-      importance: (m,); the output variance that each unit carries, summed over channels.
-      sensitivities: for each map into the hidden units (m,): how strongly an error of its
-        pre-activation moves the output, root mean square.
+      importance: output variance that each unit contributes, summed over channels, (m,).
+      sensitivities: for each map into the hidden units an array (m,) that states how strongly an
+        error of each pre-activation moves the output, as a root mean square.
     """
 
     importance: Float[np.ndarray, " m"]
@@ -31,11 +31,11 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """Numbers of hidden units, ascending.
+    """The hidden units of each branch, by their numbers in the dense FFN, ascending.
 
     Attributes:
-      core: units that the core keeps.
-      spectral: units that the spectral branch shares its components among.
+      core: numbers of the units that the core keeps.
+      spectral: numbers of the units that share the components of the spectral branch.
     """
 
     core: Int[np.ndarray, " c"]
@@ -46,10 +46,11 @@ def score_units(dense: DenseFFN, hidden: Hidden, slopes: list[Hidden], *, centre
     """Scores the hidden units of a dense FFN.
 
     Args:
-      dense: the FFN.
-      hidden: (n, m) hidden units on calibration activations.
-      slopes: for each map into the hidden units their derivative by its pre-activations.
-      centred: whether a bias stands in for a lost unit's mean; otherwise the mean counts too.
+      dense: the dense FFN.
+      hidden: hidden units (n, m) on calibration activations.
+      slopes: for each map into the hidden units, their derivatives (n, m) by its pre-activations.
+      centred: whether a bias can make up for the mean of a lost unit; otherwise the mean counts as
+        lost too.
     """
     norms = np.linalg.norm(dense.down.weight, axis=1)
     spread = hidden.std(0, dtype=np.float64) if centred else root_mean_square(hidden)
@@ -68,11 +69,12 @@ def choose_units(
     """Splits the hidden units between the core and the spectral branch.
 
     Args:
-      scores: of all units.
+      scores: scores of all units.
       core_width: number of units in the core.
       spectral_width: number of units in the spectral branch.
-      spectral_error: gives each unit's share of the output error if the spectral branch had it,
-        which decides who goes to the core; ``None`` lets importance decide.
+      spectral_error: function that returns the output error that each unit would cause in the
+        spectral branch; the units with the largest errors go to the core. If it is ``None``, the
+        most important units go to the core.
     """
     importance = scores.importance.copy()
     ranking = importance if spectral_error is None else spectral_error()
@@ -84,11 +86,11 @@ def choose_units(
 
 
 def root_mean_square(x: Float[np.ndarray, "n m"]) -> Float[np.ndarray, " m"]:
-    """Returns the root of each column's mean square, in float64."""
+    """Returns the root mean square of each column, in float64."""
     return np.sqrt(np.mean(np.square(x), 0, dtype=np.float64))
 
 
 def floored(sensitivity: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-    """Returns sensitivities that are safe to divide by: a unit that never fires has one too."""
+    """Returns sensitivities that are safe to divide by, even for a unit that never fires."""
     floor = 1e-3 * sensitivity.mean() + np.finfo(np.float64).tiny
     return np.maximum(sensitivity, floor)

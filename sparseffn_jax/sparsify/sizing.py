@@ -26,17 +26,17 @@ def size_ffn(
     gated: bool = False,
     bias: bool = True,
 ) -> SparseFFNConfig:
-    """Sizes a layer with all three parts for a pretrained FFN to a budget of FLOPs.
+    """Returns the configuration of a layer that replaces a dense FFN within a budget of FLOPs.
 
-    Nine tenths of the budget keep hidden units as they are, in the core; the most important others
-    share a low-rank branch with a quartic polynomial.
+    Nine tenths of the budget go to the core, which keeps hidden units as they are. The most
+    important of the other units share a low-rank branch with a quartic polynomial.
 
     Args:
-      d_model: channels in and out.
-      d_ff: hidden units of the dense FFN.
+      d_model: number of channels in and out.
+      d_ff: number of hidden units of the dense FFN.
       flops_ratio: floating-point operations of the layer over those of the dense FFN, above 0 and
-        at most 1, which is the dense FFN itself; it is not exceeded.
-      activation: activation of the dense FFN, by its Hugging Face name.
+        at most 1. The layer does not exceed this ratio; a ratio of 1 returns the dense FFN itself.
+      activation: Hugging Face name of the dense FFN's activation.
       gated: whether a hidden unit of the dense FFN is ``phi(gate) * up``.
       bias: whether the dense FFN has biases.
 
@@ -82,7 +82,15 @@ def size_ffn(
 
 
 def size_model(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
-    """Sizes a layer for every FFN of a model, as :func:`size_ffn` does for one."""
+    """Returns the configuration that :func:`size_ffn` gives to every FFN of a model.
+
+    Args:
+      spec: sizes of the model.
+      flops_ratio: floating-point operations of a layer over those of the dense FFN.
+
+    Raises:
+      ValueError: if the ratio is out of range or leaves no room for a component.
+    """
     return size_ffn(
         spec.d_model,
         spec.d_ff,
@@ -103,11 +111,11 @@ def affordable_rank(
     """Returns the largest rank of a low-rank branch that a budget pays for, or 0.
 
     Args:
-      d_model: channels in and out.
-      width: hidden units of the branch.
-      gated: whether the layer is.
+      d_model: number of channels in and out.
+      width: number of hidden units of the branch.
+      gated: whether the layer is gated.
       polynomial: the branch's activation; ``None`` costs nothing.
-      weights: the budget, in entries of one dense ``(d_model, hidden)`` map.
+      weights: the budget, as a number of entries of one dense ``(d_model, hidden)`` map.
     """
     each = dense_flops(1, 1, gated)
     left = each * weights
@@ -118,5 +126,5 @@ def affordable_rank(
 
 
 def _multiple(value: float, of: int = 16) -> int:
-    """Rounds down to a size that GEMMs like, where there is one."""
+    """Rounds down to a multiple, with which GEMMs are fast; a value below it is truncated."""
     return int(value) // of * of or max(1, int(value))

@@ -1,7 +1,7 @@
-"""Text in, batches of token windows out: read, split by document, tokenise, pack, shuffle.
+"""The data pipeline: reads text, splits it by document, tokenises, cuts windows and shuffles.
 
-The pipeline is a pure function of (source, tokenizer, window, seed): two runs see the same
-batches, and a grain iterator's state, a small JSON object, says where a run stands.
+The pipeline is a pure function of (source, tokenizer, window, seed), so that two runs see the same
+batches. The state of a grain iterator, a small JSON object, records the position of a run.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _LEAST_PIECES = 20
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text and the name that decides its split."""
+    """One text, and the name by which it is assigned to training or validation."""
 
     name: str
     text: str
@@ -36,11 +36,13 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class TokenWindows:
-    """Fixed windows of token ids, ready to batch.
+    """Windows of token ids of one length, for training and for validation.
 
     Attributes:
-      train: ``(n, window + 1)`` int32; inputs are ``[:, :-1]``, targets ``[:, 1:]``.
-      validation: the same, from documents that ``train`` has none of.
+      train: token ids ``(n, window + 1)``, int32; the inputs are ``[:, :-1]`` and the targets
+        ``[:, 1:]``.
+      validation: token ids ``(k, window + 1)``, int32, from documents of which ``train`` has no
+        part.
 
     Example:
       >>> import numpy as np
@@ -61,18 +63,21 @@ def load_windows(
     window: int,
     validation_fraction: float = 0.05,
 ) -> TokenWindows:
-    """Reads ``source`` and returns its training and validation windows.
+    """Reads text and returns its training and validation windows.
 
     Args:
-      source: ``"stdlib"`` (the source of the running Python's standard library), a text file,
+      source: ``"stdlib"`` (the source code of the running Python's standard library), a text file,
         a folder of text files, or the name of a Hugging Face dataset with a ``text`` column.
-      tokenizer: a transformers fast tokenizer.
-      window: tokens a window predicts; at most the model's ``n_positions``.
-      validation_fraction: of the documents, chosen by a hash of their names.
+      tokenizer: a transformers fast tokenizer with an end-of-text token.
+      window: number of tokens that a window predicts; at most the model's ``n_positions``.
+      validation_fraction: share of the documents that are kept for validation, between 0 and 1.
+        They are chosen by a hash of their names.
 
     Raises:
-      FileNotFoundError, ValueError: as :func:`read_documents`; also when a split is too short
-        to fill one window.
+      FileNotFoundError: if ``source`` is no file, folder or dataset that can be read.
+      ValueError: if the text is empty, is not UTF-8, cannot be split, or is too short for one
+        window in each split; if the tokenizer has no end-of-text token; or if
+        ``validation_fraction`` is out of its range.
 
     Example:
       >>> import pathlib, tempfile
@@ -99,14 +104,17 @@ def load_windows(
 
 
 def read_documents(source: str) -> list[Document]:
-    """Reads every document of ``source``; see :func:`load_windows` for what that may be.
+    """Reads every document of a source.
 
-    A single file is cut into pieces of about 16 kB, or 20 pieces if it is short, at blank lines
-    where there are any, so that it can be split.
+    A single file is cut into documents of about 16 kB, or into 20 documents if it is short, so that
+    it can be split. It is cut at blank lines where there are any.
+
+    Args:
+      source: a source of text, as :func:`load_windows` takes it.
 
     Raises:
-      FileNotFoundError: if ``source`` is neither here nor a dataset that can be had.
-      ValueError: if there is no text in it.
+      FileNotFoundError: if ``source`` is no file, folder or dataset that can be read.
+      ValueError: if there is no text in it, or a file is not UTF-8.
     """
     path = Path(source)
     if source == STDLIB:
@@ -126,13 +134,16 @@ def read_documents(source: str) -> list[Document]:
 
 
 def read_whole(source: str) -> str:
-    """Returns ``source`` as one text: a file as it is, several documents joined by blank lines.
+    """Returns a source as one text.
+
+    A file is returned as it is; several documents are joined by blank lines.
 
     Args:
-      source: as for :func:`load_windows`.
+      source: a source of text, as :func:`load_windows` takes it.
 
     Raises:
-      FileNotFoundError, ValueError: as :func:`read_documents`.
+      FileNotFoundError: if ``source`` is no file, folder or dataset that can be read.
+      ValueError: if there is no text in it, or a file is not UTF-8.
     """
     path = Path(source)
     if path.is_file():
@@ -141,7 +152,7 @@ def read_whole(source: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Returns a UTF-8 file's text.
+    """Returns the text of a UTF-8 file.
 
     Raises:
       ValueError: if the file is not UTF-8.
@@ -158,10 +169,20 @@ def read_text(path: Path) -> str:
 def split_documents(
     documents: list[Document], validation_fraction: float
 ) -> tuple[list[Document], list[Document]]:
-    """Splits into (train, validation) by a hash of the names: no document is in both.
+    """Splits documents into those for training and those for validation, by a hash of their names.
 
-    The order of ``documents`` does not matter, and a document keeps its rank when others come
-    and go.
+    The order of ``documents`` does not matter. Two documents keep their order in the ranking by
+    hash when other documents are added or removed.
+
+    Args:
+      documents: at least two documents.
+      validation_fraction: share of the documents that are kept for validation, between 0 and 1.
+
+    Returns:
+      The training documents and the validation documents; there is at least one of the latter.
+
+    Raises:
+      ValueError: if there are fewer than two documents or the fraction is out of its range.
     """
     if not 0.0 < validation_fraction < 1.0:
         raise ValueError(f"validation_fraction={validation_fraction} must lie between 0 and 1")
@@ -176,7 +197,11 @@ def split_documents(
 
 
 def tokenize(documents: list[Document], tokenizer: Any) -> Int[np.ndarray, " n"]:
-    """Returns the documents' token ids in one int32 row, an end-of-text token after each."""
+    """Returns the documents' token ids in one int32 row, with an end-of-text token after each.
+
+    Raises:
+      ValueError: if the tokenizer has no end-of-text token.
+    """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token (eos_token) to part documents")
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(
@@ -189,9 +214,15 @@ def tokenize(documents: list[Document], tokenizer: Any) -> Int[np.ndarray, " n"]
 def make_batches(
     windows: Int[np.ndarray, "n w"], batch_size: int, seed: int
 ) -> grain.DatasetIterator:
-    """Returns an endless iterator of ``(batch_size, window + 1)`` batches, reshuffled each epoch.
+    """Returns an endless iterator of batches ``(batch_size, window + 1)``, reshuffled each epoch.
 
-    ``get_state()`` and ``set_state()`` of the iterator save and restore its position exactly.
+    The iterator's methods ``get_state()`` and ``set_state()`` save and restore its position
+    exactly.
+
+    Args:
+      windows: token ids ``(n, window + 1)``.
+      batch_size: number of windows in a batch.
+      seed: seed of the order of the windows.
 
     Raises:
       ValueError: if there are fewer windows than ``batch_size``.
