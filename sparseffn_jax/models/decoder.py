@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.models.names import NameMap
+from sparseffn_jax.nn.parts import dot_general_f32
 from sparseffn_jax.nn.paths import ShardingRule
 from sparseffn_jax.nn.sparse_ffn import PACKED, SparseFFN
 from sparseffn_jax.ops.plans.costs import Platform
@@ -204,7 +205,7 @@ class Decoder(nn.Module):
         if not self.config.tie_word_embeddings:
             return self.lm_head(x)
         x, embedding = promote_dtype(x, body.token_embedding, dtype=self.dtype)
-        return _dot_general_f32(x, embedding, (((2,), (1,)), ((), ())))
+        return dot_general_f32(x, embedding, (((2,), (1,)), ((), ())))
 
     def _cached_tokens(self) -> Int[Array, ""] | int:
         # Every layer's cache holds the same positions.
@@ -228,7 +229,7 @@ class Decoder(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=nn.initializers.normal(self.config.initializer_range),
-            dot_general=_dot_general_f32,
+            dot_general=dot_general_f32,
         )
 
 
@@ -418,44 +419,3 @@ def replace_ffns(
     layers = dict(params[body][collection])
     layers |= {str(i): {**layers[str(i)], FFN_NAME: leaves} for i, leaves in ffns.items()}
     return {**params, body: {**params[body], collection: layers}}
-
-
-def dense(module: Any, name: str, features: int, use_bias: bool = False) -> nn.Dense:
-    """Returns a linear map for a part of a model, with that part's dtypes."""
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        kernel_init=nn.initializers.normal(module.config.initializer_range),
-        name=name,
-    )
-
-
-def embed(config: Any, dtype: Dtype, param_dtype: Dtype) -> nn.Embed:
-    """Returns the embedding of a model's tokens."""
-    return nn.Embed(
-        config.vocab_size,
-        config.hidden_size,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        embedding_init=nn.initializers.normal(config.initializer_range),
-    )
-
-
-def layer_norm(config: Any, name: str | None, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
-    """Returns the LayerNorm of GPT-2 and GPT-J."""
-    # The two-pass variance: GPT-2's outlier channels cancel badly in E[x^2] - E[x]^2.
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_epsilon,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        use_fast_variance=False,
-        name=name,
-    )
-
-
-def _dot_general_f32(lhs, rhs, dimension_numbers, precision=None, **_):
-    return jax.lax.dot_general(
-        lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=jnp.float32
-    )

@@ -16,10 +16,10 @@ from sparseffn_jax.models.decoder import (
     DecoderSpec,
     Dtype,
     FFNLayout,
-    layer_norm,
 )
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.nn.attention import CausalAttention
+from sparseffn_jax.nn.parts import layer_norm
 from sparseffn_jax.ops.activations import get_activation
 
 

@@ -18,13 +18,11 @@ from sparseffn_jax.models.decoder import (
     DecoderSpec,
     Dtype,
     FFNLayout,
-    dense,
-    embed,
-    layer_norm,
 )
 from sparseffn_jax.models.gpt2 import gpt_spec
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.nn.attention import CausalAttention
+from sparseffn_jax.nn.parts import dense, embed, layer_norm
 from sparseffn_jax.nn.rotary import Table, rotary_table, rotate
 from sparseffn_jax.ops.activations import get_activation
 

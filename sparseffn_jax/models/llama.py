@@ -21,11 +21,10 @@ from sparseffn_jax.models.decoder import (
     DecoderSpec,
     Dtype,
     FFNLayout,
-    dense,
-    embed,
 )
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.nn.attention import CausalAttention
+from sparseffn_jax.nn.parts import dense, embed
 from sparseffn_jax.nn.rotary import Table, rope_positions, rotary_table, rotate
 from sparseffn_jax.ops.activations import get_activation
 

@@ -23,9 +23,11 @@ from jaxtyping import Array, Float
 
 from sparseffn_jax.ops.fourier import (
     Spectrum,
+    circulant_matrix,
     circulant_products,
     complex_frequencies,
     dft_basis,
+    split_by_kind,
 )
 from sparseffn_jax.ops.hidden import (
     Activate,
@@ -243,41 +245,6 @@ def multiply(x: Float[Array, "t pb"], packed: Any, plan: str, blocks: Blocks) ->
     return _PLANS[plan].multiply(x, packed, blocks)
 
 
-def circulant_matrix(
-    real: Float[Array, "f p q"],
-    imag: Float[Array, "c p q"],
-    block_size: int,
-    frequencies: Sequence[int],
-) -> Float[Array, "pb qb"]:
-    """Returns the block-circulant matrix C of the map ``y = x C``, in float32.
-
-    Args:
-      real: real part of the filter at every kept frequency, (f, p, q).
-      imag: imaginary part at the c kept frequencies that have one, (c, p, q).
-      block_size: side b of a block.
-      frequencies: the f kept frequencies, ascending.
-
-    Returns:
-      The matrix (p * b, q * b).
-    """
-    pair, single = (part.astype(np.float32) for part in dft_basis(block_size, frequencies))
-    at_complex, at_real = _by_kind(real, block_size, frequencies)
-    h = jnp.stack([jnp.stack([at_complex, imag], -1), jnp.stack([-imag, at_complex], -1)], -2)
-    highest = jax.lax.Precision.HIGHEST
-    c = jnp.einsum("nci,cpqij,mcj->pnqm", pair, h.astype(jnp.float32), pair, precision=highest)
-    c += jnp.einsum("nf,fpq,mf->pnqm", single, at_real, single, precision=highest)
-    _, p, q = real.shape
-    return c.reshape(p * block_size, q * block_size)
-
-
-def _by_kind(real, block_size, frequencies):
-    """Splits the real part: first the complex frequencies, then DC and Nyquist."""
-    # DC comes first and Nyquist last, so both parts are slices.
-    first = int(frequencies[0] == 0)
-    last = first + len(complex_frequencies(frequencies, block_size))
-    return real[first:last], jnp.concatenate([real[:first], real[last:]])
-
-
 class _Matrices(NamedTuple):
     """One matrix for each frequency, in both orders.
 
@@ -313,7 +280,7 @@ _mix.defvjp(
 
 def _spectral_matrices(filter: Filter, blocks: Blocks) -> tuple[_Matrices | None, _Matrices | None]:
     """Returns the real matrices of the pairs (2q x 2p) and of the single component (q x p)."""
-    real, at_real = _by_kind(filter.real, *blocks)
+    real, at_real = split_by_kind(filter.real, *blocks)
     imag = filter.imag
     # As filters are stored: this copies rows, and transposes nothing.
     pairs = jnp.block([[real, imag], [-imag, real]])

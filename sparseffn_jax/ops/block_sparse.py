@@ -6,16 +6,14 @@ multiplies by, and :func:`apply` runs a hidden layer between two such maps.
 weights are stored.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
+from sparseffn_jax.ops.block_products import PLANS, Pieces, cut, join
 from sparseffn_jax.ops.hidden import (
     Activate,
     Channels,
@@ -26,13 +24,11 @@ from sparseffn_jax.ops.hidden import (
     by_platform,
     over_tokens,
 )
-from sparseffn_jax.ops.masks import BlockMask, decompress
+from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.ops.plans import costs
 from sparseffn_jax.ops.plans.choice import pick
 from sparseffn_jax.ops.plans.costs import Platform
 
-# Activations, as one array or as one for each block of channels.
-Pieces = Sequence[Float[Array, "*t c"]]
 # The plan of a map without a mask.
 _PLAIN = "plain"
 
@@ -169,7 +165,7 @@ def apply(
             for start in range(0, width, side)
         ]
         hidden = [activate(u, part) for u, part in zip(us, parts, strict=True)]
-        return _join(_products(hidden, packed.down, plan.down, masks.down))
+        return join(_products(hidden, packed.down, plan.down, masks.down))
 
     if any(map(_is_unrolled, (*plan.up, plan.down))):
         y = over_tokens(rows, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), plan.tile)
@@ -260,7 +256,7 @@ def pack_map(kernel: Float[Array, "..."], plan: str, mask: BlockMask | None) -> 
       plan: name of the plan.
       mask: the blocks that live; ``None`` stands for a dense map.
     """
-    return kernel if mask is None else _PLANS[plan].pack(kernel, mask)
+    return kernel if mask is None else PLANS[plan].pack(kernel, mask)
 
 
 def multiply(
@@ -283,7 +279,7 @@ def multiply(
     _check_channels(x, mask)
 
     def rows(x: Array) -> Array:
-        return _join(_products([x], packed, plan.name, mask))
+        return join(_products([x], packed, plan.name, mask))
 
     if not _is_unrolled(plan.name):
         return rows(x)
@@ -329,178 +325,18 @@ def _tile(tokens: int, token_bytes: int, platform: Platform, plans: Sequence[str
 
 
 def _is_unrolled(plan: str) -> bool:
-    return plan != _PLAIN and _PLANS[plan].is_unrolled
+    return plan != _PLAIN and PLANS[plan].is_unrolled
 
 
 def _products(xs: Pieces, packed: Any, plan: str, mask: BlockMask | None) -> Pieces:
     if mask is None:
-        return [_join(xs) @ packed]
-    how = _PLANS[plan]
+        return [join(xs) @ packed]
+    how = PLANS[plan]
     if how.is_unrolled:
-        return how.apply(mask, _cut(xs, mask), packed)
-    return [how.apply(mask, _join(xs), packed)]
+        return how.apply(mask, cut(xs, mask), packed)
+    return [how.apply(mask, join(xs), packed)]
 
 
 def _check_channels(x: Array, mask: BlockMask | None) -> None:
     if mask is not None and x.shape[-1] != mask.shape[0]:
         raise ValueError(f"x has {x.shape[-1]} channels, but the mask covers {mask.shape[0]}")
-
-
-def _join(xs: Pieces) -> Array:
-    return xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=-1)
-
-
-def _cut(xs: Pieces, mask: BlockMask) -> tuple[Array, ...]:
-    """Returns one piece for every block row; pieces that fit already are returned unchanged."""
-    if len(xs) == mask.grid[0] and xs[0].shape[-1] == mask.block_shape[0]:
-        return tuple(xs)
-    return tuple(jnp.split(_join(xs), mask.grid[0], axis=-1))
-
-
-def _slice(mask, x, kernel):
-    bi, bo = mask.block_shape
-    batch = x.shape[:-1]
-    if len(mask.live_rows) < mask.grid[0]:
-        x = x.reshape(*batch, mask.grid[0], bi)
-        x = x.at[..., np.array(mask.live_rows), :].get(indices_are_sorted=True, unique_indices=True)
-        x = x.reshape(*batch, kernel.shape[0])
-    y = x @ kernel
-    if len(mask.live_columns) == mask.grid[1]:
-        return y
-    out = jnp.zeros((*batch, mask.grid[1], bo), y.dtype)
-    y = y.reshape(*batch, len(mask.live_columns), bo)
-    out = out.at[..., np.array(mask.live_columns), :].set(
-        y, indices_are_sorted=True, unique_indices=True
-    )
-    return out.reshape(*batch, mask.shape[1])
-
-
-def _by_row(kernel, mask) -> tuple[Array, ...]:
-    bi, _ = mask.block_shape
-    return tuple(
-        kernel[np.array(stored)].transpose(1, 0, 2).reshape(bi, -1)
-        for stored in mask.stored_in_row.values()
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(mask, xs, weights):
-    """Runs one GEMM for each block row.
-
-    The backward pass is written out, because autodiff would pad every slice and add them up.
-    """
-    bo = mask.block_shape[1]
-    _, columns = mask.coordinates()
-    terms = [[] for _ in range(mask.grid[1])]
-    for (row, stored), kernel in zip(mask.stored_in_row.items(), weights, strict=True):
-        products = xs[row] @ kernel
-        for place, column in enumerate(columns[np.array(stored)]):
-            terms[column].append(products[..., place * bo : (place + 1) * bo])
-    zeros = jnp.zeros((*xs[0].shape[:-1], bo), xs[0].dtype)
-    return tuple(functools.reduce(jnp.add, some) if some else zeros for some in terms)
-
-
-def _rows_forward(mask, xs, weights):
-    return _rows(mask, xs, weights), (xs, weights)
-
-
-def _rows_backward(mask, kept, dys):
-    xs, weights = kept
-    _, columns = mask.coordinates()
-    dxs, d_weights = [jnp.zeros_like(x) for x in xs], []
-    for (row, stored), kernel in zip(mask.stored_in_row.items(), weights, strict=True):
-        d_products = jnp.concatenate([dys[j] for j in columns[np.array(stored)]], axis=-1)
-        dxs[row] = d_products @ kernel.T
-        d_weights.append(xs[row].T @ d_products)
-    return tuple(dxs), tuple(d_weights)
-
-
-_rows.defvjp(_rows_forward, _rows_backward)
-
-
-def _columns(mask, xs, kernel):
-    rows, columns = mask.coordinates()
-    bi, bo = mask.block_shape
-    ys = [jnp.zeros((*xs[0].shape[:-1], bo), xs[0].dtype)] * mask.grid[1]
-    for column in mask.live_columns:
-        (stored,) = np.nonzero(columns == column)
-        inputs = jnp.concatenate([xs[i] for i in rows[stored]], axis=-1)
-        weights = kernel[stored[0] : stored[-1] + 1].reshape(len(stored) * bi, bo)
-        ys[column] = inputs @ weights
-    return tuple(ys)
-
-
-def _groups(mask) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Groups block columns that have equally many living blocks.
-
-    Returns the numbers of the columns of each group, and the places of their blocks in the stored
-    order.
-    """
-    _, columns = mask.coordinates()
-    per_column = np.bincount(columns, minlength=mask.grid[1])
-    first = np.concatenate([[0], np.cumsum(per_column)])
-    groups = []
-    for count in np.unique(per_column[per_column > 0]):
-        group = np.flatnonzero(per_column == count)
-        groups.append((group, first[group][:, None] + np.arange(count)))
-    return groups
-
-
-def _by_group(kernel, mask) -> tuple[Array, ...]:
-    bi, bo = mask.block_shape
-    return tuple(
-        kernel[stored].reshape(len(group), stored.shape[1] * bi, bo)
-        for group, stored in _groups(mask)
-    )
-
-
-def _gather(mask, x, weights):
-    bi, bo = mask.block_shape
-    batch, tokens = x.shape[:-1], math.prod(x.shape[:-1])
-    rows, _ = mask.coordinates()
-    x = x.reshape(tokens, mask.grid[0], bi)
-    # Output blocks with equally many input blocks share one batched GEMM: nothing is padded.
-    out = jnp.zeros((mask.grid[1], tokens, bo), x.dtype)
-    for (group, stored), kernel in zip(_groups(mask), weights, strict=True):
-        inputs = x[:, rows[stored]].transpose(1, 0, 2, 3)
-        inputs = inputs.reshape(len(group), tokens, stored.shape[1] * bi)
-        y = inputs @ kernel
-        if len(group) < len(out):
-            y = out.at[group].set(y, indices_are_sorted=True, unique_indices=True)
-        out = y
-    return out.transpose(1, 0, 2).reshape(*batch, mask.shape[1])
-
-
-def _masked(mask, x, matrix):
-    del mask
-    return x @ matrix
-
-
-def _as_stored(kernel, mask):
-    del mask
-    return kernel
-
-
-class _Plan(NamedTuple):
-    """One way to run a block-sparse product.
-
-    Attributes:
-      pack: takes stored kernel and mask and returns what ``apply`` needs; one call serves any
-        number of products.
-      apply: takes mask, activations and packed kernel and returns the product.
-      is_unrolled: whether the plan runs one GEMM for each block row or column, on activations that
-        are cut into blocks.
-    """
-
-    pack: Callable[..., Any]
-    apply: Callable[..., Any]
-    is_unrolled: bool = False
-
-
-_PLANS = {
-    "slice": _Plan(_as_stored, _slice),
-    "rows": _Plan(_by_row, _rows, is_unrolled=True),
-    "columns": _Plan(_as_stored, _columns, is_unrolled=True),
-    "gather": _Plan(_by_group, _gather),
-    "masked": _Plan(decompress, _masked),
-}

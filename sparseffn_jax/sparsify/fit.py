@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from sparseffn_jax.config import CoreConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.ops import polynomial
-from sparseffn_jax.ops.block_circulant import circulant_matrix
+from sparseffn_jax.ops.fourier import circulant_matrix
 from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.sparsify import closed_form
 from sparseffn_jax.sparsify.closed_form import Moments

@@ -16,17 +16,10 @@ from transformers import GPT2Config
 
 import sparseffn_jax as sf
 from sparseffn_jax.models import families
-from sparseffn_jax.models.decoder import (
-    Block,
-    BlockCollection,
-    Decoder,
-    DecoderSpec,
-    FFNLayout,
-    dense,
-    embed,
-)
+from sparseffn_jax.models.decoder import Block, BlockCollection, Decoder, DecoderSpec, FFNLayout
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.nn.attention import CausalAttention
+from sparseffn_jax.nn.parts import dense, embed
 from sparseffn_jax.train.sharding import leaf_sharding
 
 D, D_FF, VOCAB, POSITIONS, HEADS = 32, 64, 96, 24, 4

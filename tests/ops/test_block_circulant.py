@@ -16,7 +16,7 @@ from numerics import (
 )
 
 from sparseffn_jax.ops import block_circulant as operator
-from sparseffn_jax.ops.fourier import dft_basis
+from sparseffn_jax.ops.fourier import circulant_matrix, dft_basis
 from sparseffn_jax.ops.hidden import HiddenMaps
 
 PLANS = ("fft", "dft", "split", "dense")
@@ -157,7 +157,7 @@ def test_dft_basis_is_orthonormal(b):
 
 def test_circulant_matrix_is_made_of_circulant_blocks():
     (_, real, imag, _), _ = circulant_arguments(6, (0, 1, 3))
-    matrix = np.asarray(operator.circulant_matrix(real, imag, 6, (0, 1, 3))).reshape(3, 6, 2, 6)
+    matrix = np.asarray(circulant_matrix(real, imag, 6, (0, 1, 3))).reshape(3, 6, 2, 6)
     for n in range(6):
         for m in range(6):
             np.testing.assert_allclose(matrix[:, n, :, m], matrix[:, 0, :, (m - n) % 6], atol=1e-6)
