@@ -6,7 +6,16 @@ _LONGEST = 300
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message says why, and how to mend it."""
+    """A checkpoint cannot be read or written; the message says why, and how to mend it.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> try:
+      ...     sf.load_pretrained(("no config", {}))
+      ... except sf.CheckpointError as error:
+      ...     print(type(error).__mro__[1].__name__)
+      ValueError
+    """
 
 
 def one_line(error: Exception) -> str:

@@ -51,6 +51,15 @@ def export_dense(
     Raises:
       CheckpointError: if a layer is not dense in this sense (the message says which, and why), or
         the folder cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> import sparseffn_jax as sf
+      >>> pretrained = sf.load_pretrained(sf.EMBEDDED_MODEL)
+      >>> folder = tempfile.mkdtemp() + "/dense"
+      >>> sf.export_dense(folder, pretrained.model(), pretrained.params)
+      >>> sf.load_pretrained(folder).ffns
+      ()
     """
     dense_model, dense_params = to_dense(model, params)
     save_pretrained(

@@ -52,6 +52,12 @@ class Pretrained:
       ffns: one entry for each layer, ``None`` where it is dense; empty if every layer is dense.
       folder: the folder that it was read from, where tokenizer files may be too; ``None`` for a
         live model.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> pretrained = sf.load_pretrained(sf.EMBEDDED_MODEL)
+      >>> type(pretrained.model()).__name__, pretrained.spec.n_layer, pretrained.ffns
+      ('GPT2LMHeadModel', 3, ())
     """
 
     config: Any
@@ -97,6 +103,12 @@ def load_pretrained(
     Raises:
       CheckpointError: if the source is not there, damaged, of another kind than its config says,
         or of a model family that is not known.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> pretrained = sf.load_pretrained(sf.EMBEDDED_MODEL)
+      >>> pretrained.params["transformer"]["wte"]["embedding"].shape
+      (1024, 256)
     """
     if isinstance(source, str | os.PathLike):
         folder = find_folder(source)
@@ -140,6 +152,17 @@ def save_pretrained(
     Raises:
       CheckpointError: if the folder cannot be written or holds something already, if ``params``
         are not the model's, or if a layer's FFN is neither dense nor a ``SparseFFNConfig``.
+
+    Example:
+      >>> import tempfile
+      >>> import sparseffn_jax as sf
+      >>> pretrained = sf.load_pretrained(sf.EMBEDDED_MODEL)
+      >>> folder = tempfile.mkdtemp() + "/model"
+      >>> sf.save_pretrained(
+      ...     folder, pretrained.model(), pretrained.params, tokenizer=sf.EMBEDDED_MODEL
+      ... )
+      >>> sf.load_pretrained(folder).spec == pretrained.spec
+      True
     """
     target = Path(folder).expanduser().resolve()
     weights = in_memory(params)

@@ -16,6 +16,12 @@ def load_tokenizer(source: PathLike) -> Any:
 
     Raises:
       CheckpointError: if there is none, or it cannot be read.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> tokenizer = sf.load_tokenizer(sf.EMBEDDED_MODEL)
+      >>> tokenizer.decode(tokenizer.encode("def main():"))
+      'def main():'
     """
     folder = Path(source).expanduser()
     if folder.is_dir():

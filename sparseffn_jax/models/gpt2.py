@@ -153,7 +153,20 @@ class GPT2Model(nn.Module):
 
 
 class GPT2LMHeadModel(Decoder):
-    """GPT-2 with a language-model head, a :class:`Decoder`."""
+    """GPT-2 with a language-model head, a :class:`Decoder`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPT2Config
+      >>> config = GPT2Config(
+      ...     vocab_size=97, n_embd=32, n_layer=2, n_head=2, n_positions=16
+      ... )
+      >>> model, ids = sf.GPT2LMHeadModel(config), jnp.zeros((1, 8), int)
+      >>> jax.eval_shape(model.init, jax.random.key(0), ids)["params"].keys() >= {"transformer"}
+      True
+    """
 
     config: GPT2Config
 

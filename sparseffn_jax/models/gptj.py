@@ -123,7 +123,20 @@ class GPTJModel(nn.Module):
 
 
 class GPTJForCausalLM(Decoder):
-    """GPT-J with a language-model head, a :class:`Decoder`."""
+    """GPT-J with a language-model head, a :class:`Decoder`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> from transformers import GPTJConfig
+      >>> config = GPTJConfig(
+      ...     vocab_size=97, n_embd=32, n_layer=2, n_head=2, n_positions=16, rotary_dim=4
+      ... )
+      >>> model, ids = sf.GPTJForCausalLM(config), jnp.zeros((1, 8), int)
+      >>> jax.eval_shape(model.init, jax.random.key(0), ids)["params"].keys() >= {"transformer"}
+      True
+    """
 
     config: GPTJConfig
 

@@ -166,7 +166,21 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(Decoder):
-    """LLaMA with a language-model head, a :class:`Decoder`."""
+    """LLaMA with a language-model head, a :class:`Decoder`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> from transformers import LlamaConfig
+      >>> config = LlamaConfig(
+      ...     vocab_size=97, hidden_size=32, intermediate_size=88, num_hidden_layers=2,
+      ...     num_attention_heads=4, max_position_embeddings=16
+      ... )
+      >>> model, ids = sf.LlamaForCausalLM(config), jnp.zeros((1, 8), int)
+      >>> jax.eval_shape(model.init, jax.random.key(0), ids)["params"].keys() >= {"model"}
+      True
+    """
 
     config: Any
 

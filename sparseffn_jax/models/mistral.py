@@ -49,7 +49,21 @@ class MistralBlock(LlamaBlock):
 
 
 class MistralForCausalLM(LlamaForCausalLM):
-    """Mistral with a language-model head, a :class:`Decoder`."""
+    """Mistral with a language-model head, a :class:`Decoder`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import sparseffn_jax as sf
+      >>> from transformers import MistralConfig
+      >>> config = MistralConfig(
+      ...     vocab_size=97, hidden_size=32, intermediate_size=88, num_hidden_layers=2,
+      ...     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16
+      ... )
+      >>> model, ids = sf.MistralForCausalLM(config), jnp.zeros((1, 8), int)
+      >>> jax.eval_shape(model.init, jax.random.key(0), ids)["params"].keys() >= {"model"}
+      True
+    """
 
     config_class = MistralConfig
     block = MistralBlock
