@@ -111,10 +111,13 @@ class HiddenLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up = self.up(x) + getattr(self.up, "bias", 0.0)
         if self.is_gated:
-            up = self.phi(self.gate(x) + getattr(self.gate, "bias", 0.0)) * up
+            up = self.activate(self.gate(x) + getattr(self.gate, "bias", 0.0)) * up
         else:
-            up = self.phi(up)
+            up = self.activate(up)
         return self.down(up)
+
+    def activate(self, u: Tensor) -> Tensor:
+        return self.phi(u)
 
 
 class SpectralBranch(HiddenLayer):
@@ -127,10 +130,15 @@ class SpectralBranch(HiddenLayer):
         for name in ("gate", "up") if self.is_gated else ("up",):
             self.add_module(name, _spectral_map(d_model, width, rank, branch, config["bias"]))
         self.down = _spectral_map(width, d_model, branch["down_rank"] or rank, branch, False)
-        if (polynomial := config["polynomial"]) is not None:
-            degrees = _kept(polynomial["degree_mask"], polynomial["degree"] + 1)
-            self.polynomial = _empty(polynomial["groups"], len(degrees))
-            self.phi = lambda u: chebyshev(u, self.polynomial, degrees, polynomial["radius"])
+        self.polynomial_config = config["polynomial"]
+        if (polynomial := self.polynomial_config) is not None:
+            self.degrees = _kept(polynomial["degree_mask"], polynomial["degree"] + 1)
+            self.polynomial = _empty(polynomial["groups"], len(self.degrees))
+
+    def activate(self, u: Tensor) -> Tensor:
+        if self.polynomial_config is None:
+            return self.phi(u)
+        return chebyshev(u, self.polynomial, self.degrees, self.polynomial_config["radius"])
 
 
 class Core(HiddenLayer):
