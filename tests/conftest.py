@@ -5,7 +5,6 @@ from jaxtyping import install_import_hook
 # Shapes and types in the package's signatures are checked at every call of the test run.
 install_import_hook(
     (
-        "sparseffn_jax.nn.maps",
         "sparseffn_jax.nn.sparse_ffn",
         "sparseffn_jax.ops.fourier",
         "sparseffn_jax.ops.low_rank",

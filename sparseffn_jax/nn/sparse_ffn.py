@@ -117,7 +117,7 @@ class SpectralBranch(_Branch):
         plan = block_circulant.choose(tokens, weights, self.blocks, platform, forced)
         return {plan.layout: block_circulant.pack(weights, plan, self.blocks)}
 
-    def _coefficients(self, polynomial: PolynomialConfig) -> Array:
+    def _coefficients(self, polynomial: PolynomialConfig) -> Any:
         # T_1 alone: the identity until a warm start or training says otherwise.
         start = jnp.array([polynomial.radius * (k == 1) for k in polynomial.degrees])
         return self.param(
