@@ -88,13 +88,19 @@ class BenchAll:
 
     Attributes:
       out: Folder that DATE-DEVICE.json is written to. Pictures and parts go to runs/bench.
+      plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
     """
 
     out: Path = Path("campaigns/results")
+    plans: Path | None = None
 
     def run(self, console: Console) -> None:
         """Runs the command."""
         make_folder(self.out)
+        with using(self.plans):
+            self._run(console)
+
+    def _run(self, console: Console) -> None:
         work = Path("runs/bench")
         ffn = run_ffn_bench(FFNBenchSettings(out=work, repeats=7, all_plans=False), console)
         for table in ffn_tables(ffn):
