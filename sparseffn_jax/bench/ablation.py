@@ -10,10 +10,11 @@ from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.sparsify import closed_form
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.selection import choose_units, score_units
+from sparseffn_jax.sparsify.streams import LayerActivations
 
 
 def select_layer(
-    dense: DenseFFN, config: SparseFFNConfig, x: np.ndarray
+    dense: DenseFFN, config: SparseFFNConfig, activations: LayerActivations
 ) -> tuple[SparseFFNConfig, dict[str, Any]]:
     """Starts a layer plainly, to show what the closed forms are worth: no weight is refitted.
 
@@ -24,7 +25,7 @@ def select_layer(
       dense: the FFN to stand in for.
       config: configuration of a layer with an unmasked core, a low-rank branch, a polynomial and
         biases.
-      x: (n, d_model) inputs of the FFN on calibration text, float32.
+      activations: inputs of the FFN on calibration text.
 
     Returns:
       The configuration with the polynomial's fitted radius, and float32 parameters.
@@ -35,20 +36,19 @@ def select_layer(
     branch, core = config.spectral, config.micro and config.micro.core
     if branch is None or core is None or config.polynomial is None:
         raise ValueError("plain selection is for layers with all three parts")
-    hidden, slopes = dense.hidden([up(x) for up in dense.up_maps])
-    scores = score_units(dense, hidden, slopes, centred=config.bias)
+    scores = score_units(dense, activations, centred=config.bias)
     units = choose_units(scores, core.width, branch.width, None)
     leaves: dict[str, Any] = {"core": {}, "spectral": {}, "bias": dense.down.bias}
-    us = []
+    us, x = [], activations.sample(4096)[0]
     for name, full in zip(config.up_maps, dense.up_maps, strict=True):
         kept, thinned = full.outputs(units.core), full.outputs(units.spectral)
         leaves["core"][name] = {"kernel": kept.weight, "bias": kept.bias}
         axes, filter = closed_form.truncated_svd(thinned.weight, branch.rank)
         leaves["spectral"][name] = {"axes": axes, "filter": filter, "bias": thinned.bias}
-        us.append(dataclasses.replace(thinned, weight=axes @ filter)(x))
+        us.append(np.asarray(dataclasses.replace(thinned, weight=axes @ filter)(x)))
     weights = np.linalg.norm(dense.down.weight[units.spectral], axis=1) ** 2
     fitted, coefficients = closed_form.fit_polynomial(
-        config.polynomial, us, dense.hidden(us)[0], weights
+        config.polynomial, us, np.asarray(dense.hidden(us)[0]), weights
     )
     leaves["spectral"]["polynomial"] = coefficients
     axes, filter = closed_form.truncated_svd(

@@ -20,7 +20,8 @@ from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.sparsify import closed_form
 from sparseffn_jax.sparsify.closed_form import Moments
 from sparseffn_jax.sparsify.dense import DenseFFN, Linear
-from sparseffn_jax.sparsify.selection import floored, root_mean_square
+from sparseffn_jax.sparsify.selection import score_units
+from sparseffn_jax.sparsify.streams import LayerActivations
 
 Dtype = Any
 
@@ -131,37 +132,34 @@ class MonarchFFN(nn.Module):
 
 
 def fit_monarch(
-    dense: DenseFFN, config: MonarchConfig, x: Float[np.ndarray, "n d"]
+    dense: DenseFFN, config: MonarchConfig, activations: LayerActivations
 ) -> dict[str, Any]:
-    """Fits a Monarch FFN to a dense one on its inputs ``x``, in closed form.
+    """Fits a Monarch FFN to the outputs that a layer should have, in closed form.
 
     Every block starts from its SVD, whitened by its own inputs' second moments: exact but for
     what the blocks of one row share. The second factor is then regressed on what the first one
-    really outputs. The map out of the hidden units is regressed on the dense FFN's outputs.
+    really outputs. The map out of the hidden units is regressed on the outputs.
 
     Args:
       dense: the dense FFN, not gated.
       config: sizes of the Monarch FFN.
-      x: (n, d_model) inputs of the dense FFN on calibration text, float32.
+      activations: inputs of the layer, and the outputs that it should have.
 
     Returns:
       Parameters of :class:`MonarchFFN`, float32.
     """
-    phi = jax.jit(get_activation(dense.activation))
     (dense_up,) = dense.up_maps
-    u = dense_up(x)
-    slope = np.asarray(jax.jvp(phi, (u,), (jnp.ones_like(u),))[1])
-    # How strongly an error of each pre-activation moves the output, root mean square.
-    scale = floored(root_mean_square(slope) * np.linalg.norm(dense.down.weight, axis=1))
-
-    inputs = Moments.of(x, x[:, :0])
+    (scale,) = score_units(dense, activations, centred=True).sensitivities
+    inputs = Moments.of((x, x[:, :0]) for x, _ in activations.chunks())
     first = dense_up.weight
     wanted = Moments(inputs.xx, inputs.xx @ first, inputs.x_mean, inputs.x_mean @ first)
     up, weight = _regress(config, wanted, first, scale)
     up_bias = dense_up.bias + inputs.x_mean @ (first - weight)
 
-    hidden = np.asarray(phi(Linear(weight, up_bias)(x)))
-    outputs = Moments.of(hidden, dense(x))
+    mapped = Linear(weight, up_bias)
+    outputs = Moments.of(
+        (dense.hidden([mapped(x)])[0], target) for x, target in activations.chunks()
+    )
     full = closed_form.ridge_solve(outputs.xx, outputs.xy)
     down, weight = _regress(config, outputs, full, np.ones(config.d_model))
     params = {

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from sparseffn_jax.bench.monarch import MonarchConfig, MonarchFFN, fit_monarch
 from sparseffn_jax.config import (
@@ -24,13 +25,15 @@ from sparseffn_jax.config import (
     SpectralConfig,
 )
 from sparseffn_jax.measure import costs
-from sparseffn_jax.models.decoder import Decoder, layers_of, replace_ffns
+from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.ops.masks import BlockMask
-from sparseffn_jax.sparsify.calibration import collect_ffn_inputs
 from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.dense import DenseFFN
-from sparseffn_jax.sparsify.distill import distill_layers
+from sparseffn_jax.sparsify.distill import distill_layer
+from sparseffn_jax.sparsify.fit import fit_layer
+from sparseffn_jax.sparsify.layers import convert_layers
 from sparseffn_jax.sparsify.sizing import affordable_rank, size_ffn
+from sparseffn_jax.sparsify.streams import LayerActivations
 
 Params = dict[str, Any]
 _BLOCK = 32
@@ -120,12 +123,12 @@ class SparseMethod:
     Attributes:
       sizes: returns the configuration for a shape and a FLOPs ratio, as :meth:`Method.size` does.
       place: returns a layer's configuration with its blocks in their places, from the
-        configuration, the layer's dense FFN and the FFN's inputs. ``None`` leaves the
-        configuration as it is.
+        configuration, the layer's dense FFN and its activations. ``None`` leaves the configuration
+        as it is.
     """
 
     sizes: Callable[[FFNShape, float], SparseFFNConfig]
-    place: Callable[[SparseFFNConfig, DenseFFN, np.ndarray], SparseFFNConfig] | None = None
+    place: Callable[[SparseFFNConfig, DenseFFN, LayerActivations], SparseFFNConfig] | None = None
 
     def size(self, shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
         """Returns the largest configuration of the line within a share of the dense FFN's FLOPs."""
@@ -142,16 +145,19 @@ class SparseMethod:
     def convert(
         self, model: Decoder, params: Params, config: SparseFFNConfig, start: WarmStart
     ) -> tuple[Decoder, Params]:
-        """Places the blocks of every layer if it has any to place, and calls :func:`sparsify`."""
-        configs = [config] * model.spec.n_layer
-        if self.place is not None:
-            layers = _dense_layers(model, params, config.activation, start)
-            configs = [self.place(config, dense, x) for dense, x in layers]
+        """Calls :func:`sparsify`, with the blocks of every layer placed if it has any to place."""
+
+        def fit(dense, config, activations):
+            if self.place is not None:
+                config = self.place(config, dense, activations)
+            return fit_layer(dense, config, activations)
+
         return sparsify(
             model,
             params,
-            configs,
+            config,
             start.calibration,
+            fit=fit,
             distill_steps=start.distill_steps,
             batch_size=start.batch_size,
             seed=start.seed,
@@ -191,19 +197,22 @@ class MonarchMethod:
         self, model: Decoder, params: Params, config: MonarchConfig, start: WarmStart
     ) -> tuple[Decoder, Params]:
         """Fits every layer in closed form and then by layer-wise distillation."""
-        layers = _dense_layers(model, params, config.activation, start)
-        fitted = {i: fit_monarch(dense, config, x) for i, (dense, x) in enumerate(layers)}
-        if start.distill_steps:
-            fitted = distill_layers(
-                dict.fromkeys(fitted, MonarchFFN(config)),
-                fitted,
-                {i: x for i, (_, x) in enumerate(layers)},
-                {i: dense(x) for i, (dense, x) in enumerate(layers)},
-                steps=start.distill_steps,
-                seed=start.seed,
+
+        def fit(layer, dense, activations):
+            del layer
+            leaves = fit_monarch(dense, config, activations)
+            return self.ffn(config), distill_layer(
+                MonarchFFN(config), leaves, activations, steps=start.distill_steps, seed=start.seed
             )
-        ffns = (self.ffn(config),) * len(layers)
-        return model.clone(ffns=ffns), replace_ffns(model, params, fitted)
+
+        return convert_layers(
+            model,
+            params,
+            range(model.spec.n_layer),
+            fit,
+            start.calibration,
+            batch_size=start.batch_size,
+        )
 
 
 def default(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
@@ -314,7 +323,7 @@ def unstructured(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
 
 
 def place_blocks(
-    config: SparseFFNConfig, dense: DenseFFN, x: Float[np.ndarray, "n d"]
+    config: SparseFFNConfig, dense: DenseFFN, activations: LayerActivations
 ) -> SparseFFNConfig:
     """Puts the blocks of :func:`unstructured` where weights meet large activations.
 
@@ -324,20 +333,24 @@ def place_blocks(
     Args:
       config: configuration from :func:`unstructured`.
       dense: the layer's dense FFN, not gated.
-      x: (n, d_model) inputs of the dense FFN on calibration text.
+      activations: inputs of the dense FFN on calibration text.
 
     Returns:
       The configuration with as many blocks, in other places.
     """
     core: Any = config.micro and config.micro.core
     (up,) = dense.up_maps
-    hidden, _ = dense.hidden([up(x)])
+    squares = [0.0, 0.0]
+    for x, _ in activations.chunks():
+        hidden, _ = dense.hidden([up(x)])
+        sums = [np.asarray(jnp.sum(jnp.square(a), 0), np.float64) for a in (x, hidden)]
+        squares = [total + part for total, part in zip(squares, sums, strict=True)]
     masks = {}
-    for name, mask, weight, a in (
-        ("up_mask", core.up_mask, up.weight, x),
-        ("down_mask", core.down_mask, dense.down.weight, hidden),
+    for name, mask, weight, square in (
+        ("up_mask", core.up_mask, up.weight, squares[0]),
+        ("down_mask", core.down_mask, dense.down.weight, squares[1]),
     ):
-        energy = np.square(a).mean(0, dtype=np.float64).reshape(-1, 1) * weight**2
+        energy = square.reshape(-1, 1) * weight**2
         (rows, columns), (bi, bo) = mask.grid, mask.block_shape
         scores = energy.reshape(rows, bi, columns, bo).sum((1, 3))
         masks[name] = _balanced_mask(scores, int(np.array(mask.blocks)[:, 0].sum()), bi)
@@ -372,14 +385,6 @@ PEERS: Mapping[str, Method] = MappingProxyType(
     }
 )
 METHODS: Mapping[str, Method | Searched] = MappingProxyType({**SPARSE, **PEERS})
-
-
-def _dense_layers(model, params, activation, start) -> list[tuple[DenseFFN, np.ndarray]]:
-    inputs = collect_ffn_inputs(model, params, start.calibration, start.batch_size)
-    return [
-        (DenseFFN.from_params(layer["mlp"], model.ffn_layout, activation), x)
-        for layer, x in zip(layers_of(model, params), inputs, strict=True)
-    ]
 
 
 def _balanced_mask(scores, kept, side) -> BlockMask:

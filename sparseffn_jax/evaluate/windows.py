@@ -15,14 +15,18 @@ def cut_windows(tokens: Int[np.ndarray, " n"], window: int) -> Int[np.ndarray, "
     return tokens[starts + np.arange(window + 1)[None, :]]
 
 
+# Attention over more tokens costs more than most texts give back.
+DEFAULT_WINDOW = 1024
+
+
 def check_window(window: int | None, n_positions: int) -> int:
-    """Returns the length of a window, which is by default the model's number of positions.
+    """Returns the length of a window, by default the smaller of n_positions and 1024.
 
     Raises:
       ValueError: if the window is empty or has more tokens than the model has positions.
     """
     if window is None:
-        return n_positions
+        return min(n_positions, DEFAULT_WINDOW)
     if not 1 <= window <= n_positions:
         raise ValueError(
             f"window={window} must lie between 1 and the model's n_positions={n_positions}"

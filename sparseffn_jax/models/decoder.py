@@ -86,8 +86,9 @@ class Decoder(nn.Module):
     """A decoder with a language-model head; the base class of the model families.
 
     A family is a subclass that defines the class attributes below and :meth:`spec_of`, and whose
-    ``setup`` makes the body and, unless embeddings are tied, ``lm_head``. It becomes known to the
-    library by :func:`sparseffn_jax.models.families.register`.
+    ``setup`` makes the body and, unless embeddings are tied, ``lm_head``. The body's method
+    ``embed`` returns what goes into the first block and the table of rotary positions, if any. The
+    family becomes known to the library by :func:`sparseffn_jax.models.families.register`.
 
     Attributes:
       config: the model's config, of the class ``config_class``; every field that changes numbers
@@ -158,6 +159,12 @@ class Decoder(nn.Module):
         """
         raise NotImplementedError
 
+    @staticmethod
+    def layers_differ(config: Any) -> bool:
+        """Returns whether a block computes something else by its number, with equal parameters."""
+        del config
+        return False
+
     @property
     def spec(self) -> DecoderSpec:
         """The sizes that the model's config states, under the same names in all families."""
@@ -206,6 +213,20 @@ class Decoder(nn.Module):
             return self.lm_head(x)
         x, embedding = promote_dtype(x, body.token_embedding, dtype=self.dtype)
         return dot_general_f32(x, embedding, (((2,), (1,)), ((), ())))
+
+    def embed(
+        self, input_ids: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        """Returns what goes into the first block, and the rotary table that all blocks take.
+
+        Call it as ``model.apply({"params": params}, input_ids, method="embed")``. Positions count
+        from 0; the table is that of one sequence, (1, T, 1, R / 2), or ``None`` if the family has
+        none.
+        """
+        body = getattr(self, self.layer_path[0])
+        positions = jnp.arange(input_ids.shape[1])[None]
+        x, _ = body.embed(input_ids, jnp.broadcast_to(positions, input_ids.shape), True)
+        return x, body.embed(input_ids[:1], positions, True)[1]
 
     def _cached_tokens(self) -> Int[Array, ""] | int:
         # Every layer's cache holds the same positions.
@@ -259,7 +280,9 @@ class Block(nn.Module):
         # Costs nothing unless a caller makes the collection mutable (calibration does).
         self.sow("intermediates", "ffn_input", x)
         with jax.named_scope("ffn"):
-            return make_ffn(self.ffn, self.mlp, self.config, self.dtype, self.param_dtype)(x)
+            y = make_ffn(self.ffn, self.mlp, self.config, self.dtype, self.param_dtype)(x)
+        self.sow("intermediates", "ffn_output", y)
+        return y
 
 
 class BlockCollection(nn.Module):
@@ -372,6 +395,12 @@ def ffn_module(model: Decoder, layer: int) -> nn.Module:
     """Returns one layer's FFN as a separate module, to apply to that layer's ``mlp`` leaves."""
     ffn = model.ffns[layer] if model.ffns else None
     return make_ffn(ffn, model.block.mlp, model.config, model.dtype, model.param_dtype)
+
+
+def block_module(model: Decoder, layer: int) -> "Block":
+    """Returns one layer's block as a separate module, to apply to that layer's leaves."""
+    ffn = model.ffns[layer] if model.ffns else None
+    return model.block(model.config, layer, ffn, model.dtype, model.param_dtype)
 
 
 def pack_ffns(

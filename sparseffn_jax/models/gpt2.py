@@ -141,10 +141,14 @@ class GPT2Model(nn.Module):
         self.ln_f = layer_norm(config, None, *dtypes)
 
     def __call__(self, input_ids, attention_mask, position_ids, deterministic, init_cache):
-        x = self.wte(input_ids) + self.wpe(position_ids)
-        x = self.dropout(x, deterministic=deterministic)
-        x = self.h(x, attention_mask, None, deterministic, init_cache)
+        x, table = self.embed(input_ids, position_ids, deterministic)
+        x = self.h(x, attention_mask, table, deterministic, init_cache)
         return self.ln_f(x)
+
+    def embed(self, input_ids, position_ids, deterministic):
+        """Returns what goes into the first block; GPT-2's blocks take no rotary table."""
+        x = self.wte(input_ids) + self.wpe(position_ids)
+        return self.dropout(x, deterministic=deterministic), None
 
     @property
     def token_embedding(self) -> Float[Array, "V D"]:
@@ -220,6 +224,11 @@ class GPT2LMHeadModel(Decoder):
                 "attend to; set it to False"
             )
         return gpt_spec(config)
+
+    @staticmethod
+    def layers_differ(config: Any) -> bool:
+        """Returns whether attention is scaled by the layer's number."""
+        return config.scale_attn_by_inverse_layer_idx
 
 
 def gpt_spec(config: Any) -> DecoderSpec:

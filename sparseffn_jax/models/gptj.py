@@ -116,10 +116,14 @@ class GPTJModel(nn.Module):
         self.ln_f = layer_norm(config, None, *dtypes)
 
     def __call__(self, input_ids, attention_mask, position_ids, deterministic, init_cache):
-        table = rotary_table(position_ids, _rotary_channels(self.config))
-        x = self.dropout(self.wte(input_ids), deterministic=deterministic)
+        x, table = self.embed(input_ids, position_ids, deterministic)
         x = self.h(x, attention_mask, table, deterministic, init_cache)
         return self.ln_f(x)
+
+    def embed(self, input_ids, position_ids, deterministic):
+        """Returns what goes into the first block, and the rotary table that all blocks take."""
+        table = rotary_table(position_ids, _rotary_channels(self.config))
+        return self.dropout(self.wte(input_ids), deterministic=deterministic), table
 
 
 class GPTJForCausalLM(Decoder):

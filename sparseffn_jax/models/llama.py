@@ -154,10 +154,14 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.rms_norm_eps, *dtypes)
 
     def __call__(self, input_ids, attention_mask, position_ids, deterministic, init_cache):
-        table = rotary_table(position_ids, head_width(self.config), self.config)
-        x = self.embed_tokens(input_ids)
+        x, table = self.embed(input_ids, position_ids, deterministic)
         x = self.layers(x, attention_mask, table, deterministic, init_cache)
         return self.norm(x)
+
+    def embed(self, input_ids, position_ids, deterministic):
+        """Returns what goes into the first block, and the rotary table that all blocks take."""
+        table = rotary_table(position_ids, head_width(self.config), self.config)
+        return self.embed_tokens(input_ids), table
 
     @property
     def token_embedding(self) -> Float[Array, "V D"]:

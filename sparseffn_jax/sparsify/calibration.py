@@ -1,46 +1,12 @@
-"""Calibration text, and the inputs that each layer's FFN receives on it."""
+"""Checks of calibration text."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.models.decoder import Decoder, layers_of
-
-Params = Mapping[str, Any]
-
-
-def collect_ffn_inputs(
-    model: Decoder,
-    params: Params,
-    tokens: Int[np.ndarray, "n t"],
-    batch_size: int,
-) -> list[Float[np.ndarray, "nt d"]]:
-    """Returns the inputs that each layer's FFN receives on a text.
-
-    Args:
-      model: the decoder.
-      params: parameters of the decoder.
-      tokens: token ids (n, t).
-      batch_size: number of rows of ``tokens`` in one forward pass.
-
-    Returns:
-      For each layer a float32 array (n * t, d_model) in host memory.
-    """
-
-    @jax.jit
-    def forward(params: Params, tokens: Array) -> list[Array]:
-        out: Any = model.apply({"params": params}, tokens, mutable=["intermediates"])
-        return [layer["ffn_input"][0] for layer in layers_of(model, out[1]["intermediates"])]
-
-    parts = [[] for _ in range(model.spec.n_layer)]
-    for start in range(0, len(tokens), batch_size):
-        for part, x in zip(parts, forward(params, tokens[start : start + batch_size]), strict=True):
-            part.append(np.asarray(x, np.float32).reshape(-1, x.shape[-1]))
-    return [np.concatenate(part) for part in parts]
+from sparseffn_jax.models.decoder import Decoder
 
 
 def check_calibration(

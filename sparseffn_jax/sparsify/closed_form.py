@@ -7,10 +7,13 @@ i features, o targets.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from sparseffn_jax.config import PolynomialConfig
 from sparseffn_jax.ops import polynomial
@@ -18,10 +21,8 @@ from sparseffn_jax.ops.fourier import complex_frequencies, dft_basis
 from sparseffn_jax.ops.masks import BlockMask
 
 RIDGE = 1e-4
-_CHUNK = 4096
 # Share of the pre-activations that lie inside the polynomial's interval.
 _INSIDE = 0.999
-_POLYNOMIAL_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,26 +43,41 @@ class Moments:
 
     @classmethod
     def of(
-        cls, x: Float[np.ndarray, "n i"], y: Float[np.ndarray, "n o"], *, centred: bool = True
+        cls,
+        chunks: Iterable[tuple[Float[Array, "c i"], Float[Array, "c o"]]],
+        *,
+        centred: bool = True,
     ) -> "Moments":
-        """Accumulates the moments of float32 data in float64, chunk by chunk.
+        """Accumulates the moments of features and targets, chunk by chunk.
+
+        A chunk's sums are computed where the chunk lies, in float32, and added up in float64.
 
         Args:
-          x: features (N, i).
-          y: targets (N, o).
+          chunks: features and targets of some tokens at a time, at least one chunk.
           centred: whether to subtract the means; a map that is fitted to moments that are not
             centred needs no bias.
         """
-        n = len(x)
-        x_mean, y_mean = (part.mean(0, dtype=np.float64) * centred for part in (x, y))
-        xx = np.zeros((x.shape[1], x.shape[1]))
-        xy = np.zeros((x.shape[1], y.shape[1]))
-        for start in range(0, n, _CHUNK):
-            xc = x[start : start + _CHUNK] - x_mean.astype(x.dtype)
-            yc = y[start : start + _CHUNK] - y_mean.astype(y.dtype)
-            xx += xc.T @ xc
-            xy += xc.T @ yc
-        return cls(xx / n, xy / n, x_mean, y_mean)
+        n, shifts, totals = 0, None, []
+        for x, y in chunks:
+            if shifts is None:
+                # The means of one chunk are near those of all: sums of squares around them lose no
+                # digits to a large mean.
+                shifts = [jnp.mean(part, 0) * centred for part in (x, y)]
+                totals = [0.0] * 4
+            sums = _sums(x, y, *shifts)
+            totals = [
+                total + np.asarray(part, np.float64)
+                for total, part in zip(totals, sums, strict=True)
+            ]
+            n += len(x)
+        assert shifts is not None
+        xx, xy, x_sum, y_sum = (total / n for total in totals)
+        if not centred:
+            return cls(xx, xy, np.zeros(len(xx)), np.zeros(xy.shape[1]))
+        x_shift, y_shift = (np.asarray(shift, np.float64) for shift in shifts)
+        xx -= np.outer(x_sum, x_sum)
+        xy -= np.outer(x_sum, y_sum)
+        return cls(xx, xy, x_shift + x_sum, y_shift + y_sum)
 
     def without(self, i: slice, given: slice) -> "Moments":
         """Returns the moments of features ``i`` after regressing out the features ``given``.
@@ -83,6 +99,13 @@ class Moments:
         xy = self.xy[i] - self.xx[i, given] @ weight
         y_mean = self.y_mean - self.x_mean[given] @ weight
         return Moments(self.xx[i, i], xy, self.x_mean[i], y_mean)
+
+
+@jax.jit
+def _sums(x, y, x_shift, y_shift):
+    x, y = x - x_shift, y - y_shift
+    product = functools.partial(jnp.matmul, precision="highest")
+    return product(x.T, x), product(x.T, y), jnp.sum(x, 0), jnp.sum(y, 0)
 
 
 def ridge_solve(
@@ -236,10 +259,7 @@ def fit_polynomial(
       The config with the radius that holds nearly all pre-activations, and the coefficients
       (groups, k).
     """
-    # A sample of tokens is plenty for a handful of coefficients.
-    sample = slice(None, None, max(1, len(target) // _POLYNOMIAL_TOKENS))
-    u, *up = (part[sample] for part in us)
-    target = target[sample]
+    u, *up = us
     radius = max(round(float(np.quantile(np.abs(u), _INSIDE)), 3), 1e-3)
     groups, terms = config.groups, len(config.degrees)
     xx, xy = np.zeros((groups, terms, terms)), np.zeros((groups, terms))

@@ -1,26 +1,35 @@
 """The conversion of dense FFNs to SparseFFNs, by :func:`sparsify`.
 
-Closed forms come before gradients. Every layer is first fitted to calibration activations in closed
-form; gradient steps then fit it to the outputs of its dense FFN, in parallel for all layers. Only
-after that is the model trained on an end-to-end loss.
+The layers are converted one after the other, each on the inputs that the layers converted before it
+really give. Closed forms come before gradients: a layer is first fitted to calibration activations
+in closed form, then by gradient steps on the same inputs and targets. Only after that is the model
+trained on an end-to-end loss.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.models.decoder import FFN_NAME, Decoder, layers_of, replace_ffns
-from sparseffn_jax.sparsify.calibration import check_calibration, collect_ffn_inputs
+from sparseffn_jax.measure.records import versions
+from sparseffn_jax.models.decoder import Decoder, Dtype, ffn_module
+from sparseffn_jax.sparsify.calibration import check_calibration
 from sparseffn_jax.sparsify.dense import DenseFFN
-from sparseffn_jax.sparsify.distill import distill_layers
+from sparseffn_jax.sparsify.distill import distill_layer
 from sparseffn_jax.sparsify.fit import fit_layer, is_whole
+from sparseffn_jax.sparsify.layers import REPAIR, ConvertedLayer, convert_layers
+from sparseffn_jax.sparsify.partial import PartialConversion
+from sparseffn_jax.sparsify.streams import LayerActivations, Place
 
 Params = Mapping[str, Any]
-Fit = Callable[[DenseFFN, SparseFFNConfig, np.ndarray], tuple[SparseFFNConfig, dict[str, Any]]]
+Fit = Callable[
+    [DenseFFN, SparseFFNConfig, LayerActivations], tuple[SparseFFNConfig, dict[str, Any]]
+]
 
 
 def sparsify(
@@ -31,10 +40,18 @@ def sparsify(
     *,
     fit: Fit = fit_layer,
     distill_steps: int = 300,
+    repair: float = REPAIR,
     batch_size: int = 8,
     seed: int = 0,
+    stream_dtype: Dtype = np.float32,
+    place: Place = jnp.asarray,
+    work_dir: Path | None = None,
+    on_layer: Callable[[ConvertedLayer], None] | None = None,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Replaces dense FFNs by SparseFFNs that start near them.
+
+    Beside the parameters, memory holds the two residual streams of the calibration text (the dense
+    model's and the converted model's), the inputs and targets of one layer, and one layer's work.
 
     Args:
       model: a decoder in which the layers to be replaced are dense.
@@ -45,19 +62,29 @@ def sparsify(
       calibration: token ids (n, t) of ordinary text; there should be ten tokens or more for each
         hidden unit.
       fit: function that fits one layer in closed form. It is called with the layer's dense FFN, its
-        config and the FFN's inputs, and returns the config, in which the polynomial's radius may
-        have changed, and float32 parameters.
-      distill_steps: number of gradient steps of layer-wise distillation after the closed forms; 0
-        leaves the distillation out.
-      batch_size: number of windows in one forward pass of the dense model.
-      seed: seed of the distillation's batches.
+        config and the layer's activations, and returns the config, in which the polynomial's radius
+        may have changed, and float32 parameters.
+      distill_steps: number of gradient steps for each layer after its closed form; 0 leaves them
+        out.
+      repair: share, from 0 to 1, of what the layers before have lost that a layer is fitted to make
+        up for: 0 fits every layer to what its dense FFN returns on the same inputs.
+      batch_size: number of windows in one forward pass; it changes the result by rounding alone.
+      seed: seed of the gradient steps' batches.
+      stream_dtype: dtype in which the residual streams and one layer's activations are stored, in
+        host memory.
+      place: function that puts a batch of windows, or a chunk of tokens, on the devices: on a mesh,
+        ``lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))``.
+      work_dir: folder in which converted layers are kept, so that the same call after a stop goes
+        on where it was, to the same result bit for bit; the caller deletes it in the end.
+      on_layer: function that is called after each converted layer.
 
     Returns:
       The sparse model and its parameters. Only the leaves under a replaced ``mlp`` are new; they
       have the dtype of the leaves that they replace.
 
     Raises:
-      ValueError: if the config does not fit the model or there is too little calibration text.
+      ValueError: if the config does not fit the model, there is too little calibration text, or
+        ``work_dir`` holds a stopped conversion of another model or with other settings.
 
     Example:
       >>> import jax
@@ -82,34 +109,43 @@ def sparsify(
     """
     configs = _per_layer(model, config)
     check_calibration(model, configs, calibration)
-    inputs = collect_ffn_inputs(model, params, calibration, batch_size)
-    layers = layers_of(model, params)
-    dense, fitted, fitted_configs = {}, {}, list(configs)
-    for i, layer_config in enumerate(configs):
-        if layer_config is None:
-            continue
-        dense[i] = DenseFFN.from_params(
-            layers[i][FFN_NAME], model.ffn_layout, layer_config.activation
+
+    def fit_one(layer: int, dense: DenseFFN, activations: LayerActivations):
+        fitted, leaves = fit(dense, configs[layer], activations)
+        steps = 0 if is_whole(fitted) else distill_steps
+        module = ffn_module(model.clone(ffns=(fitted,) * len(configs), dtype=jnp.float32), layer)
+        return fitted, distill_layer(
+            module.clone(name=None), leaves, activations, steps=steps, seed=seed
         )
-        fitted_configs[i], fitted[i] = fit(dense[i], layer_config, inputs[i])
-    if distill_steps:
-        trainable = {i: fitted_configs[i] for i in fitted if not is_whole(configs[i])}
-        fitted |= distill_layers(
-            trainable,
-            {i: fitted[i] for i in trainable},
-            {i: inputs[i] for i in trainable},
-            {i: dense[i](inputs[i]) for i in trainable},
-            steps=distill_steps,
-            seed=seed,
-        )
-    for i, leaves in fitted.items():
-        dtype = jax.tree.leaves(layers[i][FFN_NAME])[0].dtype
-        fitted[i] = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), leaves)
-    ffns = tuple(
-        old if new is None else new
-        for old, new in zip(model.ffns or (None,) * len(configs), fitted_configs, strict=True)
+
+    partial = None
+    if work_dir is not None:
+        settings = {
+            "model": model.config.to_dict(),
+            "ffns": [None if layer is None else layer.to_dict() for layer in configs],
+            "calibration": hashlib.sha256(np.ascontiguousarray(calibration)).hexdigest(),
+            "fit": fit.__name__,
+            "distill_steps": distill_steps,
+            "repair": repair,
+            "batch_size": batch_size,
+            "seed": seed,
+            "dtypes": [np.dtype(dtype).name for dtype in (model.dtype, stream_dtype)],
+            "versions": versions(),
+        }
+        partial = PartialConversion(work_dir, settings)
+    return convert_layers(
+        model,
+        params,
+        [i for i, layer in enumerate(configs) if layer is not None],
+        fit_one,
+        calibration,
+        repair=repair,
+        batch_size=batch_size,
+        stream_dtype=stream_dtype,
+        place=place,
+        partial=partial,
+        on_layer=on_layer,
     )
-    return model.clone(ffns=ffns), replace_ffns(model, params, fitted)
 
 
 def _per_layer(model, config) -> tuple[SparseFFNConfig | None, ...]:

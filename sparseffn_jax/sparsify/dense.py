@@ -1,4 +1,4 @@
-"""The dense FFN that a layer starts from, read from a checkpoint and applied on the host."""
+"""The dense FFN that a layer starts from, read from a checkpoint and applied chunk by chunk."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from sparseffn_jax.models.decoder import FFNLayout
 from sparseffn_jax.ops.activations import get_activation
@@ -26,9 +26,13 @@ class Linear:
     weight: Float[np.ndarray, "i o"]
     bias: Float[np.ndarray, " o"]
 
-    def __call__(self, x: Float[np.ndarray, "n i"]) -> Float[np.ndarray, "n o"]:
+    def __call__(self, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
         """Returns the outputs (n, o) in float32."""
-        return x @ self.weight.astype(np.float32) + self.bias.astype(np.float32)
+        return _affine(x, *self._on_device)
+
+    @functools.cached_property
+    def _on_device(self) -> tuple[Array, Array]:
+        return jnp.asarray(self.weight, jnp.float32), jnp.asarray(self.bias, jnp.float32)
 
     def outputs(self, chosen: Int[np.ndarray, " k"]) -> "Linear":
         """Returns the map to the chosen outputs alone."""
@@ -73,22 +77,26 @@ class DenseFFN:
         """Number of hidden units."""
         return len(self.down.weight)
 
-    def __call__(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         """Returns the FFN's outputs (n, d) in float32."""
         return self.down(self.hidden([up(x) for up in self.up_maps])[0])
 
     def hidden(
-        self, preactivations: Sequence[Float[np.ndarray, "n m"]]
-    ) -> tuple[Float[np.ndarray, "n m"], list[Float[np.ndarray, "n m"]]]:
+        self, preactivations: Sequence[Float[Array, "n m"]]
+    ) -> tuple[Float[Array, "n m"], list[Float[Array, "n m"]]]:
         """Returns the hidden units, and their derivatives by each of the pre-activations."""
-        value, slope = map(np.asarray, _activation_and_slope(self.activation)(preactivations[0]))
-        if len(preactivations) == 1:
-            return value, [slope]
-        up = preactivations[1]
-        return value * up, [slope * up, value]
+        return _hidden(tuple(preactivations), self.activation)
 
 
-@functools.cache
-def _activation_and_slope(name):
-    phi = get_activation(name)
-    return jax.jit(lambda u: jax.jvp(phi, (u,), (jnp.ones_like(u),)))
+@jax.jit
+def _affine(x, weight, bias):
+    return jnp.matmul(x, weight, precision="highest") + bias
+
+
+@functools.partial(jax.jit, static_argnames="activation")
+def _hidden(preactivations, activation):
+    first, *up = preactivations
+    value, slope = jax.jvp(get_activation(activation), (first,), (jnp.ones_like(first),))
+    if not up:
+        return value, [slope]
+    return value * up[0], [slope * up[0], value]

@@ -1,6 +1,5 @@
-"""Layer-wise distillation: gradient steps fit each sparse FFN to its dense FFN's outputs."""
+"""Layer-wise distillation: gradient steps fit one FFN to the outputs that it should have."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,68 +7,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.nn.sparse_ffn import SparseFFN
+from sparseffn_jax.sparsify.streams import LayerActivations
 
 _LEARNING_RATE = 1e-3
 _TOKENS = 2048
 
 
-def distill_layers(
-    configs: Mapping[int, SparseFFNConfig | nn.Module],
-    params: Mapping[int, Any],
-    inputs: Mapping[int, Float[np.ndarray, "n d"]],
-    targets: Mapping[int, Float[np.ndarray, "n d"]],
-    *,
-    steps: int,
-    seed: int,
-) -> dict[int, Any]:
-    """Trains all layers at once, each on its own loss: no gradient passes between layers.
+def distill_layer(
+    layer: nn.Module, params: Any, activations: LayerActivations, *, steps: int, seed: int
+) -> Any:
+    """Trains one FFN on calibration activations.
 
-    The loss of a layer is its squared error divided by the variance of its targets, so that every
-    layer counts alike. The optimizer is Adam with a cosine schedule, on 2048 tokens in each step.
+    The loss is the squared error divided by the variance of the targets. The optimizer is Adam with
+    a cosine schedule, on 2048 tokens in each step.
 
     Args:
-      configs: configuration of each layer's SparseFFN, by layer number; or a module of another kind
-        that maps (N, d) to (N, d).
-      params: float32 parameters of each layer's SparseFFN or module.
-      inputs: inputs (N, d) of each layer, in host memory.
-      targets: outputs (N, d) of each layer's dense FFN on these inputs, in host memory.
-      steps: number of gradient steps.
+      layer: a module that maps (N, d) to (N, d), such as a SparseFFN.
+      params: its float32 parameters.
+      activations: inputs of the layer, and the outputs that it should have.
+      steps: number of gradient steps; 0 returns ``params``.
       seed: seed of the choice of tokens.
 
     Returns:
-      The trained parameters by layer number.
+      The trained parameters, in host memory.
     """
-    if not configs:
-        return {}
-    layers = {
-        i: SparseFFN(config) if isinstance(config, SparseFFNConfig) else config
-        for i, config in configs.items()
-    }
-    variance = {i: float(targets[i].var(0).sum()) for i in layers}
+    if not steps:
+        return params
+    variance = float(activations.target.var(0, dtype=np.float32).sum())
     optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, steps))
 
-    def loss(params: Mapping[int, Any], x: Mapping[int, Array], y: Mapping[int, Array]) -> Array:
-        total = jnp.float32(0.0)
-        for i, layer in layers.items():
-            output: Any = layer.apply({"params": params[i]}, x[i])
-            total += jnp.mean(jnp.sum((output - y[i]) ** 2, -1)) / variance[i]
-        return total
+    def loss(params: Any, x: Array, y: Array) -> Array:
+        output: Any = layer.apply({"params": params}, x)
+        return jnp.mean(jnp.sum((output - y) ** 2, -1)) / variance
 
     @jax.jit
     def step(params, state, x, y):
         updates, state = optimizer.update(jax.grad(loss)(params, x, y), state, params)
         return optax.apply_updates(params, updates), state
 
-    params = {i: params[i] for i in layers}
     state = optimizer.init(params)
     rng = np.random.default_rng(seed)
-    tokens = len(next(iter(inputs.values())))
+    tokens = len(activations.x)
     for _ in range(steps):
         rows = rng.integers(tokens, size=min(_TOKENS, tokens))
-        x, y = ({i: part[i][rows] for i in layers} for part in (inputs, targets))
-        params, state = step(params, state, x, y)
+        params, state = step(params, state, *activations.rows(rows))
     return jax.tree.map(np.asarray, params)

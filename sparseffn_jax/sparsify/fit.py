@@ -8,14 +8,15 @@ of earlier steps.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from sparseffn_jax.config import CoreConfig, SparseFFNConfig, SpectralConfig
+from sparseffn_jax.config import CoreConfig, PolynomialConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.ops import polynomial
 from sparseffn_jax.ops.fourier import circulant_matrix
 from sparseffn_jax.ops.masks import BlockMask
@@ -23,27 +24,26 @@ from sparseffn_jax.sparsify import closed_form
 from sparseffn_jax.sparsify.closed_form import Moments
 from sparseffn_jax.sparsify.dense import DenseFFN, Linear
 from sparseffn_jax.sparsify.selection import Scores, Units, choose_units, score_units
+from sparseffn_jax.sparsify.streams import LayerActivations
 
 Leaves = dict[str, Any]
-Activations = Float[np.ndarray, "n c"]
+Chunks = Iterator[tuple[Float[Array, "c i"], Float[Array, "c o"]]]
 _BACKFITTING_TURNS = 4
+# A sample of tokens is plenty for a handful of coefficients.
+_POLYNOMIAL_TOKENS = 4096
 
 
 class Calibration(NamedTuple):
-    """A dense FFN's inputs, hidden units and outputs on calibration activations.
+    """What a dense FFN does on calibration text.
 
     Attributes:
-      x: inputs (n, d_model), float32.
+      activations: inputs of the layer, and the outputs that it should have.
       moments: moments of the inputs; their means are zero if the layer has no bias.
-      hidden: hidden units (n, d_ff).
-      target: outputs (n, d_model).
       scores: scores of the hidden units.
     """
 
-    x: Activations
+    activations: LayerActivations
     moments: Moments
-    hidden: Activations
-    target: Activations
     scores: Scores
 
 
@@ -52,12 +52,14 @@ class Branch(NamedTuple):
 
     Attributes:
       leaves: parameters of the maps into the hidden units.
-      features: hidden units (n, width) on the calibration activations, which are the inputs of the
-        map out of them.
+      features: function from inputs (c, d_model) to hidden units (c, width), which are the inputs
+        of the map out of them.
+      width: number of hidden units.
     """
 
     leaves: Leaves
-    features: Activations
+    features: Callable[[Float[Array, "c d"]], Float[Array, "c m"]]
+    width: int
 
 
 class Outputs(NamedTuple):
@@ -65,33 +67,33 @@ class Outputs(NamedTuple):
 
     Attributes:
       spectral: leaves of the spectral branch's map; ``None`` if there is no such branch.
-      core: weight of the core's map; ``None`` if there is no core.
+      weight: the map as one matrix, (spectral width + core width, d_model).
+      core: the rows of ``weight`` that are the core's; ``None`` if there is no core.
       bias: bias of the layer, (d_model,).
-      output: outputs (n, d_model) of the layer on the calibration activations, without corrections.
     """
 
     spectral: Leaves | None
+    weight: Float[np.ndarray, "m d"]
     core: Float[np.ndarray, "c d"] | None
     bias: Float[np.ndarray, " d"]
-    output: Activations
 
 
 def fit_layer(
-    dense: DenseFFN, config: SparseFFNConfig, x: Activations
+    dense: DenseFFN, config: SparseFFNConfig, activations: LayerActivations
 ) -> tuple[SparseFFNConfig, Leaves]:
-    """Fits one SparseFFN to one dense FFN on its inputs.
+    """Fits one SparseFFN to the outputs that a layer should have.
 
     Args:
       dense: the dense FFN that the layer replaces.
       config: configuration of the layer; the polynomial's radius is overwritten.
-      x: calibration activations (n, d_model), float32.
+      activations: inputs of the layer, and the outputs that it should have.
 
     Returns:
       The config with the polynomial's fitted radius, and float32 parameters.
     """
     if is_whole(config):
         return config, jax.tree.map(as_float32, _whole(dense, config))
-    calibration = calibrate(dense, config, x)
+    calibration = calibrate(dense, config, activations)
     core, branch = _core_of(config), config.spectral
     units = _choose_units(dense, config, calibration)
     leaves: Leaves = {}
@@ -102,7 +104,8 @@ def fit_layer(
     if core is not None:
         kept = fit_core(dense, config, core, calibration, units)
         leaves["core"] = kept.leaves
-    outputs = fit_outputs(config, calibration.target, spectral, kept)
+    branches = [part for part in (spectral, kept) if part is not None]
+    outputs = fit_outputs(config, activations, spectral, kept)
     if outputs.spectral is not None:
         leaves["spectral"] |= {"down": outputs.spectral}
     if core is not None:
@@ -110,7 +113,10 @@ def fit_layer(
     if config.bias:
         leaves["bias"] = outputs.bias
     masks = config.micro.corrections if config.micro is not None else ()
-    for i, weight in enumerate(fit_corrections(masks, outputs.output, calibration.target)):
+    down = Linear(outputs.weight, outputs.bias)
+    for i, weight in enumerate(
+        fit_corrections(masks, activations, lambda x: down(_features(branches, x)))
+    ):
         leaves[f"correction_{i}"] = {"kernel": stored(weight, masks[i])}
     return config, jax.tree.map(as_float32, leaves)
 
@@ -129,15 +135,15 @@ def is_whole(config: SparseFFNConfig | None) -> bool:
     )
 
 
-def calibrate(dense: DenseFFN, config: SparseFFNConfig, x: Activations) -> Calibration:
-    """Runs a dense FFN on calibration activations and scores its hidden units."""
-    hidden, slopes = dense.hidden([up(x) for up in dense.up_maps])
+def calibrate(
+    dense: DenseFFN, config: SparseFFNConfig, activations: LayerActivations
+) -> Calibration:
+    """Measures the inputs' moments and scores the hidden units."""
+    inputs = ((x, x[:, :0]) for x, _ in activations.chunks())
     return Calibration(
-        x,
-        Moments.of(x, x[:, :0], centred=config.bias),
-        hidden,
-        dense.down(hidden),
-        score_units(dense, hidden, slopes, centred=config.bias),
+        activations,
+        Moments.of(inputs, centred=config.bias),
+        score_units(dense, activations, centred=config.bias),
     )
 
 
@@ -153,30 +159,26 @@ def fit_spectral(
     Returns:
       The config with the polynomial's fitted radius, and the branch.
     """
-    leaves, us = {}, []
+    leaves, mapped = {}, []
     maps = zip(config.up_maps, dense.up_maps, calibration.scores.sensitivities, strict=True)
     for name, full, sensitivity in maps:
         linear = full.outputs(units.spectral)
         moments = _moments_of(calibration.moments, linear.weight)
         factors, weight = _fit_up(branch, linear.weight, moments, sensitivity[units.spectral])
-        mapped = _with_mean_kept(linear, weight, calibration, config.bias)
-        us.append(mapped(calibration.x))
-        leaves[name] = factors | ({"bias": mapped.bias} if config.bias else {})
+        mapped.append(_with_mean_kept(linear, weight, calibration, config.bias))
+        leaves[name] = factors | ({"bias": mapped[-1].bias} if config.bias else {})
     if config.polynomial is None:
-        return config, Branch(leaves, dense.hidden(us)[0])
+        return config, Branch(leaves, _dense_features(dense, mapped), branch.width)
     # What a channel should say: the true unit's output, of which its pre-activation knows a part.
-    target = calibration.hidden[:, units.spectral]
+    x, _ = calibration.activations.sample(_POLYNOMIAL_TOKENS)
+    target = np.asarray(dense.hidden([up.outputs(units.spectral)(x) for up in dense.up_maps])[0])
+    us = [np.asarray(linear(x)) for linear in mapped]
     weights = np.linalg.norm(dense.down.weight[units.spectral], axis=1) ** 2
     fitted, coefficients = closed_form.fit_polynomial(config.polynomial, us, target, weights)
     leaves["polynomial"] = coefficients
-    features = polynomial.chebyshev(
-        jnp.asarray(us[0]),
-        jnp.asarray(coefficients, jnp.float32),
-        degrees=fitted.degrees,
-        radius=fitted.radius,
-    )
-    branch_of = Branch(leaves, np.asarray(features) * (us[1] if config.gated else 1.0))
-    return dataclasses.replace(config, polynomial=fitted), branch_of
+    features = _polynomial_features(mapped, coefficients, fitted)
+    config = dataclasses.replace(config, polynomial=fitted)
+    return config, Branch(leaves, features, branch.width)
 
 
 def fit_core(
@@ -187,7 +189,7 @@ def fit_core(
     units: Units,
 ) -> Branch:
     """Copies the core units' input weights from the dense FFN, or regresses them if masked."""
-    leaves, us = {}, []
+    leaves, maps = {}, []
     for name, full in zip(config.up_maps, dense.up_maps, strict=True):
         linear = full.outputs(units.core)
         weight = linear.weight
@@ -195,32 +197,34 @@ def fit_core(
             moments = _moments_of(calibration.moments, weight)
             weight = closed_form.masked_regression(moments, mask)
         mapped = _with_mean_kept(linear, weight, calibration, config.bias)
-        us.append(mapped(calibration.x))
+        maps.append(mapped)
         bias = {"bias": mapped.bias} if config.bias else {}
         leaves[name] = {"kernel": stored(weight, mask)} | bias
-    if core.up_mask is None:
-        return Branch(leaves, calibration.hidden[:, units.core])
-    return Branch(leaves, dense.hidden(us)[0])
+    return Branch(leaves, _dense_features(dense, maps), core.width)
 
 
 def fit_outputs(
-    config: SparseFFNConfig, target: Activations, spectral: Branch | None, core: Branch | None
+    config: SparseFFNConfig,
+    activations: LayerActivations,
+    spectral: Branch | None,
+    core: Branch | None,
 ) -> Outputs:
-    """Regresses the dense FFN's outputs jointly on the hidden units of both branches.
+    """Regresses the layer's outputs jointly on the hidden units of both branches.
 
     Args:
       config: configuration of the layer.
-      target: outputs (n, d_model) of the dense FFN.
+      activations: inputs of the layer, and the outputs that it should have.
       spectral: the spectral branch; ``None`` if there is no such branch.
       core: the core; ``None`` if there is no core.
     """
-    empty = np.zeros((len(target), 0), np.float32)
-    parts = [empty if part is None else part.features for part in (spectral, core)]
-    features = np.concatenate(parts, axis=1)
-    moments = Moments.of(features, target, centred=config.bias)
-    ours = slice(0, parts[0].shape[1])
+    branches = [part for part in (spectral, core) if part is not None]
+    moments = Moments.of(
+        ((_features(branches, x), target) for x, target in activations.chunks()),
+        centred=config.bias,
+    )
+    ours = slice(0, 0 if spectral is None else spectral.width)
     cores = slice(ours.stop, None)
-    weight = np.zeros((features.shape[1], config.d_model))
+    weight = np.zeros((len(moments.xx), config.d_model))
     core_config = _core_of(config)
     mask = core_config.down_mask if core_config is not None else None
     factors = None
@@ -238,37 +242,39 @@ def fit_outputs(
             left = moments.residual(cores, ours, weight[ours])
             weight[cores] = closed_form.masked_regression(left, mask)
     bias = moments.y_mean - moments.x_mean @ weight
-    output = features @ as_float32(weight) + as_float32(bias)
-    return Outputs(factors, None if core is None else weight[cores], bias, output)
+    return Outputs(factors, weight, None if core is None else weight[cores], bias)
 
 
 def fit_corrections(
-    masks: tuple[BlockMask, ...], output: Activations, target: Activations
+    masks: tuple[BlockMask, ...],
+    activations: LayerActivations,
+    layer: Callable[[Float[Array, "c d"]], Float[Array, "c d"]],
 ) -> list[Float[np.ndarray, "d d"]]:
     """Regresses the remaining error on the layer's output, one correction after the other.
 
     Args:
       masks: mask of each correction, over (d_model, d_model).
-      output: outputs (n, d_model) of the layer without corrections.
-      target: outputs (n, d_model) of the dense FFN.
+      activations: inputs of the layer, and the outputs that it should have.
+      layer: the layer without corrections.
 
     Returns:
       The dense matrix (d_model, d_model) of each correction, which is zero where it is masked.
     """
-    weights = []
+    corrections: list[Linear] = []
+
+    def outputs_and_errors() -> Chunks:
+        for x, target in activations.chunks():
+            output = layer(x)
+            for correction in corrections:
+                output += correction(output)
+            yield output, target - output
+
     for mask in masks:
         # Not centred: a correction sees the output with its mean and adds no bias.
-        error = target - output
-        n, zeros = len(error), np.zeros(mask.shape[0])
-        moments = Moments(
-            (output.T @ output / n).astype(np.float64),
-            (output.T @ error / n).astype(np.float64),
-            zeros,
-            zeros,
-        )
-        weights.append(closed_form.masked_regression(moments, mask))
-        output = output + output @ as_float32(weights[-1])
-    return weights
+        moments = Moments.of(outputs_and_errors(), centred=False)
+        weight = closed_form.masked_regression(moments, mask)
+        corrections.append(Linear(weight, np.zeros(mask.shape[1])))
+    return [correction.weight for correction in corrections]
 
 
 def stored(weight: Any, mask: BlockMask | None) -> Any:
@@ -279,6 +285,28 @@ def stored(weight: Any, mask: BlockMask | None) -> Any:
 def as_float32(x: Any) -> np.ndarray:
     """Returns a NumPy array in float32."""
     return np.asarray(x, np.float32)
+
+
+def _features(branches: Sequence[Branch], x: Float[Array, "c d"]) -> Float[Array, "c m"]:
+    return jnp.concatenate([x[:, :0], *(branch.features(x) for branch in branches)], axis=1)
+
+
+def _dense_features(dense: DenseFFN, maps: Sequence[Linear]) -> Callable[[Array], Array]:
+    return lambda x: dense.hidden([linear(x) for linear in maps])[0]
+
+
+def _polynomial_features(
+    maps: Sequence[Linear], coefficients: Any, polynomial_config: PolynomialConfig
+) -> Callable[[Array], Array]:
+    degrees, radius = polynomial_config.degrees, polynomial_config.radius
+    coefficients = jnp.asarray(coefficients, jnp.float32)
+
+    def features(x: Array) -> Array:
+        u, *up = (linear(x) for linear in maps)
+        value = polynomial.chebyshev(u, coefficients, degrees=degrees, radius=radius)
+        return value * up[0] if up else value
+
+    return features
 
 
 def _core_of(config: SparseFFNConfig) -> CoreConfig | None:

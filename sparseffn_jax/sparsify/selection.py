@@ -7,12 +7,13 @@ units whose loss would cost most, or that the branch would approximate worst, go
 import dataclasses
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from sparseffn_jax.sparsify.dense import DenseFFN
-
-Hidden = Float[np.ndarray, "n m"]
+from sparseffn_jax.sparsify.streams import LayerActivations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +43,34 @@ class Units:
     spectral: Int[np.ndarray, " s"]
 
 
-def score_units(dense: DenseFFN, hidden: Hidden, slopes: list[Hidden], *, centred: bool) -> Scores:
+def score_units(dense: DenseFFN, activations: LayerActivations, *, centred: bool) -> Scores:
     """Scores the hidden units of a dense FFN.
 
     Args:
       dense: the dense FFN.
-      hidden: hidden units (n, m) on calibration activations.
-      slopes: for each map into the hidden units, their derivatives (n, m) by its pre-activations.
+      activations: inputs of the FFN on calibration text.
       centred: whether a bias can make up for the mean of a lost unit; otherwise the mean counts as
         lost too.
     """
     norms = np.linalg.norm(dense.down.weight, axis=1)
-    spread = hidden.std(0, dtype=np.float64) if centred else root_mean_square(hidden)
+    shift, totals = None, [0.0] * (2 + len(dense.up_maps))
+    for x, _ in activations.chunks():
+        hidden, slopes = dense.hidden([up(x) for up in dense.up_maps])
+        shift = jnp.mean(hidden, 0) * centred if shift is None else shift
+        sums = _unit_sums(hidden - shift, slopes)
+        totals = [
+            total + np.asarray(part, np.float64) for total, part in zip(totals, sums, strict=True)
+        ]
+    mean, square, *slope_squares = (total / len(activations.x) for total in totals)
+    variance = square - mean**2 if centred else square
     return Scores(
-        (spread * norms) ** 2,
-        tuple(floored(root_mean_square(slope) * norms) for slope in slopes),
+        variance * norms**2, tuple(floored(np.sqrt(square) * norms) for square in slope_squares)
     )
+
+
+@jax.jit
+def _unit_sums(hidden, slopes):
+    return jnp.sum(hidden, 0), *(jnp.sum(jnp.square(part), 0) for part in (hidden, *slopes))
 
 
 def choose_units(
@@ -83,11 +96,6 @@ def choose_units(
     importance[core] -= importance.max() + 1.0
     spectral = np.sort(np.argsort(-importance, kind="stable")[:spectral_width])
     return Units(core, spectral)
-
-
-def root_mean_square(x: Float[np.ndarray, "n m"]) -> Float[np.ndarray, " m"]:
-    """Returns the root mean square of each column, in float64."""
-    return np.sqrt(np.mean(np.square(x), 0, dtype=np.float64))
 
 
 def floored(sensitivity: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:

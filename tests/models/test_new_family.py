@@ -84,8 +84,11 @@ class MadeUpBody(nn.Module):
         self.after = nn.LayerNorm(use_bias=False)
 
     def __call__(self, input_ids, attention_mask, position_ids, deterministic, init_cache):
-        x = self.words(input_ids) + self.places(position_ids)
-        return self.after(self.floors(x, attention_mask, None, deterministic, init_cache))
+        x, table = self.embed(input_ids, position_ids, deterministic)
+        return self.after(self.floors(x, attention_mask, table, deterministic, init_cache))
+
+    def embed(self, input_ids, position_ids, deterministic):
+        return self.words(input_ids) + self.places(position_ids), None
 
 
 class MadeUpForCausalLM(Decoder):

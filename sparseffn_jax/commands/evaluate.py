@@ -1,0 +1,79 @@
+"""The command ``sparseffn evaluate``."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from sparseffn_jax.checkpoints.pretrained import load_pretrained
+from sparseffn_jax.commands.common import check_at_least, matching_tokenizer
+from sparseffn_jax.evaluate.losses import evaluate_tokens
+from sparseffn_jax.evaluate.perplexity import strided_loss
+from sparseffn_jax.evaluate.windows import check_window
+from sparseffn_jax.measure.records import make_folder, write_json
+from sparseffn_jax.train.data import read_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure a model's loss on a text: nats a token over the whole file.
+
+    The text is cut into non-overlapping windows; every token but the text's first is predicted
+    once, from what stands before it in its window. With --stride the windows overlap, so that
+    every token is predicted from at least window - stride others: slower and lower, the
+    perplexity that Hugging Face documents for models of fixed length.
+
+    Attributes:
+      model: Folder or hub name, dense or sparse.
+      text: UTF-8 text file; or a folder of text files or a Hugging Face dataset, whose documents
+        are joined by blank lines.
+      window: Tokens in a window; default n_positions.
+      stride: Tokens between the beginnings of two windows.
+      batch_size: Windows computed at once; changes the time, not the result.
+      plans: Table of measured plans to choose by, as "inspect --autotune" writes it.
+      json: File to write loss, tokens and perplexity to.
+    """
+
+    model: str
+    text: str
+    window: int | None = None
+    stride: int | None = None
+    batch_size: int = 8
+    plans: Path | None = None
+    json: Path | None = None
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        check_at_least("batch_size", self.batch_size, 1)
+        if self.json is not None:
+            make_folder(self.json.parent)
+        text = read_whole(self.text)
+        pretrained = load_pretrained(self.model)
+        tokenizer = matching_tokenizer(self.model, pretrained)
+        tokens = np.array(tokenizer.backend_tokenizer.encode(text).ids, np.int32)
+        if len(tokens) < 2:
+            raise ValueError(f"{self.text} has {len(tokens)} tokens: at least 2 are needed")
+        window = check_window(self.window, pretrained.spec.n_positions)
+        model = pretrained.model()
+        arguments = (model, pretrained.params, tokens, window)
+        if self.stride is None:
+            loss = evaluate_tokens(*arguments, self.batch_size)
+        else:
+            loss = strided_loss(*arguments, self.stride, self.batch_size)
+        result = {
+            "loss": loss,
+            "tokens": len(tokens) - 1,
+            "perplexity": math.exp(loss),
+            "window": window,
+            "stride": self.stride,
+            "model": self.model,
+            "text": self.text,
+        }
+        if self.json is not None:
+            write_json(self.json, result)
+        console.print(
+            f"loss {loss:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
+            f"{result['tokens']:,} tokens"
+        )

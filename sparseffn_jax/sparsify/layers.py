@@ -1,0 +1,119 @@
+"""Replaces FFNs layer by layer, whatever they are replaced by.
+
+It is the one place that knows in which order layers are fitted and what is in memory meanwhile;
+what a layer becomes is said by the caller.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from sparseffn_jax.models.decoder import (
+    FFN,
+    FFN_NAME,
+    Decoder,
+    Dtype,
+    ffn_module,
+    layers_of,
+    replace_ffns,
+)
+from sparseffn_jax.sparsify.dense import DenseFFN
+from sparseffn_jax.sparsify.partial import PartialConversion
+from sparseffn_jax.sparsify.streams import LayerActivations, Place, Streams
+
+# Share of what the layers before have lost that a layer makes up for. Swept on SmolLM2-135M: see
+# docs/concepts/warm_start.md.
+REPAIR = 0.5
+
+
+class ConvertedLayer(NamedTuple):
+    """What became of one layer.
+
+    Attributes:
+      layer: its number.
+      error: squared error of its FFN on the targets, over the targets' variance.
+      seconds: time that it took.
+    """
+
+    layer: int
+    error: float
+    seconds: float
+
+
+def convert_layers(
+    model: Decoder,
+    params: Mapping[str, Any],
+    layers: Collection[int],
+    fit: Callable[[int, DenseFFN, LayerActivations], tuple[FFN, Any]],
+    calibration: Int[np.ndarray, "n t"],
+    *,
+    repair: float = REPAIR,
+    batch_size: int = 8,
+    stream_dtype: Dtype = np.float32,
+    place: Place = jnp.asarray,
+    partial: PartialConversion | None = None,
+    on_layer: Callable[[ConvertedLayer], None] | None = None,
+) -> tuple[Decoder, dict[str, Any]]:
+    """Replaces dense FFNs from the first layer to the last.
+
+    Args:
+      model: a decoder in which the layers to be replaced are dense.
+      params: parameters of the decoder; they are not changed.
+      layers: numbers of the layers to be replaced.
+      fit: function that is called with a layer's number, its dense FFN and its activations, and
+        returns its entry in :attr:`Decoder.ffns` and float32 parameters.
+      calibration: token ids (n, t).
+      repair: share, from 0 to 1, of what the layers before have lost that a layer makes up for.
+      batch_size: number of windows in one forward pass.
+      stream_dtype: dtype of the residual streams in host memory.
+      place: function that puts a batch of windows, or a chunk of tokens, on the devices.
+      partial: the layers that an earlier, stopped call has replaced, to which this one adds; all
+        of them must have become SparseFFNs.
+      on_layer: function that is called after each replaced layer.
+
+    Returns:
+      The model and its parameters; the leaves of a replaced FFN have the dtype of those of the
+      dense one.
+
+    Raises:
+      ValueError: if ``repair`` is not between 0 and 1.
+    """
+    if not 0.0 <= repair <= 1.0:
+        raise ValueError(f"repair={repair} must be between 0 and 1")
+    streams = Streams(
+        model, params, calibration, batch_size=batch_size, dtype=stream_dtype, place=place
+    )
+    ffns = list(model.ffns or (None,) * model.spec.n_layer)
+    replaced = {}
+    for i, layer in enumerate(layers_of(model, params)):
+        if i not in layers:
+            streams.skip(i, layer)
+            continue
+        started = time.perf_counter()
+        activations = streams.reach(i, layer, repair)
+        found = None if partial is None else partial.load(i, layer[FFN_NAME])
+        if found is None:
+            dense = DenseFFN.from_params(layer[FFN_NAME], model.ffn_layout, model.spec.activation)
+            ffn, leaves = fit(i, dense, activations)
+            found = ffn, _cast_like(leaves, layer[FFN_NAME])
+            if partial is not None:
+                partial.save(i, layer[FFN_NAME], *found)
+        ffns[i], replaced[i] = found
+        module = ffn_module(model.clone(ffns=tuple(ffns)), i).clone(name=None)
+        error = streams.leave(
+            activations, functools.partial(jax.jit(module.apply), {"params": replaced[i]})
+        )
+        if on_layer is not None:
+            on_layer(ConvertedLayer(i, error, time.perf_counter() - started))
+    return model.clone(ffns=tuple(ffns)), replace_ffns(model, params, replaced)
+
+
+def _cast_like(leaves: Any, mlp: Any) -> Any:
+    dtype = jax.tree.leaves(mlp)[0].dtype
+    return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), leaves)

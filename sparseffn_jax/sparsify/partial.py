@@ -1,0 +1,113 @@
+"""The layers of a conversion so far, kept in a folder, so that a stopped one goes on.
+
+Each converted layer is one safetensors file, which appears under its name only when it is complete.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.measure.records import make_folder, write_json
+
+_SETTINGS = "settings.json"
+
+
+class PartialConversion:
+    """A folder of converted layers."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        """Opens the folder of a stopped conversion, or begins a new one.
+
+        Args:
+          folder: the folder; it is made if it is not there.
+          settings: all that decides the result but the dense weights; JSON values.
+
+        Raises:
+          ValueError: if the folder holds a conversion with other settings, or something else.
+        """
+        self.folder = folder
+        make_folder(folder)
+        file = folder / _SETTINGS
+        settings = json.loads(json.dumps(settings))
+        if not file.is_file():
+            if any(folder.iterdir()):
+                raise ValueError(
+                    f"{folder} holds files but no {_SETTINGS} of a stopped conversion: move them "
+                    "away, or write to another folder"
+                )
+            write_json(file, settings)
+            return
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        names = sorted(stored.keys() | settings.keys())
+        if differing := [name for name in names if stored.get(name) != settings.get(name)]:
+            raise ValueError(
+                f"{folder} holds a stopped conversion with other settings "
+                f"({', '.join(differing)}): repeat its command to go on with it, or delete the "
+                "folder to begin anew"
+            )
+
+    def load(self, layer: int, dense: Any) -> tuple[SparseFFNConfig, dict[str, Any]] | None:
+        """Returns a converted layer's config and parameters, or ``None`` if it is not there.
+
+        Args:
+          layer: the layer's number.
+          dense: parameters of the layer's dense FFN.
+
+        Raises:
+          ValueError: if the layer was converted from other weights.
+        """
+        file = self._file(layer)
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, framework="numpy") as handle:
+                metadata = handle.metadata()
+                leaves: dict[str, Any] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except SafetensorError:
+            # What a power failure left; the layer is converted again.
+            return None
+        if metadata["dense"] != checksum(dense):
+            raise ValueError(
+                f"{self.folder} holds a stopped conversion of other weights (layer {layer} "
+                "differs): delete the folder to begin anew"
+            )
+        config = SparseFFNConfig.from_dict(json.loads(metadata["config"]))
+        return config, unflatten_dict(leaves, sep="/")
+
+    def save(self, layer: int, dense: Any, config: SparseFFNConfig, leaves: Any) -> None:
+        """Keeps a converted layer.
+
+        Args:
+          layer: the layer's number.
+          dense: parameters of the layer's dense FFN.
+          config: config of the layer's SparseFFN.
+          leaves: its parameters.
+        """
+        flat: dict[str, Any] = flatten_dict(leaves, sep="/")
+        arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+        metadata = {"dense": checksum(dense), "config": json.dumps(config.to_dict())}
+        file = self._file(layer)
+        unfinished = file.with_suffix(".unfinished")
+        save_file(arrays, unfinished, metadata=metadata)
+        os.replace(unfinished, file)
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:04d}.safetensors"
+
+
+def checksum(tree: Any) -> str:
+    """Returns a checksum of all leaves of a tree, in the order in which JAX lists them."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8), total)
+    return f"{total:08x}"

@@ -1,0 +1,184 @@
+"""Takes calibration text through a stack, one layer at a time.
+
+Two token streams stand side by side: the residual stream of the dense model, and that of the model
+whose layers so far have been replaced. A layer is fitted when both have reached it, and both go on
+through it. Nothing but the streams and one layer's inputs and targets is ever held for the whole
+text.
+
+Fitting a layer on the inputs that the replaced prefix really gives it, and to a target that undoes
+part of what the prefix did, is sequential layer-wise reconstruction as in Frantar & Alistarh 2023
+(SparseGPT, 2301.00774) with the residual stream's error added to the target.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparseffn_jax.models.decoder import Decoder, Dtype, block_module
+
+# Tokens of a layer's activations that are on the device at once.
+CHUNK = 2048
+Place = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerActivations:
+    """What one FFN receives on the calibration text, and what its replacement should return.
+
+    Attributes:
+      x: inputs (n, d_model), in host memory.
+      target: outputs (n, d_model), in host memory.
+      place: function that puts a chunk of tokens on the devices.
+    """
+
+    x: Float[np.ndarray, "n d"]
+    target: Float[np.ndarray, "n d"]
+    place: Place = jnp.asarray
+
+    def chunks(self) -> Iterator[tuple[Float[Array, "c d"], Float[Array, "c d"]]]:
+        """Yields inputs and targets of some tokens at a time, in float32 on the devices."""
+        for start in range(0, len(self.x), CHUNK):
+            rows = slice(start, start + CHUNK)
+            yield self.rows(rows)
+
+    def sample(self, count: int) -> tuple[Float[Array, "c d"], Float[Array, "c d"]]:
+        """Returns inputs and targets of about ``count`` tokens from all over the text."""
+        return self.rows(slice(None, None, max(1, len(self.x) // count)))
+
+    def rows(self, rows: Any) -> tuple[Float[Array, "c d"], Float[Array, "c d"]]:
+        """Returns inputs and targets of the chosen tokens, in float32 on the devices."""
+        return tuple(
+            self.place(np.asarray(part[rows], np.float32)) for part in (self.x, self.target)
+        )
+
+
+class Streams:
+    """The two residual streams of a conversion, both before the same layer.
+
+    Attributes:
+      model: the dense model, whose precision is that of the computation.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        tokens: Int[np.ndarray, "n t"],
+        *,
+        batch_size: int,
+        dtype: Dtype = np.float32,
+        place: Place = jnp.asarray,
+    ):
+        """Embeds the text.
+
+        Args:
+          model: the dense model.
+          params: its parameters; only what embeds tokens is read.
+          tokens: token ids.
+          batch_size: number of windows in one forward pass.
+          dtype: what the streams are stored in.
+          place: function that puts a batch of windows on the devices.
+        """
+        self.model, self._place = model, place
+        self._batches = [
+            slice(start, start + batch_size) for start in range(0, len(tokens), batch_size)
+        ]
+        embed = jax.jit(lambda params, ids: model.apply({"params": params}, ids, method="embed"))
+        shape = (*tokens.shape, model.spec.d_model)
+        self._dense = np.empty(shape, dtype)
+        for rows in self._batches:
+            x, self._table = embed(params, place(tokens[rows]))
+            self._dense[rows] = x
+        # Until the first layer is replaced there is one stream.
+        self._converted: np.ndarray | None = None
+        self._runs: dict[Any, Callable] = {}
+
+    def reach(self, layer: int, params: Any, repair: float) -> LayerActivations:
+        """Takes both streams to where the layer's FFN adds to them, and the dense one past it.
+
+        Args:
+          layer: the layer's number; every earlier layer has been left behind.
+          params: the layer's parameters in the dense model.
+          repair: share of the target that brings the residual stream back to the dense model's;
+            the rest is what the dense FFN returns on the same inputs.
+        """
+        run = self._run(layer)
+        before = self._dense if self._converted is None else self._converted
+        rest = np.empty_like(before) if self._converted is None else before
+        x, target = np.empty_like(before), np.empty_like(before)
+        for rows in self._batches:
+            dense, z, y = run(params, self._place(self._dense[rows]), self._table)
+            mine = dense
+            if self._converted is not None:
+                mine, z, y = run(params, self._place(before[rows]), self._table)
+            x[rows] = z
+            rest[rows], target[rows] = _rest_and_target(dense, mine, y, repair)
+            self._dense[rows] = dense
+        self._converted = rest
+        d_model = x.shape[-1]
+        return LayerActivations(x.reshape(-1, d_model), target.reshape(-1, d_model), self._place)
+
+    def leave(
+        self,
+        activations: LayerActivations,
+        ffn: Callable[[Float[Array, "c d"]], Float[Array, "c d"]],
+    ) -> float:
+        """Takes the converted stream past the layer that it has reached.
+
+        Args:
+          activations: what :meth:`reach` returned.
+          ffn: the FFN that replaces the layer's.
+
+        Returns:
+          The squared error on the targets, over their variance.
+        """
+        assert self._converted is not None
+        stream = self._converted.reshape(activations.x.shape)
+        error = scale = 0.0
+        mean = activations.target.mean(0, dtype=np.float32)
+        for start, (x, target) in enumerate(activations.chunks()):
+            rows = slice(start * CHUNK, start * CHUNK + len(x))
+            y = ffn(x)
+            stream[rows] = np.asarray(stream[rows], np.float32) + np.asarray(y, np.float32)
+            error += float(jnp.sum(jnp.square(y - target)))
+            scale += float(jnp.sum(jnp.square(target - mean)))
+        return error / max(scale, np.finfo(np.float32).tiny)
+
+    def skip(self, layer: int, params: Any) -> None:
+        """Takes both streams through a layer that stays dense."""
+        run = self._run(layer)
+        for stream in (self._dense, self._converted):
+            if stream is not None:
+                for rows in self._batches:
+                    stream[rows] = run(params, self._place(stream[rows]), self._table)[0]
+
+    def _run(self, layer: int) -> Callable:
+        """Returns the layer's block, compiled once for all layers that compute the same."""
+        differ = self.model.layers_differ(self.model.config)
+        key = (self.model.ffns[layer] if self.model.ffns else None, layer if differ else 0)
+        if key not in self._runs:
+            block = block_module(self.model, layer)
+
+            @jax.jit
+            def run(params, x, table):
+                x = x.astype(block.dtype)
+                out, variables = block.apply(
+                    {"params": params}, x, None, table, True, False, mutable=["intermediates"]
+                )
+                sown = variables["intermediates"]
+                return out, sown["ffn_input"][0], sown["ffn_output"][0]
+
+            self._runs[key] = run
+        return self._runs[key]
+
+
+@jax.jit
+def _rest_and_target(dense, mine, y, repair):
+    dense, mine, y = (part.astype(jnp.float32) for part in (dense, mine, y))
+    rest = mine - y
+    return rest, y + repair * (dense - mine)

@@ -1,0 +1,246 @@
+"""Conversion layer by layer: what each layer is fitted to, resumption, and memory."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny_models import make_model
+
+from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig
+from sparseffn_jax.models.decoder import layers_of
+from sparseffn_jax.models.families import FAMILIES
+from sparseffn_jax.sparsify.convert import sparsify
+from sparseffn_jax.sparsify.fit import fit_layer
+from sparseffn_jax.sparsify.sizing import size_model
+
+WINDOWS, WINDOW = 48, 12
+
+
+def tokens_for(model):
+    rng = np.random.default_rng(0)
+    return rng.integers(model.config.vocab_size, size=(WINDOWS, WINDOW))
+
+
+def curved(model_and_params):
+    """A model whose FFNs matter; freshly drawn ones are nearly linear."""
+    model, params = model_and_params
+    return model, jax.tree.map(lambda x: x * (6.0 if x.ndim == 2 else 1.0), params)
+
+
+def narrow(model, share=0.5):
+    spec = model.spec
+    core = CoreConfig(int(share * spec.d_ff))
+    return SparseFFNConfig(
+        spec.d_model,
+        spec.d_ff,
+        spec.activation,
+        micro=MicroRefinementConfig(core),
+        gated=spec.gated,
+        bias=spec.ffn_bias,
+    )
+
+
+def sown(model, params, tokens, layer):
+    """Returns a layer's FFN input and output, and the residual stream behind its block."""
+    _, state = model.apply({"params": params}, tokens, mutable=["intermediates"])
+    body, collection = model.layer_path
+    blocks = state["intermediates"][body][collection]
+    return (
+        *(
+            np.asarray(blocks[str(layer)][name][0], np.float64)
+            for name in ("ffn_input", "ffn_output")
+        ),
+        np.asarray(blocks["hidden_states"][layer], np.float64),
+    )
+
+
+@pytest.mark.parametrize("repair", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_is_fitted_on_what_the_converted_prefix_gives(family, repair):
+    model, params = curved(make_model(family))
+    tokens, seen = tokens_for(model), {}
+
+    def fit(dense, config, activations):
+        seen[len(seen)] = activations
+        return fit_layer(dense, config, activations)
+
+    sparse, leaves = sparsify(
+        model, params, narrow(model), tokens, fit=fit, distill_steps=0, repair=repair, batch_size=7
+    )
+    last = model.spec.n_layer - 1
+    # The model in which all layers but the last are replaced.
+    prefix = sparse.clone(ffns=(*sparse.ffns[:-1], None))
+    body, collection = model.layer_path
+    blocks = {**leaves[body][collection], str(last): layers_of(model, params)[last]}
+    prefix_params = {**leaves, body: {**leaves[body], collection: blocks}}
+    x, y, behind = sown(prefix, prefix_params, tokens, last)
+    _, _, dense_behind = sown(model, params, tokens, last)
+    target = (1 - repair) * y + repair * (dense_behind - (behind - y))
+    for actual, expected in ((seen[last].x, x), (seen[last].target, target)):
+        np.testing.assert_allclose(actual.reshape(expected.shape), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_repair_brings_the_model_nearer_to_the_dense_one():
+    model, params = curved(make_model("llama"))
+    tokens = tokens_for(model)
+    dense = jax.nn.log_softmax(model.apply({"params": params}, tokens))
+
+    def divergence(repair):
+        sparse, leaves = sparsify(
+            model, params, narrow(model), tokens, distill_steps=0, repair=repair
+        )
+        ours = jax.nn.log_softmax(sparse.apply({"params": leaves}, tokens))
+        return float(jnp.mean(jnp.sum(jnp.exp(dense) * (dense - ours), -1)))
+
+    assert divergence(0.5) < divergence(0.0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_batches_and_placement_change_the_result_by_rounding_alone(family):
+    model, params = curved(make_model(family))
+    tokens, config = tokens_for(model), size_model(model.spec, 0.5)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    sharding = NamedSharding(mesh, P("data"))
+    options = [
+        {"batch_size": 48},
+        {"batch_size": 5},
+        {"place": functools.partial(jax.device_put, device=sharding)},
+    ]
+    results = [
+        sparsify(model, params, config, tokens, distill_steps=2, **option) for option in options
+    ]
+    logits = [sparse.apply({"params": leaves}, tokens[:4]) for sparse, leaves in results]
+    for other in logits[1:]:
+        np.testing.assert_allclose(other, logits[0], atol=2e-3, rtol=2e-3)
+
+
+def test_streams_can_be_stored_in_half_the_bytes():
+    model, params = curved(make_model("llama"))
+    tokens, stored = tokens_for(model), set()
+
+    def fit(dense, config, activations):
+        stored.update((activations.x.dtype, activations.target.dtype))
+        return fit_layer(dense, config, activations)
+
+    sparse, leaves = sparsify(
+        model, params, narrow(model), tokens, fit=fit, distill_steps=0, stream_dtype=jnp.bfloat16
+    )
+    assert stored == {jnp.dtype(jnp.bfloat16)}
+    exact, exact_leaves = sparsify(model, params, narrow(model), tokens, distill_steps=0)
+    logits = [m.apply({"params": p}, tokens) for m, p in ((sparse, leaves), (exact, exact_leaves))]
+    assert np.linalg.norm(logits[0] - logits[1]) < 0.1 * np.linalg.norm(logits[1])
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped(model, params, tokens, folder, **options):
+    """Runs a conversion into ``folder`` that is stopped after the first layer."""
+
+    def on_layer(layer):
+        raise Stop
+
+    with pytest.raises(Stop):
+        sparsify(
+            model, params, narrow(model), tokens, work_dir=folder, on_layer=on_layer, **options
+        )
+
+
+def test_a_stopped_conversion_goes_on_to_the_same_bits(tmp_path):
+    model, params = make_model("gpt2")
+    tokens, folder = tokens_for(model), tmp_path / "partial"
+    options = {"distill_steps": 3}
+    whole = sparsify(model, params, narrow(model), tokens, **options)
+    stopped(model, params, tokens, folder, **options)
+    fitted = []
+
+    def fit(dense, config, activations):
+        fitted.append(dense)
+        return fit_layer(dense, config, activations)
+
+    fit.__name__ = fit_layer.__name__
+    resumed = sparsify(model, params, narrow(model), tokens, fit=fit, work_dir=folder, **options)
+    assert len(fitted) == model.spec.n_layer - 1
+    assert resumed[0].ffns == whole[0].ffns
+    jax.tree.map(np.testing.assert_array_equal, resumed[1], whole[1])
+
+
+def test_what_another_conversion_left_is_refused_and_kept(tmp_path):
+    model, params = make_model("gpt2")
+    tokens, folder = tokens_for(model), tmp_path / "partial"
+    stopped(model, params, tokens, folder, distill_steps=0)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    again = functools.partial(sparsify, model, config=narrow(model), work_dir=folder)
+    with pytest.raises(ValueError, match=r"other settings \(distill_steps, seed\)"):
+        again(params, calibration=tokens, distill_steps=1, seed=3)
+    with pytest.raises(ValueError, match=r"other settings \(calibration\)"):
+        again(params, calibration=tokens + 1, distill_steps=0)
+    other = jax.tree.map(lambda x: x + 1e-3, params)
+    with pytest.raises(ValueError, match=r"of other weights \(layer 0 differs\)"):
+        again(other, calibration=tokens, distill_steps=0)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files but no settings"):
+        sparsify(model, params, narrow(model), tokens, work_dir=tmp_path / "mine")
+
+
+def test_a_damaged_layer_is_converted_again(tmp_path):
+    model, params = make_model("gpt2")
+    tokens, folder = tokens_for(model), tmp_path / "partial"
+    stopped(model, params, tokens, folder, distill_steps=0)
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-40])
+    resumed = sparsify(model, params, narrow(model), tokens, work_dir=folder, distill_steps=0)
+    whole = sparsify(model, params, narrow(model), tokens, distill_steps=0)
+    jax.tree.map(np.testing.assert_array_equal, resumed[1], whole[1])
+
+
+@pytest.mark.parametrize("repair", [-0.1, 1.5, float("nan")])
+def test_repair_is_a_share(repair):
+    model, params = make_model("gpt2")
+    with pytest.raises(ValueError, match=f"repair={repair} must be between 0 and 1"):
+        sparsify(model, params, narrow(model), tokens_for(model), repair=repair)
+
+
+def test_layers_that_stay_dense_are_passed_through():
+    model, params = curved(make_model("llama"))
+    tokens, seen = tokens_for(model), []
+
+    def fit(dense, config, activations):
+        seen.append(activations)
+        return fit_layer(dense, config, activations)
+
+    config = narrow(model)
+    for layers in ((config, None), (None, config)):
+        sparse, leaves = sparsify(
+            model, params, layers, tokens, fit=fit, distill_steps=0, repair=0.5
+        )
+        assert [ffn is not None for ffn in sparse.ffns] == [layer is not None for layer in layers]
+        replaced = layers.index(config)
+        untouched = layers_of(model, leaves)[1 - replaced]
+        jax.tree.map(
+            np.testing.assert_array_equal, untouched, layers_of(model, params)[1 - replaced]
+        )
+    # The second layer, alone replaced, is fitted on the dense model's own inputs and outputs.
+    x, y, _ = sown(model, params, tokens, 1)
+    np.testing.assert_allclose(seen[1].x.reshape(x.shape), x, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(seen[1].target.reshape(y.shape), y, atol=1e-4, rtol=1e-4)
+
+
+def test_configs_hold_what_a_layer_was_fitted_with(tmp_path):
+    """A polynomial's radius is found by the fit, and kept with the layer."""
+    model, params = curved(make_model("gpt2"))
+    tokens = tokens_for(model)
+    config = dataclasses.replace(size_model(model.spec, 0.6))
+    folder = tmp_path / "partial"
+    first = sparsify(model, params, config, tokens, distill_steps=0, work_dir=folder)
+    again = sparsify(model, params, config, tokens, distill_steps=0, work_dir=folder)
+    assert first[0].ffns == again[0].ffns
+    assert first[0].ffns[0].polynomial.radius != config.polynomial.radius
