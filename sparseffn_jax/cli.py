@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from sparseffn_jax.bench.commands import BenchAll, BenchFFN, BenchModel, BenchQuality
+from sparseffn_jax.commands.common import keep_compiled_programs
 from sparseffn_jax.commands.convert import Convert
 from sparseffn_jax.commands.evaluate import Evaluate
 from sparseffn_jax.commands.finetune import Finetune
@@ -70,8 +71,14 @@ def main(argv: list[str] | None = None) -> None:
 
     It exits with 2 after one line about bad input, 130 after Ctrl-C, and 143 when SIGTERM has ended
     a training run, which has saved then.
+
+    Args:
+      argv: the arguments; ``None`` takes those of the process, which then also keeps what it
+        compiles in the user's cache folder.
     """
     errors = Console(stderr=True, soft_wrap=True)
+    if argv is None:
+        keep_compiled_programs()
     try:
         command = tyro.cli(
             Command,  # pyright: ignore[reportArgumentType]

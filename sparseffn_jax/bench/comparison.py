@@ -39,7 +39,7 @@ class ComparisonSettings:
       steps: Fine-tuning steps, as many for the dense model as for sparse ones. Sparse models learn
         from the dense one's predictions, the dense one learns from the text.
       batch_size: Windows in a training step.
-      window: Tokens in a window. The default is the model's n_positions, which is also the most.
+      window: Tokens in a window. The default is the smaller of the model's n_positions and 1024.
       learning_rate: Peak learning rate of sparse models.
       dense_learning_rate: Peak learning rate of the dense model, which has less far to go.
       calibration_windows: Windows of training text that the sparse models' closed forms are

@@ -1,7 +1,12 @@
 """What several commands of the CLI share."""
 
+import hashlib
+import os
+import platform
+from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from sparseffn_jax.checkpoints.pretrained import Pretrained
@@ -26,3 +31,27 @@ def check_at_least(name: str, value: int, least: int) -> None:
     """
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def keep_compiled_programs() -> None:
+    """Makes JAX keep compiled programs in the user's cache folder, for the next process.
+
+    A folder that the user has chosen for JAX stays in force. Programs for CPUs hold instructions
+    that another CPU may lack, so that each kind of CPU has a folder of its own.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "sparseffn_jax" / f"compiled-{_cpu()}"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
+
+
+def _cpu() -> str:
+    description = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        description += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        description += platform.processor()
+    return hashlib.sha256(description.encode()).hexdigest()[:12]

@@ -29,7 +29,7 @@ class Evaluate:
       model: Folder or hub name, dense or sparse.
       text: UTF-8 text file; or a folder of text files or a Hugging Face dataset, whose documents
         are joined by blank lines.
-      window: Tokens in a window; default n_positions.
+      window: Tokens in a window; default the smaller of n_positions and 1024.
       stride: Tokens between the beginnings of two windows.
       batch_size: Windows computed at once; changes the time, not the result.
       plans: Table of measured plans to choose by, as "inspect --autotune" writes it.

@@ -30,9 +30,10 @@ class Finetune:
       out: Folder of the run.
       train: How to train.
       text: What to train on; see "demo".
-      window: Tokens in a window; default n_positions.
+      window: Tokens in a window; default the smaller of n_positions and 1024.
       teacher: Folder or hub name of a dense model to distil from; needs --distill-weight.
       dtype: Of the computation; weights stay float32. In float16 the loss is scaled.
+      remat: Compute each block again in the backward pass: a third more time, far less memory.
       resume: "auto" goes on from the newest whole checkpoint if there is one, "must" demands one,
         "never" refuses one.
       strategy: "single" device; "pmap", every device with all parameters and a part of the batch;
@@ -50,6 +51,7 @@ class Finetune:
     window: int | None = None
     teacher: str | None = None
     dtype: Precision = "float32"
+    remat: bool = False
     resume: Resume = "auto"
     strategy: StrategyName = "single"
     mesh: str | None = None
@@ -70,7 +72,7 @@ class Finetune:
         windows = load_windows(
             self.text, tokenizer, check_window(self.window, pretrained.spec.n_positions)
         )
-        model = pretrained.model(DTYPES[self.dtype])
+        model = pretrained.model(DTYPES[self.dtype], self.remat)
         teacher = None
         if self.teacher is not None:
             loaded = load_pretrained(self.teacher)
