@@ -25,8 +25,10 @@ from sparseffn_jax.checkpoints.folders import (
     PathLike,
     check_replaceable,
     find_folder,
+    find_gguf,
     replacing,
 )
+from sparseffn_jax.checkpoints.gguf_model import open_gguf
 from sparseffn_jax.checkpoints.matching import Match, match
 from sparseffn_jax.checkpoints.tokenizers import write_tokenizer
 from sparseffn_jax.checkpoints.untrusted import check_sizes
@@ -110,15 +112,18 @@ def load_pretrained(
       >>> pretrained.params["transformer"]["wte"]["embedding"].shape
       (1024, 256)
     """
-    if isinstance(source, str | os.PathLike):
-        folder = find_folder(source)
-        config, ffns = read_config(folder)
-        weights, where = open_weights(folder), str(folder / "config.json")
+    folder, ffns, where = None, (), "the config"
+    if not isinstance(source, str | os.PathLike):
+        config, weights = _open_live(source)
+    else:
+        if (file := find_gguf(source)) is not None:
+            (config, weights), where = open_gguf(file), str(file)
+        else:
+            folder = find_folder(source)
+            config, ffns = read_config(folder)
+            weights, where = open_weights(folder), str(folder / "config.json")
         sides = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
         check_sizes(config.num_hidden_layers, sides, weights.shapes, where)
-    else:
-        folder, ffns, where = None, (), "the config"
-        config, weights = _open_live(source)
     decoder = known_family(getattr(config, "model_type", None), where)
     matched = match(weights, decoder(config, ffns), where)
     return Pretrained(config, _read(weights, matched, param_dtype, sharding), ffns, folder)
