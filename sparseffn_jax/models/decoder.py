@@ -114,7 +114,8 @@ class Decoder(nn.Module):
         names is whole on every device.
       attention: the name of the attention in a block.
       norms: the names of the norms in the blocks and after them.
-      gguf: how GGUF files hold the family's models; ``None`` if there are no such files.
+      gguf: how GGUF files hold the family's models; ``None`` if there are no such files. It says
+        nothing of a subclass, which is of another architecture.
 
     Example:
       >>> import jax

@@ -60,7 +60,8 @@ def gguf_family(architecture: Any) -> type[Decoder]:
     Raises:
       ValueError: if it is not known; the message lists the known ones.
     """
-    known = {kind.gguf.architecture: kind for kind in FAMILIES.values() if kind.gguf is not None}
+    layouts = ((vars(decoder).get("gguf"), decoder) for decoder in FAMILIES.values())
+    known = {layout.architecture: decoder for layout, decoder in layouts if layout is not None}
     if not isinstance(architecture, str) or architecture not in known:
         raise ValueError(
             f"general.architecture={str(architecture)[:80]!r}: known architectures of GGUF files "

@@ -274,6 +274,7 @@ class LlamaForCausalLM(Decoder):
     attention = "self_attn"
     norms = ("input_layernorm", "post_attention_layernorm", "norm")
     gguf = GGUFLayout(
+        # Mistral's files say so too. They do not say how far a token sees, and are read as LLaMA.
         architecture="llama",
         modules=(
             GGUFModule("token_embd", "model.embed_tokens"),

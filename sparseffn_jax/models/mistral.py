@@ -67,8 +67,6 @@ class MistralForCausalLM(LlamaForCausalLM):
 
     config_class = MistralConfig
     block = MistralBlock
-    # A Mistral's GGUF file says that it is a LLaMA, and is read as one.
-    gguf = None
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:

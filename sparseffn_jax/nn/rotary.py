@@ -140,7 +140,7 @@ def llama3_scaling(divisors: np.ndarray, theta: float) -> dict[str, str | float]
     if np.all(divisors == 1.0):
         return None
     if not np.all(divisors >= 1.0):
-        raise ValueError(f"a rotary frequency is divided by {divisors.min()}: expected at least 1")
+        raise ValueError(f"a rotary frequency divided by {divisors.min()}: expected at least 1")
     turns = theta ** (-np.arange(len(divisors)) / len(divisors)) / (2 * np.pi)
     factor = divisors.max()
     # Meta's first: too few frequencies may lie where length and factor show.
@@ -155,8 +155,8 @@ def llama3_scaling(divisors: np.ndarray, theta: float) -> dict[str, str | float]
         if np.allclose(turns * 2 * np.pi / divisors, scaled, rtol=1e-4, atol=0):
             return {"rope_type": "llama3", **settings}
     raise ValueError(
-        f"rotary frequencies are divided by {divisors.min():.6g} to {factor:.6g}: expected the "
-        "scaling of LLaMA 3; other scalings of single frequencies are not known"
+        f"rotary frequencies divided by {divisors.min():.6g} to {factor:.6g}: expected the scaling "
+        "of LLaMA 3; other scalings of single frequencies are not known"
     )
 
 
