@@ -72,7 +72,7 @@ class Convert:
     "finetune"). The result is a folder in Hugging Face format.
 
     Attributes:
-      model: Folder or hub name of a dense model.
+      model: Folder, GGUF file or hub name of a dense model.
       out: Folder to write.
       config: JSON file of one SparseFFNConfig for every layer, or a list with one (or null, to
         keep the layer dense) for each; see "inspect". Without it --flops decides.
@@ -134,12 +134,13 @@ class Finetune:
     saves and exits with status 143, after Ctrl-C with 130.
 
     Attributes:
-      model: Folder or hub name.
+      model: Folder, GGUF file or hub name.
       out: Folder of the run.
       train: How to train.
       text: What to train on; see "demo".
       window: Tokens in a window; default n_positions.
-      teacher: Folder or hub name of a dense model to distil from; needs --distill-weight.
+      teacher: Folder, GGUF file or hub name of a dense model to distil from; needs
+        --distill-weight.
       dtype: Of the computation; weights stay float32. In float16 the loss is scaled.
       resume: "auto" goes on from the newest whole checkpoint if there is one, "must" demands one,
         "never" refuses one.
@@ -210,7 +211,7 @@ class Evaluate:
     perplexity that Hugging Face documents for models of fixed length.
 
     Attributes:
-      model: Folder or hub name, dense or sparse.
+      model: Folder, GGUF file or hub name, dense or sparse.
       text: UTF-8 text file; or a folder of text files or a Hugging Face dataset, whose documents
         are joined by blank lines.
       window: Tokens in a window; default n_positions.
@@ -268,7 +269,7 @@ class Generate:
     """Continue a prompt; the text appears as it is written.
 
     Attributes:
-      model: Folder or hub name, dense or sparse.
+      model: Folder, GGUF file or hub name, dense or sparse.
       prompt: The beginning.
       max_new_tokens: Tokens to add at most; an end-of-text token ends the text before.
       temperature: 0 takes the likeliest token; higher is bolder.
@@ -317,7 +318,7 @@ class Inspect:
     """Show what a model's FFNs are made of: parts, parameters, FLOPs and plans, layer by layer.
 
     Attributes:
-      model: Folder or hub name, dense or sparse.
+      model: Folder, GGUF file or hub name, dense or sparse.
       tokens: Rows for which the execution plans are chosen (1: decoding).
       plans: Table of measured plans to choose by; see --autotune.
       autotune: Measure the plans of the model's layers here and write the table to --plans.
