@@ -1,10 +1,11 @@
-"""Throws damaged and malicious model folders at the loaders.
+"""Throws damaged and malicious model folders and GGUF files at the loaders.
 
     python campaigns/fuzz_loaders.py --inputs 20000
+    python campaigns/fuzz_loaders.py --inputs 5000 --only gguf
 
-Each input is a valid folder with one to three faults: random bytes, structured lies in safetensors
-headers, msgpack, index, config and tokenizer files. A loader may load the folder or raise its own
-error. Anything else fails the campaign: another exception, a hang, a crash (which ends this
+Each input is a valid folder or file with one to three faults: random bytes, structured lies in
+safetensors headers, msgpack, index, config, tokenizer and GGUF files. A loader may load it or raise
+its own error. Anything else fails the campaign: another exception, a hang, a crash (which ends this
 process), or more memory than twice the folder's size and an allowance for what loading a tiny model
 takes anyway.
 """
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import campaign
+import gguf_faults
 import numpy as np
 import safetensors.numpy
 from flax.serialization import msgpack_serialize
@@ -51,6 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="what the names of the valid inputs begin with")
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz_loaders.json"))
     arguments = parser.parse_args()
     signal.signal(signal.SIGALRM, _hang)
@@ -60,11 +63,13 @@ def main() -> None:
     failures: list[str] = []
     largest = 0
     with tempfile.TemporaryDirectory() as folder:
-        seeds = make_seeds(Path(folder) / "seed")
+        seeds = make_seeds(Path(folder) / "seed") | gguf_faults.make_seeds(Path(folder) / "gguf")
+        seeds = {name: files for name, files in seeds.items() if name.startswith(arguments.only)}
         target = Path(folder) / "input"
         # What the first loads take for good, such as compiled code, is not an input's doing.
-        for files in seeds.values():
-            attempt(write(target, files))
+        for name, files in seeds.items():
+            outcome, _ = attempt(write(target, files))
+            assert outcome == "loaded", f"{name}, without a fault: {outcome}"
         resource.setrlimit(resource.RLIMIT_AS, (_address_space() + ADDRESS_SPACE, hard))
         for number in track(range(arguments.inputs), description="fuzzing"):
             choose = random.Random(f"{arguments.seed}/{number}")
@@ -72,7 +77,7 @@ def main() -> None:
             files = dict(seeds[name])
             done = []
             for _ in range(choose.choice((1, 1, 1, 2, 3))):
-                fault = choose.choice(FAULTS)
+                fault = choose.choice(GGUF_FAULTS if gguf_faults.NAME in files else FAULTS)
                 done.append(fault.__name__)
                 fault(choose, files)
             write(target, files)
@@ -86,18 +91,19 @@ def main() -> None:
                 failures.append(f"input {number} ({name}: {', '.join(done)}): {outcome}")
     rows = {"inputs": arguments.inputs, **counts, "failed": len(failures)}
     rows["most memory beyond twice the files"] = f"{largest / 2**20:.1f} MiB"
-    settings = {"inputs": arguments.inputs, "seed": arguments.seed, "allowance": ALLOWANCE}
+    settings = {**vars(arguments), "out": str(arguments.out), "allowance": ALLOWANCE}
     campaign.finish("Fuzzed loaders", rows, failures, arguments.out, settings)
 
 
 def attempt(folder: Path) -> tuple[str, int]:
-    """Loads a folder; returns what came of it, and the memory it took at its peak."""
+    """Loads a folder or its GGUF file; returns what came of it, and the most memory it took."""
+    source = folder / gguf_faults.NAME if (folder / gguf_faults.NAME).exists() else folder
     Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
     before = _status("VmRSS")
     signal.alarm(SECONDS)
     try:
-        pretrained = sf.load_pretrained(folder)
-        check_tokenizer(sf.load_tokenizer(folder), pretrained.config)
+        pretrained = sf.load_pretrained(source)
+        check_tokenizer(sf.load_tokenizer(source), pretrained.config)
         outcome = "loaded"
     except sf.CheckpointError:
         outcome = "refused"
@@ -348,6 +354,8 @@ FAULTS: tuple[Callable[[random.Random, Files], None], ...] = (
     huge_json,
     not_finite,
 )
+
+GGUF_FAULTS = (*(flip_bits, flip_early_bits, truncate, insert) * 2, *gguf_faults.FAULTS)
 
 
 def _mutate_json(choose: random.Random, files: Files, name: str) -> None:

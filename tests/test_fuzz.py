@@ -10,10 +10,12 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
-def test_three_hundred_damaged_folders_give_nothing_but_the_loaders_own_error(tmp_path):
-    out = tmp_path / "fuzz.json"
+@pytest.mark.parametrize(("only", "inputs"), [("", 300), ("gguf", 400)])
+def test_damaged_models_give_nothing_but_the_loaders_own_error(tmp_path, only, inputs):
+    out, script = tmp_path / "fuzz.json", ROOT / "campaigns" / "fuzz_loaders.py"
+    options = ["--inputs", str(inputs), "--only", only, "--out", out]
     campaign = subprocess.run(
-        [sys.executable, ROOT / "campaigns" / "fuzz_loaders.py", "--inputs", "300", "--out", out],
+        [sys.executable, script, *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -22,4 +24,5 @@ def test_three_hundred_damaged_folders_give_nothing_but_the_loaders_own_error(tm
     assert campaign.returncode == 0, campaign.stdout[-4000:] + campaign.stderr[-2000:]
     results = json.loads(out.read_text())["results"]
     assert results["refused"] > 200
+    assert results["refused"] + results["loaded"] == inputs
     assert results["loaded"] > 10

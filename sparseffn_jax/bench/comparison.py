@@ -31,7 +31,7 @@ class ComparisonSettings:
     """What a dense model and its sparse replacements are trained and evaluated on.
 
     Attributes:
-      model: Folder or hub name of a dense model.
+      model: Folder, GGUF file or hub name of a dense model.
       text: What to train, calibrate and evaluate on: "stdlib" (the source of Python's standard
         library), a text file, a folder of text files, or a Hugging Face dataset with a "text"
         column.
@@ -215,7 +215,7 @@ def load_dense(source: str) -> Pretrained:
     """Loads the dense model of a comparison.
 
     Args:
-      source: folder or hub name of a checkpoint.
+      source: folder, GGUF file or hub name of a checkpoint.
 
     Raises:
       CheckpointError, FileNotFoundError: if it cannot be read.

@@ -40,12 +40,27 @@ def read_config(folder: Path) -> tuple[Any, tuple[SparseFFNConfig | None, ...]]:
     values = read_json(file)
     decoder = known_family(values.get("model_type"), str(file))
     sparse_ffn = values.pop("sparse_ffn", None)
+    config = make_config(decoder, values, str(file))
+    return config, _read_ffns(sparse_ffn, config.num_hidden_layers, file)
+
+
+def make_config(decoder: type[Decoder], values: dict[str, Any], where: str) -> Any:
+    """Returns a config of a family's class, whose sizes are positive integers.
+
+    Args:
+      decoder: the family.
+      values: the config's values, under transformers' keys.
+      where: what names their file in an error.
+
+    Raises:
+      CheckpointError: if they are not such a config's.
+    """
     try:
         config = decoder.config_class.from_dict(values)
     # What transformers raises for a wrong field differs from version to version.
     except Exception as error:
         raise CheckpointError(
-            f"{file} is not a config for transformers: {one_line(error)}"
+            f"{where} is not a config for transformers: {one_line(error)}"
         ) from error
     optional = (decoder.d_ff_key, *_OPTIONAL_SIZES)
     for name in (*_SIZES, *optional):
@@ -54,8 +69,8 @@ def read_config(folder: Path) -> tuple[Any, tuple[SparseFFNConfig | None, ...]]:
             continue
         if not isinstance(size, int) or size < 1:
             name = config.attribute_map.get(name, name)
-            raise CheckpointError(f"{file} has {name}={size!r}: expected a positive integer")
-    return config, _read_ffns(sparse_ffn, config.num_hidden_layers, file)
+            raise CheckpointError(f"{where} has {name}={size!r}: expected a positive integer")
+    return config
 
 
 def known_family(model_type: Any, where: str) -> type[Decoder]:

@@ -27,6 +27,20 @@ TOKENIZER_FILES = (
 )
 
 
+def find_gguf(source: PathLike) -> Path | None:
+    """Returns the GGUF file that ``source`` names, or ``None`` if it names something else.
+
+    Raises:
+      CheckpointError: if there is no such file.
+    """
+    file = Path(source).expanduser()
+    if file.suffix.lower() != ".gguf" or file.is_dir():
+        return None
+    if not file.is_file():
+        raise CheckpointError(f"there is no file {file}: expected a GGUF file of that name")
+    return file
+
+
 def find_folder(source: PathLike) -> Path:
     """Returns a local folder, or downloads the model of that name and returns where it lies.
 
@@ -37,7 +51,7 @@ def find_folder(source: PathLike) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{folder} is a file: give the folder that holds it")
+        raise CheckpointError(f"{folder} is a file: give the folder that holds it, or a .gguf file")
     name = os.fspath(source)
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise CheckpointError(f"there is no folder {name}")

@@ -1,7 +1,8 @@
-"""Loads and saves models: Hugging Face folders, names on the Hub and live Flax models.
+"""Loads and saves models: Hugging Face folders, names on the Hub, GGUF files and live Flax models.
 
 Models are read from safetensors (https://huggingface.co/docs/safetensors) and from Flax's msgpack
-(``flax.serialization``), in one file or in shards with an index. They are written as safetensors in
+(``flax.serialization``), in one file or in shards with an index, and from GGUF files
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). They are written as safetensors in
 PyTorch's names and layouts, so that transformers loads a dense model as its own. Pickle files are
 never opened.
 """
@@ -25,8 +26,10 @@ from sparseffn_jax.checkpoints.folders import (
     PathLike,
     check_replaceable,
     find_folder,
+    find_gguf,
     replacing,
 )
+from sparseffn_jax.checkpoints.gguf_model import open_gguf
 from sparseffn_jax.checkpoints.matching import Match, match
 from sparseffn_jax.checkpoints.tokenizers import write_tokenizer
 from sparseffn_jax.checkpoints.untrusted import check_sizes
@@ -51,7 +54,7 @@ class Pretrained:
         sparse layers.
       ffns: one entry for each layer, ``None`` where it is dense; empty if every layer is dense.
       folder: the folder that it was read from, where tokenizer files may be too; ``None`` for a
-        live model.
+        GGUF file or a live model.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -94,15 +97,19 @@ def load_pretrained(
     Args:
       source: a folder with ``config.json`` and ``model.safetensors`` or ``flax_model.msgpack``,
         either in one file or in shards with a ``.index.json``; the name of such a model on the
-        Hugging Face Hub; a live ``FlaxPreTrainedModel``; or a pair ``(config, params)``. Arrays
-        of live models are shared, not copied, where their dtype stays.
-      param_dtype: the dtype of the parameters; ``None`` keeps the checkpoint's.
+        Hugging Face Hub; a GGUF file, named ``*.gguf``, of a LLaMA, a Mistral (which is read as
+        a LLaMA, without a sliding window) or a GPT-2, whole or quantised, for which the extra
+        ``gguf`` must be installed; a live ``FlaxPreTrainedModel``; or a pair
+        ``(config, params)``. Arrays of live models are shared, not copied, where their dtype
+        stays.
+      param_dtype: the dtype of the parameters; ``None`` keeps the checkpoint's, which is float32
+        for what is quantised.
       sharding: a function of each leaf's path, such as ``("model", "norm", "weight")``, and shape
         that returns where the leaf is to lie, or ``None`` for the default device.
 
     Raises:
       CheckpointError: if the source is not there, damaged, of another kind than its config says,
-        or of a model family that is not known.
+        or of a model family that is not known, or if reading it needs an extra that is missing.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -110,15 +117,18 @@ def load_pretrained(
       >>> pretrained.params["transformer"]["wte"]["embedding"].shape
       (1024, 256)
     """
-    if isinstance(source, str | os.PathLike):
-        folder = find_folder(source)
-        config, ffns = read_config(folder)
-        weights, where = open_weights(folder), str(folder / "config.json")
+    folder, ffns, where = None, (), "the config"
+    if not isinstance(source, str | os.PathLike):
+        config, weights = _open_live(source)
+    else:
+        if (file := find_gguf(source)) is not None:
+            (config, weights), where = open_gguf(file), str(file)
+        else:
+            folder = find_folder(source)
+            config, ffns = read_config(folder)
+            weights, where = open_weights(folder), str(folder / "config.json")
         sides = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
         check_sizes(config.num_hidden_layers, sides, weights.shapes, where)
-    else:
-        folder, ffns, where = None, (), "the config"
-        config, weights = _open_live(source)
     decoder = known_family(getattr(config, "model_type", None), where)
     matched = match(weights, decoder(config, ffns), where)
     return Pretrained(config, _read(weights, matched, param_dtype, sharding), ffns, folder)

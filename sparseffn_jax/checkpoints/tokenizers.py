@@ -8,11 +8,16 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from sparseffn_jax.checkpoints.errors import CheckpointError, one_line
-from sparseffn_jax.checkpoints.folders import TOKENIZER_FILES, PathLike
+from sparseffn_jax.checkpoints.folders import TOKENIZER_FILES, PathLike, find_gguf
+from sparseffn_jax.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 
 
 def load_tokenizer(source: PathLike) -> Any:
-    """Returns the fast tokenizer of a model folder, or of a model on the Hugging Face Hub.
+    """Returns the fast tokenizer of a model.
+
+    Args:
+      source: a model folder; a GGUF file, named ``*.gguf``, whose metadata describe its tokenizer;
+        or the name of a model on the Hugging Face Hub.
 
     Raises:
       CheckpointError: if there is none, or it cannot be read.
@@ -23,6 +28,8 @@ def load_tokenizer(source: PathLike) -> Any:
       >>> tokenizer.decode(tokenizer.encode("def main():"))
       'def main():'
     """
+    if (file := find_gguf(source)) is not None:
+        return read_gguf_tokenizer(file)
     folder = Path(source).expanduser()
     if folder.is_dir():
         # Given a folder without them, some versions of transformers make up an empty tokenizer.
@@ -58,7 +65,11 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Writes a tokenizer, or copies the tokenizer files of another folder; ``None`` is neither.
+    """Writes a tokenizer, that of a GGUF file or copies of another folder's tokenizer files.
+
+    Args:
+      folder: where they go.
+      tokenizer: the tokenizer, the GGUF file or the other folder; ``None`` writes nothing.
 
     Raises:
       CheckpointError: if the other folder has no such files.
@@ -67,6 +78,9 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
         return
     if not isinstance(tokenizer, str | os.PathLike):
         tokenizer.save_pretrained(folder)
+        return
+    if (file := find_gguf(tokenizer)) is not None:
+        read_gguf_tokenizer(file).save_pretrained(folder)
         return
     source = Path(tokenizer).expanduser()
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]

@@ -39,7 +39,7 @@ class Convert:
     stopped; until then --out with ".partial" behind it holds the layers so far.
 
     Attributes:
-      model: Folder or hub name of a dense model.
+      model: Folder, GGUF file or hub name of a dense model.
       out: Folder to write.
       config: JSON file of one SparseFFNConfig for every layer, or a list with one (or null, to
         keep the layer dense) for each; see "inspect". Without it --flops decides.

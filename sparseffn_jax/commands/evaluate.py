@@ -26,7 +26,7 @@ class Evaluate:
     perplexity that Hugging Face documents for models of fixed length.
 
     Attributes:
-      model: Folder or hub name, dense or sparse.
+      model: Folder, GGUF file or hub name, dense or sparse.
       text: UTF-8 text file; or a folder of text files or a Hugging Face dataset, whose documents
         are joined by blank lines.
       window: Tokens in a window; default the smaller of n_positions and 1024.

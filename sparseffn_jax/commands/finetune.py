@@ -26,12 +26,13 @@ class Finetune:
     saves and exits with status 143, after Ctrl-C with 130.
 
     Attributes:
-      model: Folder or hub name.
+      model: Folder, GGUF file or hub name.
       out: Folder of the run.
       train: How to train.
       text: What to train on; see "demo".
       window: Tokens in a window; default the smaller of n_positions and 1024.
-      teacher: Folder or hub name of a dense model to distil from; needs --distill-weight.
+      teacher: Folder, GGUF file or hub name of a dense model to distil from; needs
+        --distill-weight.
       dtype: Of the computation; weights stay float32. In float16 the loss is scaled.
       remat: Compute each block again in the backward pass: a third more time, far less memory.
       resume: "auto" goes on from the newest whole checkpoint if there is one, "must" demands one,

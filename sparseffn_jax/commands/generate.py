@@ -18,7 +18,7 @@ class Generate:
     """Continue a prompt; the text appears as it is written.
 
     Attributes:
-      model: Folder or hub name, dense or sparse.
+      model: Folder, GGUF file or hub name, dense or sparse.
       prompt: The beginning.
       max_new_tokens: Tokens to add at most; an end-of-text token ends the text before.
       temperature: 0 takes the likeliest token; higher is bolder.

@@ -20,7 +20,7 @@ class Inspect:
     """Show what a model's FFNs are made of: parts, parameters, FLOPs and plans, layer by layer.
 
     Attributes:
-      model: Folder or hub name, dense or sparse.
+      model: Folder, GGUF file or hub name, dense or sparse.
       tokens: Rows for which the execution plans are chosen (1: decoding).
       plans: Table of measured plans to choose by; see --autotune.
       autotune: Measure the plans of the model's layers here and write the table to --plans.

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int
 
 from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.models.gguf import GGUFLayout
 from sparseffn_jax.models.names import NameMap
 from sparseffn_jax.nn.parts import dot_general_f32
 from sparseffn_jax.nn.paths import ShardingRule
@@ -114,6 +115,8 @@ class Decoder(nn.Module):
         names is whole on every device.
       attention: the name of the attention in a block.
       norms: the names of the norms in the blocks and after them.
+      gguf: how GGUF files hold the family's models; ``None`` if there are no such files. It says
+        nothing of a subclass, which is of another architecture.
 
     Example:
       >>> import jax
@@ -149,6 +152,7 @@ class Decoder(nn.Module):
     sharding: ClassVar[tuple[ShardingRule, ...]]
     attention: ClassVar[str]
     norms: ClassVar[tuple[str, ...]]
+    gguf: ClassVar[GGUFLayout | None] = None
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:

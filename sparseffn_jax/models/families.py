@@ -54,6 +54,22 @@ def family(model_type: Any) -> type[Decoder]:
     return FAMILIES[model_type]
 
 
+def gguf_family(architecture: Any) -> type[Decoder]:
+    """Returns the decoder class of the models whose GGUF files have this ``general.architecture``.
+
+    Raises:
+      ValueError: if it is not known; the message lists the known ones.
+    """
+    layouts = ((vars(decoder).get("gguf"), decoder) for decoder in FAMILIES.values())
+    known = {layout.architecture: decoder for layout, decoder in layouts if layout is not None}
+    if not isinstance(architecture, str) or architecture not in known:
+        raise ValueError(
+            f"general.architecture={str(architecture)[:80]!r}: known architectures of GGUF files "
+            f"are {', '.join(known)}"
+        )
+    return known[architecture]
+
+
 def _is_class_variable(annotation: Any) -> bool:
     return typing.get_origin(annotation) is typing.ClassVar
 

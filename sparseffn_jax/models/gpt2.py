@@ -17,6 +17,7 @@ from sparseffn_jax.models.decoder import (
     Dtype,
     FFNLayout,
 )
+from sparseffn_jax.models.gguf import GGUFLayout, GGUFModule
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.nn.parts import layer_norm
@@ -209,6 +210,32 @@ class GPT2LMHeadModel(Decoder):
     )
     attention = "attn"
     norms = ("ln_1", "ln_2", "ln_f")
+    gguf = GGUFLayout(
+        architecture="gpt2",
+        # The converter transposes what Conv1D keeps as (in, out).
+        modules=(
+            GGUFModule("token_embd", "transformer.wte"),
+            GGUFModule("position_embd", "transformer.wpe"),
+            GGUFModule("blk.*.attn_norm", "transformer.h.*.ln_1"),
+            GGUFModule("blk.*.attn_qkv", "transformer.h.*.attn.c_attn", transposed=True),
+            GGUFModule("blk.*.attn_output", "transformer.h.*.attn.c_proj", transposed=True),
+            GGUFModule("blk.*.ffn_norm", "transformer.h.*.ln_2"),
+            GGUFModule("blk.*.ffn_up", "transformer.h.*.mlp.c_fc", transposed=True),
+            GGUFModule("blk.*.ffn_down", "transformer.h.*.mlp.c_proj", transposed=True),
+            GGUFModule("output_norm", "transformer.ln_f"),
+            GGUFModule("output", "lm_head"),
+        ),
+        sizes={
+            "block_count": "n_layer",
+            "context_length": "n_positions",
+            "embedding_length": "n_embd",
+            "feed_forward_length": "n_inner",
+            "attention.head_count": "n_head",
+        },
+        numbers={"attention.layer_norm_epsilon": "layer_norm_epsilon"},
+        # GELU's tanh form, which llama.cpp computes, is GPT2Config's default.
+        derive=lambda settings: {},
+    )
 
     def setup(self):
         self.transformer = GPT2Model(*self._body_settings())

@@ -22,11 +22,21 @@ from sparseffn_jax.models.decoder import (
     Dtype,
     FFNLayout,
 )
+from sparseffn_jax.models.gguf import GGUFLayout, GGUFModule, GGUFSettings
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.nn.parts import dense, embed
-from sparseffn_jax.nn.rotary import Table, rope_positions, rotary_table, rotate
+from sparseffn_jax.nn.rotary import (
+    Table,
+    llama3_scaling,
+    rope_positions,
+    rotary_table,
+    rotate,
+)
 from sparseffn_jax.ops.activations import get_activation
+
+# The tensor in which GGUF files have LLaMA 3's scaling of the rotary frequencies.
+_ROPE_FREQS = "rope_freqs.weight"
 
 
 class RMSNorm(nn.Module):
@@ -169,6 +179,57 @@ class LlamaModel(nn.Module):
         return self.embed_tokens.embedding
 
 
+def _gguf_config(settings: GGUFSettings) -> dict[str, Any]:
+    """Returns the values of a LLaMA's config beyond those that a GGUF file always has."""
+    hidden, heads = settings.integer("embedding_length"), settings.integer("attention.head_count")
+    if hidden % heads and "llama.attention.key_length" not in settings.values:
+        raise ValueError(
+            f"llama.attention.head_count={heads} does not divide llama.embedding_length={hidden}"
+        )
+    width = settings.integer("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (other := settings.integer(key, width)) != width:
+            raise ValueError(
+                f"llama.{key}={other} differs from the {width} channels of a head: such models "
+                "are not LLaMA as transformers has it"
+            )
+    if experts := settings.values.get("llama.expert_count"):
+        raise ValueError(
+            f"llama.expert_count is {str(experts)[:80]}: mixtures of experts are not read, only "
+            "dense models"
+        )
+    theta = settings.number("rope.freq_base", 10000.0)
+    return {
+        "num_key_value_heads": settings.integer("attention.head_count_kv", heads),
+        "head_dim": width,
+        "rope_theta": theta,
+        "rope_scaling": _gguf_rope_scaling(settings, theta, width),
+        "attention_bias": "blk.0.attn_q.bias" in settings.shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in settings.shapes,
+    }
+
+
+def _gguf_rope_scaling(
+    settings: GGUFSettings, theta: float, width: int
+) -> dict[str, str | float] | None:
+    # What files were written with before there was rope.scaling.
+    factor = settings.number("rope.scale_linear", 1.0)
+    kind = settings.text("rope.scaling.type", "none" if factor == 1 else "linear")
+    has_freqs = _ROPE_FREQS in settings.shapes
+    if kind not in ("none", "linear") or (kind == "linear" and has_freqs):
+        raise ValueError(
+            f"llama.rope.scaling.type={kind[:80]!r}{' beside ' + _ROPE_FREQS if has_freqs else ''}"
+            ": expected none or linear, or LLaMA 3's scaling in that tensor alone"
+        )
+    if kind == "linear":
+        return {"rope_type": kind, "factor": settings.number("rope.scaling.factor", factor)}
+    if not has_freqs:
+        return None
+    if (shape := settings.shapes[_ROPE_FREQS]) != (width // 2,):
+        raise ValueError(f"{_ROPE_FREQS} has shape {shape}: expected {(width // 2,)}")
+    return llama3_scaling(settings.read(_ROPE_FREQS), theta)
+
+
 class LlamaForCausalLM(Decoder):
     """LLaMA with a language-model head, a :class:`Decoder`.
 
@@ -216,6 +277,38 @@ class LlamaForCausalLM(Decoder):
     )
     attention = "self_attn"
     norms = ("input_layernorm", "post_attention_layernorm", "norm")
+    gguf = GGUFLayout(
+        # Mistral's files say so too. They do not say how far a token sees, and are read as LLaMA.
+        architecture="llama",
+        modules=(
+            GGUFModule("token_embd", "model.embed_tokens"),
+            GGUFModule("blk.*.attn_norm", "model.layers.*.input_layernorm"),
+            GGUFModule(
+                "blk.*.attn_q", "model.layers.*.self_attn.q_proj", heads="num_attention_heads"
+            ),
+            GGUFModule(
+                "blk.*.attn_k", "model.layers.*.self_attn.k_proj", heads="num_key_value_heads"
+            ),
+            GGUFModule("blk.*.attn_v", "model.layers.*.self_attn.v_proj"),
+            GGUFModule("blk.*.attn_output", "model.layers.*.self_attn.o_proj"),
+            GGUFModule("blk.*.ffn_norm", "model.layers.*.post_attention_layernorm"),
+            GGUFModule("blk.*.ffn_gate", "model.layers.*.mlp.gate_proj"),
+            GGUFModule("blk.*.ffn_up", "model.layers.*.mlp.up_proj"),
+            GGUFModule("blk.*.ffn_down", "model.layers.*.mlp.down_proj"),
+            GGUFModule("output_norm", "model.norm"),
+            GGUFModule("output", "lm_head"),
+        ),
+        sizes={
+            "block_count": "num_hidden_layers",
+            "context_length": "max_position_embeddings",
+            "embedding_length": "hidden_size",
+            "feed_forward_length": "intermediate_size",
+            "attention.head_count": "num_attention_heads",
+        },
+        numbers={"attention.layer_norm_rms_epsilon": "rms_norm_eps"},
+        derive=_gguf_config,
+        derived=frozenset((_ROPE_FREQS,)),
+    )
 
     def setup(self):
         self.model = LlamaModel(self.block, *self._body_settings())

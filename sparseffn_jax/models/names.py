@@ -59,19 +59,19 @@ class NameMap:
         """Returns a checkpoint's name as a path, and whether its tensor must be transposed."""
         if not name.startswith((self.prefix, _HEAD)):
             name = self.prefix + name
-        pattern, numbers = _generalise(name)
+        pattern, numbers = generalise(name)
         rule = self._by_name.get(pattern)
-        return (_fill(rule.path, numbers), rule.transposed) if rule else (name, False)
+        return (fill(rule.path, numbers), rule.transposed) if rule else (name, False)
 
     def to_name(self, path: str) -> tuple[str, bool]:
         """Returns a path as PyTorch's name, and whether its tensor must be transposed."""
-        pattern, numbers = _generalise(path)
+        pattern, numbers = generalise(path)
         rule = self._by_path.get(pattern)
-        return (_fill(rule.name, numbers), rule.transposed) if rule else (path, False)
+        return (fill(rule.name, numbers), rule.transposed) if rule else (path, False)
 
     def is_optional(self, path: str) -> bool:
         """Says whether a checkpoint may hold ``path`` although the model has no such parameter."""
-        return path in self.tied or _generalise(path)[0] in self.buffers
+        return path in self.tied or generalise(path)[0] in self.buffers
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Rule]:
@@ -82,11 +82,13 @@ class NameMap:
         return {rule.path: rule for rule in self.rules}
 
 
-def _generalise(dotted: str) -> tuple[str, list[str]]:
+def generalise(dotted: str) -> tuple[str, list[str]]:
+    """Returns a name with ``*`` for the numbers between dots, and these numbers."""
     return _NUMBER.sub("*", dotted), _NUMBER.findall(dotted)
 
 
-def _fill(pattern: str, numbers: list[str]) -> str:
+def fill(pattern: str, numbers: list[str]) -> str:
+    """Returns a pattern with numbers, in order, in place of its ``*``."""
     for number in numbers:
         pattern = pattern.replace("*", number, 1)
     return pattern

