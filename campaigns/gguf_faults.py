@@ -4,6 +4,7 @@ import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import jax
@@ -25,7 +26,7 @@ Files = dict[str, bytes]
 def make_seeds(folder: Path) -> dict[str, Files]:
     """Returns valid files: two architectures, three kinds of numbers, two kinds of tokenizers."""
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {"vocab_size": 97, "bos_token_id": 96, "eos_token_id": 96}
+    sizes: dict[str, Any] = {"vocab_size": 97, "bos_token_id": 96, "eos_token_id": 96}
     llama = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=16, **sizes,

@@ -119,7 +119,7 @@ def _settings(config: Any) -> dict[str, Any]:
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
-    elif isinstance(value, np.float32 | float):
+    elif isinstance(value, float) or hasattr(value, "dtype"):
         writer.add_float32(key, float(value))
     elif isinstance(value, int):
         writer.add_uint32(key, int(value))

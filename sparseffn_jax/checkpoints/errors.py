@@ -18,7 +18,15 @@ class CheckpointError(ValueError):
     """
 
 
-def one_line(error: Exception) -> str:
+def is_failure(error: BaseException) -> bool:
+    """Says whether a library has failed, and not the process been told to end.
+
+    A panic of a library that is written in Rust is no ``Exception``, and its class is in no module.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def one_line(error: BaseException) -> str:
     """Returns another library's message on one line, cut where a damaged file makes it endless."""
     text = " ".join(str(error).split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -22,7 +22,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from sparseffn_jax.checkpoints.errors import CheckpointError, one_line
+from sparseffn_jax.checkpoints.errors import CheckpointError, is_failure, one_line
 from sparseffn_jax.checkpoints.gguf_header import read_gguf_header
 
 _SPLIT_LLAMA3 = (
@@ -51,6 +51,10 @@ _WHOLE_PIECES = (_SPLIT_LLAMA3, _SPLIT_TEKKEN)
 _CONTROL, _USER_DEFINED = 3, 4
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _LONGEST_TOKEN = 1024
+# Each takes the tokenizers library a kilobyte and more; Gemma has 6,000, LLaMA 3 has 256.
+_MOST_MARKED = 50_000
+# Of making a token from two others, on average: so memory stays in proportion to the file.
+_MOST_WAYS = 32
 
 
 def read_gguf_tokenizer(file: Path) -> Any:
@@ -67,8 +71,10 @@ def read_gguf_tokenizer(file: Path) -> Any:
         return _build(settings)
     except ValueError as error:
         raise CheckpointError(f"{file} has {error}") from error
-    # The tokenizers library raises bare Exceptions.
-    except Exception as error:
+    # The tokenizers library raises bare Exceptions, and panics.
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise CheckpointError(
             f"no tokenizer can be built from {file}: {one_line(error)}; the file is damaged, copy "
             "or download it again"
@@ -119,12 +125,16 @@ def _byte_level(
             f"{', '.join(_SPLITS)}; take the tokenizer from the model's Hugging Face folder"
         )
     split, merges = _SPLITS[name], []
-    for merge in _strings(settings, "merges"):
-        left, space, right = merge.partition(" ")
-        if not space or " " in right:
-            raise ValueError(f"the merge {merge[:80]!r}: expected two tokens and a space between")
-        merges.append((left, right))
     vocabulary = {token: i for i, token in enumerate(tokens)}
+    for merge in _strings(settings, "merges"):
+        left, _, right = merge.partition(" ")
+        # Some versions of tokenizers end in a panic where these are no tokens.
+        if not vocabulary.keys() >= {left, right, left + right}:
+            raise ValueError(
+                f"the merge {merge[:80]!r}: expected two tokens, a space between them, that make "
+                "another token; the file is damaged"
+            )
+        merges.append((left, right))
     whole = split in _WHOLE_PIECES
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole))
     first = (
@@ -172,12 +182,18 @@ def _merges(tokens: list[str], scores: np.ndarray) -> list[tuple[str, str]]:
     The file has no merges: SentencePiece joins the neighbours whose token has the best score.
     """
     ids = {token: i for i, token in enumerate(tokens)}
-    merges = []
+    merges, left = [], _MOST_WAYS * sum(map(len, tokens))
     for i in np.argsort(-scores, kind="stable").tolist():
         token = tokens[i]
         pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
         merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        left -= len(token) * len(known)
+        if left < 0:
+            raise ValueError(
+                f"tokens that other tokens make in more than {_MOST_WAYS} ways on average: the "
+                "file is damaged"
+            )
     return merges
 
 
@@ -186,6 +202,12 @@ def _mark(tokenizer: Tokenizer, tokens: list[str], settings: Mapping[str, Any]) 
     types = _numbers(settings, "token_type", len(tokens))
     if types is None:
         return
+    count = int(np.isin(types, (_CONTROL, _USER_DEFINED)).sum())
+    if count > _MOST_MARKED:
+        raise ValueError(
+            f"{count:,} tokens that are special or added by users: at most {_MOST_MARKED:,} are "
+            "read"
+        )
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         marked = [tokens[i] for i in np.flatnonzero(types == kind)]
         added = [AddedToken(token, normalized=False, special=special) for token in marked]

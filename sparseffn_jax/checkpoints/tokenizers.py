@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from sparseffn_jax.checkpoints.errors import CheckpointError, one_line
+from sparseffn_jax.checkpoints.errors import CheckpointError, is_failure, one_line
 from sparseffn_jax.checkpoints.folders import TOKENIZER_FILES, PathLike, find_gguf
 from sparseffn_jax.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 
@@ -41,8 +41,10 @@ def load_tokenizer(source: PathLike) -> Any:
     try:
         # Never the code that a folder may bring: without a word transformers would ask for leave.
         tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    # The tokenizers library raises bare Exceptions.
-    except Exception as error:
+    # The tokenizers library raises bare Exceptions, and panics.
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise CheckpointError(
             f"no tokenizer can be read from {source}: {one_line(error)}"
         ) from error

@@ -631,7 +631,8 @@ def test_transformers_reads_the_same_sentencepiece(tmp_path):
         ({"ggml.token_type": [1, 1]}, "token_type that are not 3 numbers"),
         ({"ggml.merges": ["a b c"]}, "the merge 'a b c': expected two tokens"),
         ({"ggml.merges": ["a"]}, "the merge 'a': expected two tokens"),
-        ({"ggml.merges": ["a z"]}, "no tokenizer can be built from .*out of vocabulary"),
+        ({"ggml.merges": ["a z"]}, "the merge 'a z': expected two tokens"),
+        ({"ggml.merges": ["ab ab"]}, "the merge 'ab ab': .* that make another token"),
     ],
 )
 def test_tokenizers_that_are_wrong(tmp_path, settings, message):
@@ -642,6 +643,23 @@ def test_tokenizers_that_are_wrong(tmp_path, settings, message):
     assert str(tmp_path / "m.gguf") in str(error.value)
     # The model can be read all the same.
     load_pretrained(tmp_path / "m.gguf")
+
+
+def test_tokens_that_are_almost_all_special(tmp_path):
+    values = byte_level(["a", "aa", *(f"w{i}" for i in range(50_001))], ["a a"], 50_001)
+    write(tmp_path / "m.gguf", tokenizer=values)
+    with pytest.raises(CheckpointError, match="has 50,001 tokens that are special or added by"):
+        load_tokenizer(tmp_path / "m.gguf")
+
+
+def test_tokens_that_are_made_in_too_many_ways(tmp_path):
+    values = sentencepiece()
+    count = 300
+    values["ggml.tokens"] = ["a" * i for i in range(1, count + 1)]
+    values["ggml.scores"], values["ggml.token_type"] = [0.0] * count, [1] * count
+    write(tmp_path / "m.gguf", tokenizer=values)
+    with pytest.raises(CheckpointError, match="that other tokens make in more than 32 ways"):
+        load_tokenizer(tmp_path / "m.gguf")
 
 
 def test_a_file_without_tokenizer(tmp_path):

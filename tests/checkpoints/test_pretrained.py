@@ -749,6 +749,16 @@ def test_a_folder_without_tokenizer(tmp_path):
         load_tokenizer(tmp_path / "model")
 
 
+def test_a_tokenizer_whose_merges_make_no_tokens(tmp_path):
+    """Some versions of tokenizers end in a panic, which is no Exception."""
+    model = {"type": "BPE", "vocab": {"ab": 0, "cd": 1}, "merges": [["ab", "cd"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="no tokenizer can be read from"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model():
     check_tokenizer(make_tokenizer(VOCAB), make_config())
     with pytest.raises(CheckpointError, match=r"wrong tokenizer: it has 98 tokens, .*=97"):
