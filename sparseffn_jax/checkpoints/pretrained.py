@@ -33,7 +33,13 @@ from sparseffn_jax.checkpoints.gguf_model import open_gguf
 from sparseffn_jax.checkpoints.matching import Match, match
 from sparseffn_jax.checkpoints.tokenizers import write_tokenizer
 from sparseffn_jax.checkpoints.untrusted import check_sizes
-from sparseffn_jax.checkpoints.weights import Weights, in_memory, open_weights, write_safetensors
+from sparseffn_jax.checkpoints.weights import (
+    Tensor,
+    Weights,
+    in_memory,
+    open_weights,
+    write_safetensors,
+)
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.models.decoder import Decoder, DecoderSpec, Dtype
 from sparseffn_jax.models.families import family
@@ -86,6 +92,7 @@ def load_pretrained(
     *,
     param_dtype: Dtype | None = jnp.float32,
     sharding: Placement | None = None,
+    on_demand: bool = False,
 ) -> Pretrained:
     """Loads a model's config and parameters.
 
@@ -106,6 +113,10 @@ def load_pretrained(
         for what is quantised.
       sharding: a function of each leaf's path, such as ``("model", "norm", "weight")``, and shape
         that returns where the leaf is to lie, or ``None`` for the default device.
+      on_demand: whether each leaf stays in its file until it is needed, so that a model that does
+        not fit into memory can be converted: leaves are then objects that
+        :func:`sparseffn_jax.sparsify` and :func:`save_pretrained` take in place of arrays, and
+        nothing else does. Values are checked when they are read.
 
     Raises:
       CheckpointError: if the source is not there, damaged, of another kind than its config says,
@@ -131,7 +142,8 @@ def load_pretrained(
         check_sizes(config.num_hidden_layers, sides, weights.shapes, where)
     decoder = known_family(getattr(config, "model_type", None), where)
     matched = match(weights, decoder(config, ffns), where)
-    return Pretrained(config, _read(weights, matched, param_dtype, sharding), ffns, folder)
+    read = _on_demand if on_demand else _read
+    return Pretrained(config, read(weights, matched, param_dtype, sharding), ffns, folder)
 
 
 def save_pretrained(
@@ -216,6 +228,30 @@ def _read(
             array = tensor.read()
             where = sharding and sharding(tuple(path.split(".")), matched.leaves[path])
             leaves[path] = _place(array.T if transposed else array, dtype, where)
+    return unflatten_dict({path: leaves[path] for path in matched.leaves}, sep=".")
+
+
+def _on_demand(
+    weights: Weights, matched: Match, dtype: Dtype | None, sharding: Placement | None
+) -> dict[str, Any]:
+    """Returns what :func:`_read` does, with a :class:`Tensor` for each leaf."""
+
+    def leaf(path: str, tensor: Tensor, transposed: bool) -> Tensor:
+        where = sharding and sharding(tuple(path.split(".")), matched.leaves[path])
+
+        def read() -> jax.Array:
+            array = tensor.read()
+            return _place(array.T if transposed else array, dtype, where)
+
+        name = tensor.dtype if dtype is None else np.dtype(dtype).name
+        return Tensor(tensor.where, matched.leaves[path], name, read)
+
+    leaves = {
+        path: leaf(path, tensor, transposed)
+        for name, tensor in weights.tensors.items()
+        for path, transposed in (matched.places[name],)
+        if path in matched.leaves
+    }
     return unflatten_dict({path: leaves[path] for path in matched.leaves}, sep=".")
 
 

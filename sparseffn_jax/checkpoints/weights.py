@@ -97,18 +97,26 @@ def open_weights(folder: Path) -> Weights:
 
 
 def in_memory(params: Mapping[str, Any]) -> Weights:
-    """Returns the leaves of a parameter tree, by path, as tensors that are there already.
+    """Returns the leaves of a parameter tree, by path, as tensors.
 
     Raises:
-      CheckpointError: if a leaf is not an array.
+      CheckpointError: if a leaf is neither an array nor a :class:`Tensor`.
     """
     where, tensors = "params", {}
     leaves: dict[Any, Any] = flatten_dict(dict(params), sep=".")
     for path, leaf in leaves.items():
+        if isinstance(leaf, Tensor):
+            tensors[path] = leaf
+            continue
         if not isinstance(leaf, np.ndarray | jax.Array):
             raise CheckpointError(f"{where} holds a {type(leaf).__name__} as {path}, not an array")
         tensors[path] = Tensor(where, leaf.shape, leaf.dtype.name, lambda leaf=leaf: leaf)
     return Weights(where, tensors)
+
+
+def read_leaves(tree: Any) -> Any:
+    """Returns a tree in which every :class:`Tensor` is read, and every other leaf as it is."""
+    return jax.tree.map(lambda leaf: leaf.read() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def write_safetensors(

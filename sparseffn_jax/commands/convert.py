@@ -75,7 +75,7 @@ class Convert:
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("distill_steps", self.distill_steps, 0)
         check_replaceable(self.out, self.overwrite)
-        dense = load_pretrained(self.model)
+        dense = load_pretrained(self.model, param_dtype=None, on_demand=True)
         configs = self._configs(dense)
         tokenizer = matching_tokenizer(self.model, dense)
         window = check_window(self.window, dense.spec.n_positions)

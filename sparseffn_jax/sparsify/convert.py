@@ -55,7 +55,7 @@ def sparsify(
 
     Args:
       model: a decoder in which the layers to be replaced are dense.
-      params: parameters of the decoder; they are not changed.
+      params: parameters of the decoder, in memory or loaded on demand; they are not changed.
       config: one configuration for all layers, or a sequence with one entry for each layer, where
         ``None`` keeps a layer dense. The polynomial's radius is overwritten by the radius that the
         calibration activations need.

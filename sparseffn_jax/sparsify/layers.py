@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from sparseffn_jax.checkpoints.weights import read_leaves
 from sparseffn_jax.models.decoder import (
     FFN,
     FFN_NAME,
@@ -64,7 +65,7 @@ def convert_layers(
 
     Args:
       model: a decoder in which the layers to be replaced are dense.
-      params: parameters of the decoder; they are not changed.
+      params: parameters of the decoder, in memory or loaded on demand; they are not changed.
       layers: numbers of the layers to be replaced.
       fit: function that is called with a layer's number, its dense FFN and its activations, and
         returns its entry in :attr:`Decoder.ffns` and float32 parameters.
@@ -87,31 +88,49 @@ def convert_layers(
     if not 0.0 <= repair <= 1.0:
         raise ValueError(f"repair={repair} must be between 0 and 1")
     streams = Streams(
-        model, params, calibration, batch_size=batch_size, dtype=stream_dtype, place=place
+        model,
+        _outer_params(model, params),
+        calibration,
+        batch_size=batch_size,
+        dtype=stream_dtype,
+        place=place,
     )
-    ffns = list(model.ffns or (None,) * model.spec.n_layer)
-    replaced = {}
-    for i, layer in enumerate(layers_of(model, params)):
-        if i not in layers:
-            streams.skip(i, layer)
-            continue
-        started = time.perf_counter()
+    ffns, replaced = list(model.ffns or (None,) * model.spec.n_layer), {}
+
+    def convert(i: int, layer: Any) -> float:
         activations = streams.reach(i, layer, repair)
-        found = None if partial is None else partial.load(i, layer[FFN_NAME])
+        mlp = layer[FFN_NAME]
+        found = None if partial is None else partial.load(i, mlp)
         if found is None:
-            dense = DenseFFN.from_params(layer[FFN_NAME], model.ffn_layout, model.spec.activation)
+            dense = DenseFFN.from_params(mlp, model.ffn_layout, model.spec.activation)
             ffn, leaves = fit(i, dense, activations)
-            found = ffn, _cast_like(leaves, layer[FFN_NAME])
+            found = ffn, _cast_like(leaves, mlp)
             if partial is not None:
-                partial.save(i, layer[FFN_NAME], *found)
+                partial.save(i, mlp, *found)
         ffns[i], replaced[i] = found
         module = ffn_module(model.clone(ffns=tuple(ffns)), i).clone(name=None)
-        error = streams.leave(
+        return streams.leave(
             activations, functools.partial(jax.jit(module.apply), {"params": replaced[i]})
         )
+
+    for i, unread in enumerate(layers_of(model, params)):
+        started = time.perf_counter()
+        # What a call has read and computed is let go before the next layer is read: weights that
+        # are loaded on demand need not fit into memory.
+        if i not in layers:
+            streams.skip(i, read_leaves(unread))
+            continue
+        error = convert(i, read_leaves(unread))
         if on_layer is not None:
             on_layer(ConvertedLayer(i, error, time.perf_counter() - started))
     return model.clone(ffns=tuple(ffns)), replace_ffns(model, params, replaced)
+
+
+def _outer_params(model: Decoder, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters of the body that are no layer's: what embeds tokens, and the norm."""
+    body, collection = model.layer_path
+    outer = {name: leaves for name, leaves in params[body].items() if name != collection}
+    return {body: read_leaves(outer)}
 
 
 def _cast_like(leaves: Any, mlp: Any) -> Any:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_models import make_model
 
+from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig
 from sparseffn_jax.models.decoder import layers_of
 from sparseffn_jax.models.families import FAMILIES
@@ -115,9 +116,9 @@ def test_batches_and_placement_change_the_result_by_rounding_alone(family):
     results = [
         sparsify(model, params, config, tokens, distill_steps=2, **option) for option in options
     ]
-    logits = [sparse.apply({"params": leaves}, tokens[:4]) for sparse, leaves in results]
+    logits = [jax.jit(sparse.apply)({"params": leaves}, tokens[:4]) for sparse, leaves in results]
     for other in logits[1:]:
-        np.testing.assert_allclose(other, logits[0], atol=2e-3, rtol=2e-3)
+        assert np.linalg.norm(other - logits[0]) < 1e-3 * np.linalg.norm(logits[0])
 
 
 def test_streams_can_be_stored_in_half_the_bytes():
@@ -181,7 +182,7 @@ def test_what_another_conversion_left_is_refused_and_kept(tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(distill_steps, seed\)"):
         again(params, calibration=tokens, distill_steps=1, seed=3)
     with pytest.raises(ValueError, match=r"other settings \(calibration\)"):
-        again(params, calibration=tokens + 1, distill_steps=0)
+        again(params, calibration=tokens[::-1], distill_steps=0)
     other = jax.tree.map(lambda x: x + 1e-3, params)
     with pytest.raises(ValueError, match=r"of other weights \(layer 0 differs\)"):
         again(other, calibration=tokens, distill_steps=0)
@@ -231,8 +232,9 @@ def test_layers_that_stay_dense_are_passed_through():
         )
     # The second layer, alone replaced, is fitted on the dense model's own inputs and outputs.
     x, y, _ = sown(model, params, tokens, 1)
-    np.testing.assert_allclose(seen[1].x.reshape(x.shape), x, atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(seen[1].target.reshape(y.shape), y, atol=1e-4, rtol=1e-4)
+    for actual, expected in ((seen[1].x, x), (seen[1].target, y)):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(actual.reshape(expected.shape), expected, atol=1e-4 * scale)
 
 
 def test_configs_hold_what_a_layer_was_fitted_with(tmp_path):
@@ -245,3 +247,35 @@ def test_configs_hold_what_a_layer_was_fitted_with(tmp_path):
     again = sparsify(model, params, config, tokens, distill_steps=0, work_dir=folder)
     assert first[0].ffns == again[0].ffns
     assert first[0].ffns[0].polynomial.radius != config.polynomial.radius
+
+
+def test_weights_on_demand_are_read_one_layer_at_a_time(tmp_path):
+    model, params = make_model("llama", dtype=jnp.float32)
+    save_pretrained(tmp_path / "dense", model, params)
+    loaded = load_pretrained(tmp_path / "dense", on_demand=True)
+    reads, fitted_after = [], []
+
+    def watched(path, leaf):
+        def read():
+            reads.append(jax.tree_util.keystr(path))
+            return leaf.read()
+
+        return dataclasses.replace(leaf, read=read)
+
+    watched_params = jax.tree_util.tree_map_with_path(watched, loaded.params)
+
+    def fit(dense, config, activations):
+        fitted_after.append(len([path for path in reads if "'1'" in path]))
+        return fit_layer(dense, config, activations)
+
+    tokens = tokens_for(model)
+    sparse, leaves = sparsify(
+        loaded.model(), watched_params, narrow(model), tokens, fit=fit, distill_steps=0
+    )
+    # The second layer is not read before the first one is fitted, and the head never is.
+    assert fitted_after[0] == 0 < fitted_after[1]
+    assert not any("lm_head" in path for path in reads)
+    save_pretrained(tmp_path / "sparse", sparse, leaves)
+    expected = sparsify(model, params, narrow(model), tokens, distill_steps=0)
+    actual = load_pretrained(tmp_path / "sparse").params
+    jax.tree.map(np.testing.assert_array_equal, actual, expected[1])
