@@ -37,7 +37,7 @@ def select_layer(
     if branch is None or core is None or config.polynomial is None:
         raise ValueError("plain selection is for layers with all three parts")
     scores = score_units(dense, activations, centred=config.bias)
-    units = choose_units(scores, core.width, branch.width, None)
+    units = choose_units(scores, core.width, branch.width)
     leaves: dict[str, Any] = {"core": {}, "spectral": {}, "bias": dense.down.bias}
     us, x = [], activations.sample(4096)[0]
     for name, full in zip(config.up_maps, dense.up_maps, strict=True):

@@ -23,7 +23,13 @@ from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.sparsify import closed_form
 from sparseffn_jax.sparsify.closed_form import Moments
 from sparseffn_jax.sparsify.dense import DenseFFN, Linear
-from sparseffn_jax.sparsify.selection import Scores, Units, choose_units, score_units
+from sparseffn_jax.sparsify.selection import (
+    Scores,
+    Units,
+    choose_units,
+    eliminate,
+    score_units,
+)
 from sparseffn_jax.sparsify.streams import LayerActivations
 
 Leaves = dict[str, Any]
@@ -291,8 +297,12 @@ def _features(branches: Sequence[Branch], x: Float[Array, "c d"]) -> Float[Array
     return jnp.concatenate([x[:, :0], *(branch.features(x) for branch in branches)], axis=1)
 
 
+def _hidden(dense: DenseFFN, maps: Sequence[Linear], x: Array) -> Array:
+    return dense.hidden([linear(x) for linear in maps])[0]
+
+
 def _dense_features(dense: DenseFFN, maps: Sequence[Linear]) -> Callable[[Array], Array]:
-    return lambda x: dense.hidden([linear(x) for linear in maps])[0]
+    return lambda x: _hidden(dense, maps, x)
 
 
 def _polynomial_features(
@@ -324,23 +334,17 @@ def _whole(dense: DenseFFN, config: SparseFFNConfig) -> Leaves:
 
 def _choose_units(dense: DenseFFN, config: SparseFFNConfig, calibration: Calibration) -> Units:
     core, branch, scores = _core_of(config), config.spectral, calibration.scores
-
-    def spectral_error() -> Float[np.ndarray, " m"]:
-        error = np.zeros(dense.width)
-        for linear, sensitivity in zip(dense.up_maps, scores.sensitivities, strict=True):
-            moments = _moments_of(calibration.moments, linear.weight)
-            _, weight = _fit_up(branch, linear.weight, moments, sensitivity)
-            lost = linear.weight - weight
-            variance = np.einsum("dm,de,em->m", lost, moments.xx, lost, optimize=True)
-            error += variance * sensitivity**2
-        return error
-
-    return choose_units(
-        scores,
-        0 if core is None else core.width,
-        0 if branch is None else branch.width,
-        None if core is None or branch is None else spectral_error,
-    )
+    chosen: Any = 0 if core is None else core.width
+    if core is not None and core.width < dense.width:
+        activations = calibration.activations
+        chosen = eliminate(
+            Moments.of(
+                ((_hidden(dense, dense.up_maps, x), target) for x, target in activations.chunks()),
+                centred=config.bias,
+            ),
+            core.width,
+        )
+    return choose_units(scores, chosen, 0 if branch is None else branch.width)
 
 
 def _moments_of(inputs: Moments, weight: Float[np.ndarray, "i o"]) -> Moments:

@@ -1,17 +1,17 @@
 """The choice of the hidden units of a dense FFN that a layer keeps, and of the branch for each.
 
 The core keeps units as they are; the spectral branch shares few components among many units. The
-units whose loss would cost most, or that the branch would approximate worst, go to the core.
+units whose loss would cost most go to the core.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from sparseffn_jax.sparsify.closed_form import Moments, ridge_solve
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.streams import LayerActivations
 
@@ -73,25 +73,55 @@ def _unit_sums(hidden, slopes):
     return jnp.sum(hidden, 0), *(jnp.sum(jnp.square(part), 0) for part in (hidden, *slopes))
 
 
+def eliminate(moments: Moments, kept: int, groups: int = 64) -> Int[np.ndarray, " k"]:
+    """Chooses the units whose outputs, with their output weights refitted, serve the targets best.
+
+    Units leave in small groups: those whose loss costs least when the weights of all the others
+    make up for it, which for one unit is ``|W_j|^2 / [G^-1]_jj``. G is the units' Gram matrix and W
+    their refitted output weights; both are brought up to date after every group. This is the
+    optimal brain surgeon (Hassibi & Stork 1993) for least squares, as in ZipLM (Kurtic et al.
+    2023, 2302.04089).
+
+    Args:
+      moments: moments of all units' outputs and the targets.
+      kept: number of units that stay.
+      groups: a group is that part of the units that are left, and one unit at least: the larger,
+        the nearer to leaving one by one.
+
+    Returns:
+      The numbers of the units that stay, ascending.
+    """
+    left = np.arange(len(moments.xx))
+    inverse = ridge_solve(moments.xx, np.eye(len(left)))
+    weight = inverse @ moments.xy
+    while len(left) > kept:
+        count = min(len(left) - kept, max(1, len(left) // groups))
+        cost = np.square(weight).sum(1) / np.diag(inverse)
+        ranking = np.argsort(cost, kind="stable")
+        out, stay = np.sort(ranking[:count]), np.sort(ranking[count:])
+        lost = np.linalg.solve(inverse[np.ix_(out, out)], np.hstack([inverse[out], weight[out]]))
+        left_to_lost = inverse[np.ix_(stay, out)]
+        weight = weight[stay] - left_to_lost @ lost[:, len(left) :]
+        inverse = inverse[np.ix_(stay, stay)] - left_to_lost @ lost[:, stay]
+        left = left[stay]
+    return left
+
+
 def choose_units(
     scores: Scores,
-    core_width: int,
+    core: Int[np.ndarray, " c"] | int,
     spectral_width: int,
-    spectral_error: Callable[[], Float[np.ndarray, " m"]] | None,
 ) -> Units:
     """Splits the hidden units between the core and the spectral branch.
 
     Args:
       scores: scores of all units.
-      core_width: number of units in the core.
-      spectral_width: number of units in the spectral branch.
-      spectral_error: function that returns the output error that each unit would cause in the
-        spectral branch; the units with the largest errors go to the core. If it is ``None``, the
-        most important units go to the core.
+      core: numbers of the units in the core; or how many there are, the most important ones.
+      spectral_width: number of units in the spectral branch, the most important of the others.
     """
     importance = scores.importance.copy()
-    ranking = importance if spectral_error is None else spectral_error()
-    core = np.sort(np.argsort(-ranking, kind="stable")[:core_width])
+    if isinstance(core, int):
+        core = np.sort(np.argsort(-importance, kind="stable")[:core])
     # Units outside the core first, then the core's own, each by importance.
     importance[core] -= importance.max() + 1.0
     spectral = np.sort(np.argsort(-importance, kind="stable")[:spectral_width])

@@ -13,6 +13,7 @@ from sparseffn_jax.measure.flops import count_flops
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.sparsify.dense import DenseFFN, Linear
 from sparseffn_jax.sparsify.sizing import size_ffn
+from sparseffn_jax.sparsify.streams import LayerActivations
 
 SHAPE = peers.FFNShape(64, 256, "gelu_new")
 SINGLE = {
@@ -70,7 +71,7 @@ def test_blocks_go_where_weights_meet_large_activations():
     up[:, :32] = 0.0
     dense = DenseFFN((Linear(up, np.zeros(256)),), Linear(down, np.zeros(64)), "relu")
     unplaced = peers.unstructured(SHAPE, 0.5)
-    config = peers.place_blocks(unplaced, dense, x)
+    config = peers.place_blocks(unplaced, dense, LayerActivations(x, np.asarray(dense(x))))
     masks = config.micro.core
     assert masks.up_mask.block_shape == (8, 8)
     live = np.array(masks.up_mask.blocks)[:, 4:]

@@ -5,6 +5,7 @@ import pytest
 
 from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.sparsify.closed_form import (
+    RIDGE,
     Moments,
     block_circulant_regression,
     masked_regression,
@@ -12,6 +13,7 @@ from sparseffn_jax.sparsify.closed_form import (
     ridge_solve,
     whitened_svd,
 )
+from sparseffn_jax.sparsify.selection import eliminate
 
 N = 4000
 
@@ -39,7 +41,7 @@ def error(x, y, weight):
 
 def test_moments_are_the_covariances(rng):
     x, y = correlated(rng, 6, mean=3.0), correlated(rng, 4, mean=-1.0)
-    moments = Moments.of(x, y)
+    moments = Moments.of([(x, y)])
     joint = np.cov(np.hstack([x, y]).T.astype(np.float64), bias=True)
     np.testing.assert_allclose(moments.xx, joint[:6, :6], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(moments.xy, joint[:6, 6:], rtol=1e-4, atol=1e-4)
@@ -50,14 +52,14 @@ def test_moments_are_the_covariances(rng):
 def test_ridge_solve_is_least_squares(rng):
     x = correlated(rng, 8)
     y = (x @ rng.normal(size=(8, 3)) + rng.normal(size=(N, 3))).astype(np.float32)
-    moments = Moments.of(x, y)
+    moments = Moments.of([(x, y)])
     np.testing.assert_allclose(ridge_solve(moments.xx, moments.xy), lstsq(x, y), atol=2e-3)
 
 
 def test_without_gives_the_joint_fit(rng):
     x = correlated(rng, 10)
     y = (x @ rng.normal(size=(10, 3))).astype(np.float32)
-    moments, ours, given = Moments.of(x, y), slice(0, 6), slice(6, None)
+    moments, ours, given = Moments.of([(x, y)]), slice(0, 6), slice(6, None)
     left = moments.without(ours, given)
     weight = ridge_solve(left.xx, left.xy)
     np.testing.assert_allclose(weight, lstsq(x, y)[:6], atol=5e-3)
@@ -82,7 +84,7 @@ def test_whitened_svd_is_the_best_low_rank_map_of_the_data(rng, rank):
 def test_reduced_rank_regression_reaches_the_optimum(rng, rank):
     x = correlated(rng, 8, mean=1.0)
     y = (x @ rng.normal(size=(8, 5)) + rng.normal(size=(N, 5))).astype(np.float32)
-    axes, filter = reduced_rank_regression(Moments.of(x, y), rank)
+    axes, filter = reduced_rank_regression(Moments.of([(x, y)]), rank)
     assert axes.shape == (8, rank)
     assert filter.shape == (rank, 5)
     # Izenman 1975: the least-squares fit, projected on its leading principal directions.
@@ -106,7 +108,7 @@ def test_block_circulant_regression_recovers_the_filter(rng, b, frequencies):
     x = correlated(rng, p * b, mean=0.5)
     spectrum = np.fft.rfft(x.reshape(N, p, b), axis=-1)
     y = np.fft.irfft(np.einsum("npf,fpq->nqf", spectrum, response), n=b, axis=-1)
-    moments = Moments.of(x, y.reshape(N, q * b).astype(np.float32))
+    moments = Moments.of([(x, y.reshape(N, q * b).astype(np.float32))])
     fitted_real, fitted_imag = block_circulant_regression(moments, b, frequencies)
     np.testing.assert_allclose(fitted_real, real, atol=5e-3)
     np.testing.assert_allclose(fitted_imag, imag, atol=5e-3)
@@ -116,10 +118,31 @@ def test_masked_regression_is_least_squares_on_the_living_inputs(rng):
     mask = BlockMask((2, 3), ((True, False), (False, True), (True, True), (False, False)))
     x = correlated(rng, 8)
     y = (x @ rng.normal(size=(8, 6)) + rng.normal(size=(N, 6))).astype(np.float32)
-    weight = masked_regression(Moments.of(x, y), mask)
+    weight = masked_regression(Moments.of([(x, y)]), mask)
     living = np.repeat(np.repeat(np.array(mask.blocks), 2, 0), 3, 1)
     assert np.all(weight[~living] == 0)
     for column in range(6):
         rows = np.flatnonzero(living[:, column])
         expected = lstsq(x[:, rows], y[:, column : column + 1])
         np.testing.assert_allclose(weight[rows, column], expected[:, 0], atol=5e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_elimination_removes_what_the_others_can_make_up_for(seed):
+    """Against greedy elimination by brute force: each step tries every unit, others refitted."""
+    rng = np.random.default_rng(seed)
+    # Units that repeat each other, so that importance alone would keep the wrong ones.
+    x = rng.standard_normal((400, 4)) @ rng.standard_normal((4, 10))
+    x += 0.3 * rng.standard_normal((400, 10))
+    y = x @ rng.standard_normal((10, 3))
+    moments = Moments(x.T @ x / 400, x.T @ y / 400, np.zeros(10), np.zeros(3))
+    gram = moments.xx + RIDGE * np.trace(moments.xx) / 10 * np.eye(10)
+
+    def error(units):
+        weight = np.linalg.solve(gram[np.ix_(units, units)], moments.xy[units])
+        return -np.sum(weight * moments.xy[units])
+
+    left = list(range(10))
+    for kept in range(9, 2, -1):
+        left = min(([j for j in left if j != i] for i in left), key=error)
+        np.testing.assert_array_equal(eliminate(moments, kept), left)
