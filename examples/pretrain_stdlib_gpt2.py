@@ -23,7 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from sparseffn_jax import GPT2LMHeadModel, evaluate_loss, save_pretrained
-from sparseffn_jax.evaluate.losses import cross_entropy
+from sparseffn_jax.evaluate.fused_loss import mean_loss
+from sparseffn_jax.evaluate.losses import forward
 from sparseffn_jax.train import data
 
 END_OF_TEXT = "<|endoftext|>"
@@ -142,8 +143,8 @@ def fit(model: GPT2LMHeadModel, windows: np.ndarray, settings: Settings):
     @jax.jit
     def step(params, state, batch):
         def loss(params):
-            logits: Any = model.apply({"params": params}, batch[:, :-1])
-            return cross_entropy(logits, batch[:, 1:])
+            outputs, _ = forward(model, params, batch[:, :-1])
+            return mean_loss(outputs, batch[:, 1:])[0]
 
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state

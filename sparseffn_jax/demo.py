@@ -25,7 +25,8 @@ from sparseffn_jax.bench.fairness import check_comparable
 from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL, save_pretrained
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.evaluate.losses import cross_entropy
+from sparseffn_jax.evaluate import losses
+from sparseffn_jax.evaluate.fused_loss import mean_loss
 from sparseffn_jax.measure import records
 from sparseffn_jax.measure.costs import dense_flops, flops_per_token, flops_ratio
 from sparseffn_jax.measure.timing import time_pair
@@ -332,8 +333,8 @@ def _forward(model: Decoder, params: Any) -> Callable[[Any], Any]:
 
 def _gradient(model: Decoder, params: Any) -> Callable[[Any], Any]:
     def loss(params: Any, batch: Any) -> Any:
-        logits: Any = model.apply({"params": params}, batch[:, :-1])
-        return cross_entropy(logits, batch[:, 1:])
+        outputs, _ = losses.forward(model, params, batch[:, :-1])
+        return mean_loss(outputs, batch[:, 1:])[0]
 
     # Compiled as a training step is.
     run = jax.jit(jax.grad(loss), compiler_options=compiler_options())

@@ -1,4 +1,4 @@
-"""Losses on logits and hidden states, and the evaluation loss of a model on a text."""
+"""Losses on hidden states, and the evaluation loss of a model on a text."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,45 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from sparseffn_jax.evaluate.fused_loss import Outputs, token_losses
 from sparseffn_jax.evaluate.windows import cut_windows
+from sparseffn_jax.models.decoder import Decoder
 
 Params = dict[str, Any]
 Evaluator = Callable[[Params, Int[np.ndarray, "n w"], int], float]
-
-
-def cross_entropy(logits: Float[Array, "*b v"], targets: Int[Array, "*b"]) -> Float[Array, ""]:
-    """Returns the next-token cross-entropy, the mean over all targets in nats a token.
-
-    Args:
-      logits: logits (..., V); they are cast to float32.
-      targets: ids of the tokens to be predicted.
-    """
-    logits = logits.astype(jnp.float32)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-
-def distillation_loss(
-    logits: Float[Array, "*b v"], teacher_logits: Float[Array, "*b v"], temperature: float
-) -> Float[Array, ""]:
-    """Returns ``temperature**2 * KL(teacher || student)``, the mean over tokens, in nats.
-
-    Both distributions are softened by ``temperature``. Its square keeps the size of the gradient
-    when the temperature changes (Hinton et al. 2015, 1503.02531). The teacher gets no gradient.
-
-    Args:
-      logits: logits (..., V) of the student; they are cast to float32.
-      teacher_logits: logits (..., V) of the teacher; they are cast to float32.
-      temperature: number above 0 by which all logits are divided.
-    """
-    student = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
-    teacher = jax.lax.stop_gradient(teacher)
-    kl = optax.losses.kl_divergence_with_log_targets(student, teacher)
-    return temperature**2 * kl.mean()
 
 
 def hidden_state_mse(
@@ -79,30 +49,36 @@ def forward(
     *,
     dropout_key: PRNGKeyArray | None = None,
     with_hidden_states: bool = False,
-) -> tuple[Float[Array, "b t v"], list[Float[Array, "b t d"]]]:
-    """Applies a decoder; returns its logits and, on request, the residual stream after each block.
+) -> tuple[Outputs, list[Float[Array, "b t d"]]]:
+    """Applies a decoder up to its head; on request, also returns its residual stream.
 
     Args:
-      model: a decoder that is called as
-        ``model.apply({"params": params}, input_ids, deterministic=...)`` and sows its residual
-        stream as ``hidden_states`` under ``intermediates``.
+      model: a :class:`~sparseffn_jax.models.decoder.Decoder`; any other module is called as
+        ``model.apply({"params": params}, input_ids, deterministic=...)`` and returns logits. It
+        sows its residual stream as ``hidden_states`` under ``intermediates``.
       params: parameters of the decoder.
       input_ids: token ids.
       dropout_key: random key of the dropout; ``None`` switches dropout off.
       with_hidden_states: whether to return the residual stream; otherwise the list is empty.
+
+    Returns:
+      The outputs, from which the losses of :mod:`.fused_loss` are computed, and the residual
+      stream after each block.
     """
+    is_decoder = isinstance(model, Decoder)
     out: Any = model.apply(
         {"params": params},
         input_ids,
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         mutable=["intermediates"] if with_hidden_states else False,
+        method="last_hidden_state" if is_decoder else None,
     )
-    if not with_hidden_states:
-        return out, []
-    logits, variables = out
-    sown: dict[tuple[str, ...], Any] = flatten_dict(variables["intermediates"])
-    return logits, [x for path, xs in sown.items() if path[-1] == "hidden_states" for x in xs]
+    hidden, variables = out if with_hidden_states else (out, {})
+    head: Any = model.apply({"params": params}, method="head") if is_decoder else None
+    sown: dict[tuple[str, ...], Any] = flatten_dict(variables.get("intermediates", {}))
+    states = [x for path, xs in sown.items() if path[-1] == "hidden_states" for x in xs]
+    return Outputs(hidden, head), states
 
 
 def evaluate_loss(
@@ -186,8 +162,8 @@ def make_evaluator(
 
     @jax.jit
     def sum_losses(params, batch, real):
-        logits, _ = forward(model, params, batch[:, :-1])
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+        outputs, _ = forward(model, params, batch[:, :-1])
+        losses, _ = token_losses(outputs, batch[:, 1:])
         return jnp.sum(losses, where=jnp.arange(len(batch))[:, None] < real)
 
     def evaluate(params, windows, batch_size):
@@ -214,8 +190,8 @@ def check_token_ids(model: nn.Module, params: Params, windows: Int[np.ndarray, "
     if not windows.size:
         raise ValueError("there is no window to evaluate or train on: give more text")
     ids = jax.ShapeDtypeStruct((1, windows.shape[1] - 1), jnp.int32)
-    logits, _ = jax.eval_shape(lambda p, i: forward(model, p, i), params, ids)
-    largest, vocab_size = int(windows.max()), logits.shape[-1]
+    outputs, _ = jax.eval_shape(lambda p, i: forward(model, p, i), params, ids)
+    largest, vocab_size = int(windows.max()), outputs.vocab_size
     if largest >= vocab_size:
         raise ValueError(
             f"token id {largest} is beyond the model's vocab_size={vocab_size}: the text was "

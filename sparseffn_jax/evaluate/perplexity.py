@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Bool, Float, Int
 
+from sparseffn_jax.evaluate.fused_loss import token_losses
 from sparseffn_jax.evaluate.losses import forward
 
 Params = dict[str, Any]
@@ -37,10 +37,9 @@ def make_scorer(model: nn.Module, window: int, batch_size: int) -> Scorer:
 
     @jax.jit
     def score_batch(params, ids, counted):
-        targets = ids[:, 1:]
-        logits, _ = forward(model, params, ids[:, :-1])
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
-        is_greedy = jnp.all(jnp.argmax(logits, -1) == targets, axis=1, where=counted)
+        outputs, _ = forward(model, params, ids[:, :-1])
+        losses, is_likeliest = token_losses(outputs, ids[:, 1:])
+        is_greedy = jnp.all(is_likeliest, axis=1, where=counted)
         return -jnp.sum(losses, axis=1, where=counted), is_greedy
 
     def score(params, rows, counts):

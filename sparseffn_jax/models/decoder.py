@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int
 
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.models.gguf import GGUFLayout
 from sparseffn_jax.models.names import NameMap
+from sparseffn_jax.nn.head import Head
 from sparseffn_jax.nn.parts import dot_general_f32
 from sparseffn_jax.nn.paths import ShardingRule
 from sparseffn_jax.nn.sparse_ffn import PACKED, SparseFFN
@@ -205,6 +205,27 @@ class Decoder(nn.Module):
             entries of ``ffns`` is not that of the layers, if the tokens exceed ``n_positions`` or
             the cache, or if ``attention_mask`` does not cover the keys.
         """
+        x = self.last_hidden_state(
+            input_ids, attention_mask, position_ids, deterministic, init_cache
+        )
+        # Initialisation makes the parameters of a head of its own by calling it.
+        return self.head().logits(x) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    def last_hidden_state(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B S"] | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
+        deterministic: bool = True,
+        init_cache: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """Returns what :meth:`head` maps to the logits: the states behind the last norm.
+
+        The arguments and the errors are those of :meth:`__call__`.
+
+        Returns:
+          Hidden states (B, T, D) in the model's ``dtype``.
+        """
         n_positions = self.spec.n_positions
         if input_ids.shape[1] > n_positions:
             raise ValueError(f"{input_ids.shape[1]} tokens do not fit n_positions={n_positions}")
@@ -212,11 +233,15 @@ class Decoder(nn.Module):
             start = self._cached_tokens()
             position_ids = jnp.broadcast_to(start + jnp.arange(input_ids.shape[1]), input_ids.shape)
         body = getattr(self, self.layer_path[0])
-        x = body(input_ids, attention_mask, position_ids, deterministic, init_cache)
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(x)
-        x, embedding = promote_dtype(x, body.token_embedding, dtype=self.dtype)
-        return dot_general_f32(x, embedding, (((2,), (1,)), ((), ())))
+        return body(input_ids, attention_mask, position_ids, deterministic, init_cache)
+
+    def head(self) -> Head:
+        """Returns the model's language-model head, of which a tied one shares the embedding."""
+        if self.config.tie_word_embeddings:
+            embedding = getattr(self, self.layer_path[0]).token_embedding
+            return Head(embedding, tied=True, dtype=self.dtype)
+        leaves = self.lm_head.variables["params"]
+        return Head(leaves["kernel"], leaves.get("bias"), dtype=self.dtype)
 
     def embed(
         self, input_ids: Int[Array, "B T"]

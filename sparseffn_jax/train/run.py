@@ -211,6 +211,7 @@ class Run:
             self._config,
             self._teacher_model,
             gather=self._strategy.gather,
+            batch_shards=self._strategy.batch_shards,
         )
         batch_shape = (self._config.batch_size, self._windows.train.shape[1])
         self._step = self._strategy.compile(

@@ -11,6 +11,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from sparseffn_jax.evaluate import losses
+from sparseffn_jax.evaluate.fused_loss import Mixture, mean_loss
 from sparseffn_jax.models.paths import is_attention_kernel
 from sparseffn_jax.nn.lora import init_lora, merge_lora
 from sparseffn_jax.ops.plans.choice import platform_of
@@ -182,6 +183,7 @@ def make_update(
     *,
     axis_name: str | None = None,
     gather: Callable[[Params], Params] = lambda params: params,
+    batch_shards: int = 1,
 ) -> Update:
     """Returns one update of a stage, to be compiled.
 
@@ -193,8 +195,10 @@ def make_update(
       axis_name: under ``jax.pmap``, the axis over which batches are dealt out: gradients and
         metrics are its means, so that replicas stay equal.
       gather: brings parameters that are stored in pieces to where the computation needs them.
+      batch_shards: the number of parts in which a mesh deals out the batch; 1 under ``jax.pmap``,
+        where the update sees one part only.
     """
-    loss_and_metrics = _make_loss(model, config, teacher_model, gather)
+    loss_and_metrics = _make_loss(model, config, teacher_model, gather, batch_shards)
     ffn, rest = split_ffn(stage.labels)
     by_part = all(set(jax.tree.leaves(part)) - {"frozen"} for part in (ffn, rest))
 
@@ -236,32 +240,33 @@ def _make_loss(
     config: TrainConfig,
     teacher_model: nn.Module | None,
     gather: Callable[[Params], Params],
+    batch_shards: int,
 ) -> Callable:
     """Returns what maps ``(trainable, frozen, teacher_params, windows, key)`` to loss and metrics.
 
     ``windows`` holds the token ids of a microbatch, and ``key`` is for dropout.
     """
     with_states = config.hidden_weight > 0
+    mixture = Mixture(config.distill_weight, config.temperature, batch_shards)
 
     def loss_and_metrics(trainable, frozen, teacher_params, windows, key):
         params = merge_adapters(gather(combine(trainable, frozen)))
         inputs, targets = windows[:, :-1], windows[:, 1:]
-        logits, states = losses.forward(
+        outputs, states = losses.forward(
             model,
             params,
             inputs,
             dropout_key=key if config.dropout else None,
             with_hidden_states=with_states,
         )
-        loss = cross_entropy = losses.cross_entropy(logits, targets)
         if teacher_model is None:
+            loss, _ = mean_loss(outputs, targets, None, mixture)
             return loss, {"loss": loss}
-        teacher_logits, teacher_states = losses.forward(
+        teacher, teacher_states = losses.forward(
             teacher_model, gather(teacher_params), inputs, with_hidden_states=with_states
         )
-        if config.distill_weight > 0:
-            soft = losses.distillation_loss(logits, teacher_logits, config.temperature)
-            loss = (1.0 - config.distill_weight) * loss + config.distill_weight * soft
+        soft = teacher if config.distill_weight > 0 else None
+        loss, cross_entropy = mean_loss(outputs, targets, soft, mixture)
         if config.hidden_weight > 0:
             loss = loss + config.hidden_weight * losses.hidden_state_mse(states, teacher_states)
         return loss, {"loss": loss, "cross_entropy": cross_entropy}

@@ -142,24 +142,33 @@ def one_process(out):
 def communication(bytes_sent):
     """Returns what a step's compiled program sends, and the parameters that train."""
     import jax
-    from train_models import SPARSE_FFN, make_model, make_windows
+    from train_models import SPARSE_FFN, VOCAB_SIZE, make_model, make_windows
 
+    from sparseffn_jax.evaluate import fused_loss
     from sparseffn_jax.train.config import TrainConfig
     from sparseffn_jax.train.step import make_stage, make_update
     from sparseffn_jax.train.strategies import make_strategy
 
+    # Chunks of two tokens: what the loss sends in one of them, it sends eight times.
+    fused_loss._CHUNK_ENTRIES = 2 * VOCAB_SIZE
     model, params = make_model((None, SPARSE_FFN), tie_word_embeddings=False)
     windows, config = make_windows(), TrainConfig(recipe="full", batch_size=8)
-    stage, sent = make_stage(config, params, 0), {}
+    stage, sent, in_loops = make_stage(config, params, 0), {}, {}
     for mesh in ("data=8", "fsdp=8"):
         strategy = make_strategy("mesh", mesh)
         state, frozen = strategy.init_state(stage, params)
-        update = make_update(model, stage, config, gather=strategy.gather)
+        update = make_update(
+            model, stage, config, gather=strategy.gather, batch_shards=strategy.batch_shards
+        )
         step = strategy.compile(update, state, frozen, None, (8, windows.train.shape[1]))
         sent[mesh] = bytes_sent(step.as_text())
+        lines = [line for line in step.as_text().splitlines() if "/while/body/" in line]
+        assert lines
+        in_loops[mesh] = bytes_sent("\n".join(lines))
     leaves = jax.tree.leaves(state.trainable)
     return {
         "sent": sent,
+        "in_loops": in_loops,
         "parameters": sum(x.size for x in leaves),
         "split": sum(x.size for x in leaves if not x.sharding.is_fully_replicated),
     }

@@ -84,14 +84,19 @@ def test_losses_are_weighted(model_and_params, windows):
     config = dataclasses.replace(CONFIG, distill_weight=0.7, temperature=3.0, hidden_weight=0.2)
     batch = windows.train[:4]
     _, metrics = run_step(model, params, batch, config, (teacher, teacher_params))
-    (logits, states), (soft, soft_states) = (
+    (outputs, states), (soft, soft_states) = (
         jax.jit(partial(losses.forward, m, with_hidden_states=True))(p, batch[:, :-1])
         for m, p in ((model, params), (teacher, teacher_params))
     )
-    cross_entropy = losses.cross_entropy(logits, batch[:, 1:])
+    logits, soft_logits = (o.head.logits(o.hidden) for o in (outputs, soft))
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    cross_entropy = -np.take_along_axis(log_p, batch[:, 1:, None], -1).mean()
+    log_p, log_q = (
+        np.asarray(jax.nn.log_softmax(x / 3.0), np.float64) for x in (logits, soft_logits)
+    )
     expected = (
         0.3 * cross_entropy
-        + 0.7 * losses.distillation_loss(logits, soft, 3.0)
+        + 0.7 * 3.0**2 * (np.exp(log_q) * (log_q - log_p)).sum(-1).mean()
         + 0.2 * losses.hidden_state_mse(states, soft_states)
     )
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)

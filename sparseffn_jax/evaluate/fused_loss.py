@@ -1,0 +1,274 @@
+"""Next-token losses from hidden states and head, without the logits of all tokens at once.
+
+Logits are computed for a few tokens, reduced to losses, and forgotten (Hsu et al. 2024, 2410.10989;
+Wijmans et al. 2024, 2411.09009). The gradient is computed with the loss, while a chunk's logits are
+there, so that it takes the three matrix products of the plain form: a backward pass that computed
+the logits again would take four. tokamax's ``linear_softmax_cross_entropy_loss`` (0.0.12) does so
+on TPU alone; elsewhere it holds all logits, and nowhere does it know a bias or a teacher.
+
+Chunks are cut along T and not along B, which meshes deal out: a chunk lies on as many devices as
+the batch. Shape letters are those of :mod:`sparseffn_jax.models.decoder`, and besides t tokens in
+a chunk, and G shards of the batch.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparseffn_jax.nn.head import Head, HeadGradient, scan
+
+# Entries in the logits of one chunk, of student and teacher together: 64 MiB of float32.
+_CHUNK_ENTRIES = 2**24
+
+
+class Outputs(NamedTuple):
+    """What a decoder computes before its logits.
+
+    Attributes:
+      hidden: the hidden states (B, T, D) behind the last norm.
+      head: the head that maps them to logits; ``None`` if they are the logits already, which is
+        so of models that are no :class:`~sparseffn_jax.models.decoder.Decoder`.
+    """
+
+    hidden: Float[Array, "B T D"]
+    head: Head | None
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of words."""
+        return self.hidden.shape[-1] if self.head is None else self.head.vocab_size
+
+
+class Mixture(NamedTuple):
+    """How a loss is made of cross-entropy and distillation.
+
+    Attributes:
+      distill_weight: weight of the distillation; that of the cross-entropy is 1 minus it.
+      temperature: number above 0 by which the logits of both models are divided.
+      batch_shards: the number G of parts in which a mesh deals the batch out. Each part sums up a
+        gradient of the head of its own, and these are added once, behind the last chunk.
+    """
+
+    distill_weight: float = 0.0
+    temperature: float = 1.0
+    batch_shards: int = 1
+
+
+def token_losses(
+    outputs: Outputs, targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Returns each token's cross-entropy, and whether the token is the likeliest one.
+
+    Args:
+      outputs: the model's outputs.
+      targets: ids (B, T) of the tokens to be predicted.
+
+    Returns:
+      The cross-entropies in nats, float32, and where the targets have the largest logits.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sparseffn_jax.evaluate.fused_loss import Outputs, token_losses
+      >>> from sparseffn_jax.nn.head import Head
+      >>> outputs = Outputs(jnp.ones((1, 2, 3)), Head(jnp.zeros((3, 8)).at[:, 5].set(1.0)))
+      >>> losses, is_likeliest = token_losses(outputs, jnp.array([[5, 0]]))
+      >>> losses.round(2).tolist(), is_likeliest.tolist()
+      ([[0.3, 3.3]], [[True, False]])
+    """
+    head, count = outputs.head, _chunk_count(*targets.shape, outputs.vocab_size)
+    cut = partial(_cut, count=count)
+
+    def score(_, chunk):
+        hidden, targets = chunk
+        logits = hidden.astype(jnp.float32) if head is None else head.logits(hidden)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        is_likeliest = jnp.argmax(logits, axis=-1) == targets
+        return None, (log_z - _at_targets(logits, targets), is_likeliest)
+
+    _, (losses, is_likeliest) = scan(score, None, (cut(outputs.hidden), cut(targets)))
+    return _join(losses, targets.shape[1]), _join(is_likeliest, targets.shape[1])
+
+
+def mean_loss(
+    outputs: Outputs,
+    targets: Int[Array, "B T"],
+    teacher: Outputs | None = None,
+    mixture: Mixture | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the loss to train on, and the cross-entropy in it, as means over tokens in nats.
+
+    The loss is ``(1 - w) * cross_entropy + w * temperature**2 * KL(teacher || student)``, of which
+    the squared temperature keeps the size of the gradient when the temperature changes (Hinton et
+    al. 2015, 1503.02531). It has a gradient with respect to ``outputs``, of which the part that is
+    not asked for is not computed; the cross-entropy and the teacher have none.
+
+    Args:
+      outputs: the student's outputs.
+      targets: ids (B, T) of the tokens to be predicted.
+      teacher: the teacher's outputs for the same tokens; ``None`` if the weight is 0.
+      mixture: the weight, the temperature, and how the batch is dealt out; ``None`` is the
+        cross-entropy alone, on one device.
+
+    Returns:
+      Two float32 scalars.
+
+    Raises:
+      ValueError: if there is a teacher and no weight, or a weight and no teacher, if the teacher's
+        vocabulary has another size, or if the batch cannot be dealt out.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from sparseffn_jax.evaluate.fused_loss import Outputs, mean_loss
+      >>> from sparseffn_jax.nn.head import Head
+      >>> head, targets = Head(jnp.zeros((4, 97))), jnp.zeros((2, 8), int)
+      >>> loss, cross_entropy = mean_loss(Outputs(jnp.ones((2, 8, 4)), head), targets)
+      >>> round(float(loss), 2)  # A head of zeros does no better than guessing: log(97).
+      4.57
+      >>> gradient = jax.grad(lambda x: mean_loss(Outputs(x, head), targets)[0])
+      >>> gradient(jnp.ones((2, 8, 4))).shape
+      (2, 8, 4)
+    """
+    mixture = mixture or Mixture()
+    if (teacher is None) != (mixture.distill_weight == 0.0):
+        raise ValueError(
+            f"distill_weight={mixture.distill_weight} with teacher={teacher and 'given'}: a "
+            "teacher, and no other loss, needs a weight above 0"
+        )
+    if teacher is not None and teacher.vocab_size != outputs.vocab_size:
+        raise ValueError(
+            f"the teacher knows {teacher.vocab_size} words and the student {outputs.vocab_size}: "
+            "distillation needs models of one vocabulary"
+        )
+    if targets.shape[0] % mixture.batch_shards:
+        raise ValueError(
+            f"{targets.shape[0]} rows cannot be dealt out to batch_shards={mixture.batch_shards}"
+        )
+    loss, cross_entropy = _mean_loss(mixture, outputs, targets, jax.lax.stop_gradient(teacher))
+    return loss, jax.lax.stop_gradient(cross_entropy)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mean_loss(mixture: Mixture, outputs: Outputs, targets: Array, teacher: Outputs | None) -> Any:
+    nothing = jax.tree.map(lambda _: False, outputs)
+    return _means_and_gradient(mixture, outputs, targets, teacher, nothing)[0]
+
+
+def _forward(mixture: Mixture, *primals: Any) -> Any:
+    wanted = jax.tree.map(lambda leaf: leaf.perturbed, primals[0])
+    outputs, targets, teacher = jax.tree.map(lambda leaf: leaf.value, primals)
+    means, gradient = _means_and_gradient(mixture, outputs, targets, teacher, wanted)
+    return means, (gradient, outputs)
+
+
+def _backward(_: Mixture, residuals: Any, cotangents: Any) -> Any:
+    gradient, outputs = residuals
+    # float32 until it is scaled: in float16 a loss scale saves what would round to zero.
+    scale = cotangents[0].astype(jnp.float32)
+    gradient = jax.tree.map(
+        lambda x, g: None if g is None else (scale * g).astype(x.dtype), outputs, gradient
+    )
+    return gradient, None, None
+
+
+_mean_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _means_and_gradient(
+    mixture: Mixture, outputs: Outputs, targets: Array, teacher: Outputs | None, wanted: Outputs
+) -> tuple[tuple[Array, Array], Outputs]:
+    """Returns loss and cross-entropy, and the loss's float32 gradient where it is wanted.
+
+    ``wanted`` and the gradient are like ``outputs``, with a bool and an array or ``None`` for each
+    leaf.
+    """
+    (rows, tokens), head = targets.shape, outputs.head
+    models = 1 if teacher is None else 2
+    count = _chunk_count(rows // mixture.batch_shards, tokens, models * outputs.vocab_size)
+    weights = jnp.full(targets.shape, 1.0 / targets.size, jnp.float32)
+    cut = partial(_cut, count=count)
+    # Padding gets the weight 0.
+    chunks = jax.tree.map(cut, (outputs.hidden, targets, weights, teacher and teacher.hidden))
+
+    def add_chunk(total, chunk):
+        hidden, targets, weights, soft_hidden = chunk
+        logits = _logits(head, hidden)
+        soft = None if teacher is None else _logits(teacher.head, soft_hidden)
+        loss, cross_entropy, slope = _losses_and_slope(mixture, logits, targets, soft, weights)
+        gradient = None
+        if wanted.hidden:
+            gradient = slope if head is None else head.hidden_gradient(hidden, slope)
+        if head is not None:
+            total = total.add(head, hidden, slope)
+        return total, (weights * loss, weights * cross_entropy, gradient)
+
+    total = None
+    if head is not None:
+        total = HeadGradient.zeros(head, wanted.head.weight, wanted.head.bias, mixture.batch_shards)
+    total, (loss, cross_entropy, gradient) = scan(add_chunk, total, chunks)
+    gradient = None if gradient is None else _join(gradient, tokens)
+    head_gradient = None if head is None else total.total(head)
+    return (loss.sum(), cross_entropy.sum()), Outputs(gradient, head_gradient)
+
+
+def _losses_and_slope(
+    mixture: Mixture, logits: Array, targets: Array, soft_logits: Array | None, weights: Array
+) -> tuple[Array, Array, Array]:
+    """Returns each token's loss and cross-entropy, and the weighted loss's gradient at logits."""
+    weight, temperature = mixture.distill_weight, mixture.temperature
+    log_p, exponentials, total = _log_softmax(logits)
+    cross_entropy = loss = -_at_targets(log_p, targets)
+    hard_weights = (1.0 - weight) * weights
+    # Numbers of a token are multiplied before they meet its logits, which are many.
+    slope = exponentials * (hard_weights[..., None] / total)
+    if soft_logits is not None:
+        if temperature != 1.0:
+            log_p, exponentials, total = _log_softmax(logits / temperature)
+        log_soft, soft_exponentials, soft_total = _log_softmax(soft_logits / temperature)
+        kl = jnp.sum(soft_exponentials * (log_soft - log_p), axis=-1) / soft_total[..., 0]
+        loss = (1.0 - weight) * cross_entropy + weight * temperature**2 * kl
+        soft_weights = weight * temperature * weights[..., None]
+        slope += exponentials * (soft_weights / total)
+        slope -= soft_exponentials * (soft_weights / soft_total)
+    # The transpose of a gather: on a mesh it sends nothing, where `slope.at[...]` would gather all
+    # targets. XLA turns the sum, but not a difference, into a scatter onto the slope itself.
+    _, at_targets = jax.vjp(lambda x: _at_targets(x, targets), slope)
+    return loss, cross_entropy, slope + at_targets(-hard_weights)[0]
+
+
+def _log_softmax(logits: Array) -> tuple[Array, Array, Array]:
+    """Returns the logarithms of the softmax, and the exponentials and their sum it is made of."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(shifted)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    return shifted - jnp.log(total), exponentials, total
+
+
+def _logits(head: Head | None, hidden: Array) -> Array:
+    return hidden.astype(jnp.float32) if head is None else head.logits_by_blocks(hidden)
+
+
+def _at_targets(x: Array, targets: Array) -> Array:
+    return jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
+
+
+def _chunk_count(rows: int, tokens: int, logits: int) -> int:
+    """Returns the number of chunks for rows of tokens that have so many logits each."""
+    return math.ceil(tokens / max(1, _CHUNK_ENTRIES // (rows * logits)))
+
+
+def _cut(x: Array, count: int) -> Array:
+    """Cuts (B, T, ...) into ``count`` chunks (count, B, t, ...), the last one padded with zeros."""
+    width = math.ceil(x.shape[1] / count)
+    padding = [(0, 0), (0, count * width - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return jnp.moveaxis(jnp.pad(x, padding).reshape(len(x), count, width, *x.shape[2:]), 1, 0)
+
+
+def _join(chunks: Array, tokens: int) -> Array:
+    """Joins chunks (count, B, t, ...) to (B, T, ...), where T is the number of ``tokens``."""
+    whole = jnp.moveaxis(chunks, 0, 1)
+    return whole.reshape(len(whole), -1, *chunks.shape[3:])[:, :tokens]
