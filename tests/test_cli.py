@@ -1,5 +1,6 @@
 """The command line as a user meets it: what works, and what is refused before any work."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -56,7 +57,7 @@ def folder(tmp_path_factory):
 def sparse(folder):
     """The tiny model converted, ``sparse/``."""
     run("convert", "--model", folder / "dense", "--out", folder / "sparse", "--text",
-        folder / "corpus.txt", "--distill-steps", 2, "--calibration-windows", 32)  # fmt: skip
+        folder / "corpus.txt", "--distill-steps", 2, "--calibration-tokens", 1024)  # fmt: skip
     return folder / "sparse"
 
 
@@ -376,3 +377,39 @@ def test_wrong_use_is_refused(folder, sparse, tmp_path, capfd, argv, message):
     err = refused(capfd, *argv.format(**places).split())
     assert message in err
     assert fingerprint(folder) == before
+
+
+def test_a_stopped_convert_goes_on_where_it_was(folder, sparse, monkeypatch):
+    @contextlib.contextmanager
+    def interrupted(*_):
+        def on_layer(layer):
+            raise KeyboardInterrupt
+
+        yield on_layer
+
+    command = (
+        *("convert", "--model", folder / "dense", "--out", folder / "stopped"),
+        *("--text", folder / "corpus.txt", "--distill-steps", 2, "--calibration-tokens", 1024),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("sparseffn_jax.commands.convert.layer_progress", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            run(*command)
+    assert stop.value.code == 130
+    partial = folder / "stopped.partial"
+    assert len(list(partial.glob("layer-*.safetensors"))) == 1
+    assert not (folder / "stopped").exists()
+    run(*command)
+    assert not partial.exists()
+    weights = [(path / "model.safetensors").read_bytes() for path in (folder / "stopped", sparse)]
+    assert weights[0] == weights[1]
+
+
+def test_a_convert_with_other_settings_leaves_what_a_stopped_one_has(folder, capfd):
+    partial = folder / "other.partial"
+    partial.mkdir()
+    (partial / "settings.json").write_text("{}")
+    error = refused(capfd, "convert", "--model", folder / "dense", "--out", folder / "other",
+                    "--text", folder / "corpus.txt", "--calibration-tokens", 1024)  # fmt: skip
+    assert "holds a stopped conversion with other settings" in error
+    assert [path.name for path in partial.iterdir()] == ["settings.json"]
