@@ -111,7 +111,9 @@ def sparsify(
     check_calibration(model, configs, calibration)
 
     def fit_one(layer: int, dense: DenseFFN, activations: LayerActivations):
-        fitted, leaves = fit(dense, configs[layer], activations)
+        config = configs[layer]
+        assert config is not None
+        fitted, leaves = fit(dense, config, activations)
         steps = 0 if is_whole(fitted) else distill_steps
         module = ffn_module(model.clone(ffns=(fitted,) * len(configs), dtype=jnp.float32), layer)
         return fitted, distill_layer(
@@ -123,7 +125,7 @@ def sparsify(
         settings = {
             "model": model.config.to_dict(),
             "ffns": [None if layer is None else layer.to_dict() for layer in configs],
-            "calibration": hashlib.sha256(np.ascontiguousarray(calibration)).hexdigest(),
+            "calibration": hashlib.sha256(np.asarray(calibration).tobytes()).hexdigest(),
             "fit": fit.__name__,
             "distill_steps": distill_steps,
             "repair": repair,

@@ -16,7 +16,6 @@ from jaxtyping import Int
 
 from sparseffn_jax.checkpoints.weights import read_leaves
 from sparseffn_jax.models.decoder import (
-    FFN,
     FFN_NAME,
     Decoder,
     Dtype,
@@ -51,7 +50,7 @@ def convert_layers(
     model: Decoder,
     params: Mapping[str, Any],
     layers: Collection[int],
-    fit: Callable[[int, DenseFFN, LayerActivations], tuple[FFN, Any]],
+    fit: Callable[[int, DenseFFN, LayerActivations], tuple[Any, Any]],
     calibration: Int[np.ndarray, "n t"],
     *,
     repair: float = REPAIR,

@@ -109,5 +109,5 @@ def checksum(tree: Any) -> str:
     """Returns a checksum of all leaves of a tree, in the order in which JAX lists them."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        total = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8), total)
+        total = zlib.crc32(np.asarray(leaf).tobytes(), total)
     return f"{total:08x}"

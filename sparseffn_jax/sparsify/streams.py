@@ -147,7 +147,7 @@ class Streams:
             stream[rows] = np.asarray(stream[rows], np.float32) + np.asarray(y, np.float32)
             error += float(jnp.sum(jnp.square(y - target)))
             scale += float(jnp.sum(jnp.square(target - mean)))
-        return error / max(scale, np.finfo(np.float32).tiny)
+        return error / max(scale, float(np.finfo(np.float32).tiny))
 
     def skip(self, layer: int, params: Any) -> None:
         """Takes both streams through a layer that stays dense."""
