@@ -260,7 +260,7 @@ def mixed(
 
 
 def narrow(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
-    """Keeps the most important hidden units: structured pruning, with output weights refitted."""
+    """Keeps some hidden units, chosen by elimination, with output weights refitted."""
     width = _at_least_one(int(flops_ratio * shape.d_ff), flops_ratio)
     width = width // 16 * 16 or width
     micro = MicroRefinementConfig(CoreConfig(width))
