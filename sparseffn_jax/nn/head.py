@@ -58,10 +58,13 @@ class Head:
     def logits_by_blocks(self, hidden: Float[Array, "B t D"]) -> Float[Array, "B t V"]:
         """Returns :meth:`logits` but for rounding, and never converts all of the weight at once.
 
-        In float32 there is nothing to convert, and the result is the same.
+        In float32 there is nothing to convert, and the result is the same; so it is, at the cost of
+        memory, of an untied head whose V is no multiple of 8.
         """
         dtype, shape = self._product_dtype(hidden), self.blocked()
-        if dtype == jnp.float32 or shape[1] == 1:
+        # Where a mesh deals out D instead of V, it adds up logits, and not those of every block.
+        is_d_whole = self.tied or self.vocab_size % _PIECES == 0
+        if dtype == jnp.float32 or shape[1] == 1 or not is_d_whole:
             return self.logits(hidden)
         hidden, numbers = hidden.astype(dtype), jnp.arange(shape[1])
         if self.tied:
@@ -98,12 +101,13 @@ class Head:
         numbers = jnp.arange(shape[1])
         if self.tied:
             parts = jnp.moveaxis(slope.reshape(*slope.shape[:2], *shape[:3]), 3, 0)
+            # Pieces, which may lie on several devices, are added after the last block.
             gradient, _ = scan(
-                lambda total, x: (total + _einsum("btsr,srd->btd", x[1], block(x[0])), None),
-                jnp.zeros(hidden.shape, jnp.float32),
+                lambda total, x: (total + _einsum("btsr,srd->sbtd", x[1], block(x[0])), None),
+                jnp.zeros((shape[0], *hidden.shape), jnp.float32),
                 (numbers, parts),
             )
-            return gradient
+            return gradient.sum(0)
         _, blocks = scan(
             lambda _, i: (None, _einsum("btv,srv->btsr", slope, block(i))), None, numbers
         )

@@ -294,3 +294,22 @@ def test_the_head_is_the_models(chunks_of_eight):
         logits = model.apply({"params": params}, ids)
         np.testing.assert_array_equal(outputs.head.logits(outputs.hidden), logits)
         assert outputs.vocab_size == logits.shape[-1]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the figures are the CPU compiler's")
+@pytest.mark.parametrize("distill_weight", [0.0, 0.5])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_large_vocabulary_needs_little_more_than_the_heads_gradient(dtype, tied, distill_weight):
+    # Compiled and not run. The logits alone would be 4.2 GB, the head's gradient is 1.05 GB.
+    rows, tokens, width, words = 4, 2048, 2048, 128_256
+    hidden = jax.ShapeDtypeStruct((rows, tokens, width), dtype)
+    weight = jax.ShapeDtypeStruct((words, width) if tied else (width, words), dtype)
+    outputs = Outputs(hidden, Head(weight, tied=tied, dtype=dtype))
+    run = jax.value_and_grad(partial(mean_loss, mixture=Mixture(distill_weight, 2.0)), has_aux=True)
+    targets = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+    teacher = outputs if distill_weight else None
+    memory = jax.jit(run).lower(outputs, targets, teacher).compile().memory_analysis()
+    needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    print(f"\n{dtype}, tied={tied}, distill_weight={distill_weight}: {needed / 1e9:.2f} GB")
+    assert needed < 2e9
