@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from sparseffn_jax.evaluate.losses import evaluate_loss
     from sparseffn_jax.measure.autotune import autotune
     from sparseffn_jax.measure.costs import flops_per_token, flops_ratio
-    from sparseffn_jax.models.decoder import Decoder, DecoderSpec, init_cache
+    from sparseffn_jax.models.decoder import Decoder, init_cache
     from sparseffn_jax.models.generation import Sampling, generate
     from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
     from sparseffn_jax.models.gptj import GPTJForCausalLM
     from sparseffn_jax.models.llama import LlamaForCausalLM
     from sparseffn_jax.models.mistral import MistralForCausalLM
+    from sparseffn_jax.models.spec import DecoderSpec
     from sparseffn_jax.models.text_generation import generate_text, stream_text
     from sparseffn_jax.nn.sparse_ffn import SparseFFN
     from sparseffn_jax.ops.masks import BlockMask
@@ -57,7 +58,7 @@ _HOMES = {
     "CheckpointError": "checkpoints.errors",
     "CoreConfig": "config",
     "Decoder": "models.decoder",
-    "DecoderSpec": "models.decoder",
+    "DecoderSpec": "models.spec",
     "DivergenceError": "train.guard",
     "GPT2LMHeadModel": "models.gpt2",
     "GPTJForCausalLM": "models.gptj",

@@ -15,11 +15,11 @@ from sparseffn_jax.models.decoder import (
     FFN,
     FFN_NAME,
     Decoder,
-    DecoderSpec,
     Dtype,
     layers_of,
     replace_ffns,
 )
+from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.ops.masks import BlockMask, decompress
 
 

@@ -41,8 +41,9 @@ from sparseffn_jax.checkpoints.weights import (
     write_safetensors,
 )
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.models.decoder import Decoder, DecoderSpec, Dtype
+from sparseffn_jax.models.decoder import Decoder, Dtype
 from sparseffn_jax.models.families import family
+from sparseffn_jax.models.spec import DecoderSpec
 
 # The folder of a small GPT-2 that writes Python; its README.md says what it was trained on.
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "stdlib-gpt2"

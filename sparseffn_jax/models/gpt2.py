@@ -8,17 +8,10 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int
 from transformers import GPT2Config
 
-from sparseffn_jax.models.decoder import (
-    FFN,
-    Block,
-    BlockCollection,
-    Decoder,
-    DecoderSpec,
-    Dtype,
-    FFNLayout,
-)
+from sparseffn_jax.models.decoder import FFN, Block, BlockCollection, Decoder, Dtype
 from sparseffn_jax.models.gguf import GGUFLayout, GGUFModule
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
+from sparseffn_jax.models.spec import DecoderSpec, FFNLayout
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.nn.parts import layer_norm
 from sparseffn_jax.ops.activations import get_activation

@@ -10,17 +10,10 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Int
 from transformers import GPTJConfig
 
-from sparseffn_jax.models.decoder import (
-    FFN,
-    Block,
-    BlockCollection,
-    Decoder,
-    DecoderSpec,
-    Dtype,
-    FFNLayout,
-)
+from sparseffn_jax.models.decoder import FFN, Block, BlockCollection, Decoder, Dtype
 from sparseffn_jax.models.gpt2 import gpt_spec
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
+from sparseffn_jax.models.spec import DecoderSpec, FFNLayout
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.nn.parts import dense, embed, layer_norm
 from sparseffn_jax.nn.rotary import Table, rotary_table, rotate

@@ -13,17 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from transformers import LlamaConfig
 
-from sparseffn_jax.models.decoder import (
-    FFN,
-    Block,
-    BlockCollection,
-    Decoder,
-    DecoderSpec,
-    Dtype,
-    FFNLayout,
-)
+from sparseffn_jax.models.decoder import FFN, Block, BlockCollection, Decoder, Dtype
 from sparseffn_jax.models.gguf import GGUFLayout, GGUFModule, GGUFSettings
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
+from sparseffn_jax.models.spec import DecoderSpec, FFNLayout
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.nn.parts import dense, embed
 from sparseffn_jax.nn.rotary import (

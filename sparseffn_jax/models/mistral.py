@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import MistralConfig
 
-from sparseffn_jax.models.decoder import DecoderSpec
 from sparseffn_jax.models.llama import (
     LlamaAttention,
     LlamaBlock,
@@ -16,6 +15,7 @@ from sparseffn_jax.models.llama import (
     LlamaMLP,
     llama_spec,
 )
+from sparseffn_jax.models.spec import DecoderSpec
 
 
 class MistralMLP(LlamaMLP):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseffn_jax.models.decoder import FFNLayout
+from sparseffn_jax.models.spec import FFNLayout
 from sparseffn_jax.ops.activations import get_activation
 
 

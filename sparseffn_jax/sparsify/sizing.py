@@ -8,7 +8,7 @@ from sparseffn_jax.config import (
     SpectralConfig,
 )
 from sparseffn_jax.measure.costs import dense_flops
-from sparseffn_jax.models.decoder import DecoderSpec
+from sparseffn_jax.models.spec import DecoderSpec
 
 # Found by search on a small trained GPT-2 at measured speed-ups of 1.5 to 8: the core's share of
 # the budget, and the spectral branch's share of the hidden units over the root of the ratio. More

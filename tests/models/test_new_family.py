@@ -16,8 +16,9 @@ from transformers import GPT2Config
 
 import sparseffn_jax as sf
 from sparseffn_jax.models import families
-from sparseffn_jax.models.decoder import Block, BlockCollection, Decoder, DecoderSpec, FFNLayout
+from sparseffn_jax.models.decoder import Block, BlockCollection, Decoder
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
+from sparseffn_jax.models.spec import DecoderSpec, FFNLayout
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.nn.parts import dense, embed
 from sparseffn_jax.train.sharding import leaf_sharding
