@@ -9,6 +9,7 @@ and are restored to any number of devices.
 
 import dataclasses
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent import futures
@@ -29,6 +30,8 @@ from sparseffn_jax.train.step import TrainState
 Params = dict[str, Any]
 _FOLDER = "checkpoints"
 _NONE = -1
+# How often the remains of a checkpoint are removed before they are left to the next run.
+_REMOVALS = 20
 # A full or forbidden disk reaches us as what the operating system says, or wrapped: tensorstore
 # raises ValueError, and JAX, when a process waits for another that failed, RuntimeError.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
@@ -240,9 +243,16 @@ class CheckpointStore:
 
     def _remove_unfinished(self) -> None:
         # It also gives back the room that a full disk needs.
-        if processes.is_first():
-            for folder in self.path.glob("*.orbax-checkpoint-tmp*"):
+        if not processes.is_first():
+            return
+        # Writers of the checkpoint that failed may still be at work, and put back what is removed.
+        for _ in range(_REMOVALS):
+            folders = list(self.path.glob("*.orbax-checkpoint-tmp*"))
+            if not folders:
+                return
+            for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.05)
 
 
 def restore_ffn(out_dir: str | Path, step: int | None = None) -> Params:

@@ -122,7 +122,7 @@ def test_batches_and_placement_change_the_result_by_rounding_alone(family):
 
 
 def test_streams_can_be_stored_in_half_the_bytes():
-    model, params = curved(make_model("llama"))
+    model, params = make_model("llama")
     tokens, stored = tokens_for(model), set()
 
     def fit(dense, config, activations):
