@@ -202,8 +202,8 @@ class Decoder(nn.Module):
         """
         body = getattr(self, self.layer_path[0])
         positions = jnp.arange(input_ids.shape[1])[None]
-        x, _ = body.embed(input_ids, jnp.broadcast_to(positions, input_ids.shape), True)
-        return x, body.embed(input_ids[:1], positions, True)[1]
+        x, table = body.embed(input_ids, jnp.broadcast_to(positions, input_ids.shape), True)
+        return x, jax.tree.map(lambda part: part[:1], table)
 
     def _cached_tokens(self) -> Int[Array, ""] | int:
         # Every layer's cache holds the same positions.

@@ -73,7 +73,8 @@ def sparsify(
       stream_dtype: dtype in which the residual streams and one layer's activations are stored, in
         host memory.
       place: function that puts a batch of windows, or a chunk of tokens, on the devices: on a mesh,
-        ``lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))``.
+        ``lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))``, whose number of
+        devices must divide ``batch_size`` and the numbers of windows and tokens.
       work_dir: folder in which converted layers are kept, so that the same call after a stop goes
         on where it was, to the same result bit for bit; the caller deletes it in the end.
       on_layer: function that is called after each converted layer.
