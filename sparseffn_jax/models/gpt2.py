@@ -13,7 +13,7 @@ from sparseffn_jax.models.gguf import GGUFLayout, GGUFModule
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.models.spec import DecoderSpec, FFNLayout
 from sparseffn_jax.nn.attention import CausalAttention
-from sparseffn_jax.nn.parts import layer_norm
+from sparseffn_jax.nn.parts import flat_dot_general, layer_norm
 from sparseffn_jax.ops.activations import get_activation
 
 
@@ -35,7 +35,7 @@ class Conv1D(nn.Module):
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return x @ kernel.T + bias
+        return flat_dot_general(x, kernel.T, (((x.ndim - 1,), (0,)), ((), ()))) + bias
 
 
 class GPT2MLP(nn.Module):

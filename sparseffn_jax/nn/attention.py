@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+# Blocks of queries: smaller ones are slower than the masked keys that they save, and more of them
+# take longer to compile.
+_LEAST_BLOCK, _MOST_BLOCKS = 128, 8
+
 
 class CausalAttention(nn.Module):
     """Base class of the families' attention modules, without parameters of its own.
@@ -72,17 +76,16 @@ class CausalAttention(nn.Module):
         if drops or (query.dtype == jnp.float32 and not is_decoding):
             if mask is None:
                 mask = _causal_mask(jnp.arange(tokens), tokens)
-            out = self._attend_by_heads(
-                query, key, value, mask, scale, dropout_rate if drops else 0.0
-            )
+            if drops:
+                out = self._attend_with_dropout(query, key, value, mask, scale, dropout_rate)
+            else:
+                out = _attend_in_blocks(query, key, value, mask, scale)
         else:
             out = _dot_product_attention(query, key, value, mask, scale)
         return out.reshape(*out.shape[:2], -1)
 
-    def _attend_by_heads(self, query, key, value, mask, scale, dropout_rate):
-        # Flax's attention can drop attention weights, and in float32 XLA makes more of it than of
-        # JAX's: half the time on CPU, forward and backward. But it has no scale, wants a key/value
-        # head for each head, and would round half-precision logits.
+    def _attend_with_dropout(self, query, key, value, mask, scale, dropout_rate):
+        # Flax's attention has no scale and wants a key/value head for each head.
         if scale is not None:
             query = query * (scale * query.shape[-1] ** 0.5)
         groups = query.shape[2] // key.shape[2]
@@ -91,10 +94,9 @@ class CausalAttention(nn.Module):
             jnp.repeat(key, groups, axis=2),
             jnp.repeat(value, groups, axis=2),
             mask=mask,
-            dropout_rng=self.make_rng("dropout") if dropout_rate else None,
+            dropout_rng=self.make_rng("dropout"),
             dropout_rate=dropout_rate,
             broadcast_dropout=False,
-            deterministic=not dropout_rate,
             force_fp32_for_softmax=True,
         )
 
@@ -116,6 +118,43 @@ class CausalAttention(nn.Module):
         cached_value.value = jax.lax.dynamic_update_slice(cached_value.value, value, place)
         index.value = start + tokens
         return cached_key.value, cached_value.value, start
+
+
+def _attend_in_blocks(query, key, value, mask, scale):
+    """Attends without a cache, in float32, some queries at a time.
+
+    On CPU it takes half the time of Flax's attention and a third of JAX's: keys behind a block of
+    queries, which are masked, are left out; heads that share keys share a product; and weights are
+    normalised after they have met the values. The backward pass computes the weights again, so that
+    none of them are stored.
+    """
+    batch, tokens, heads, width = query.shape
+    groups = key.shape[2]
+    scale = width**-0.5 if scale is None else scale
+    # From here on (B, G, heads of a group, T, K), and (B, G, S, K).
+    query = (scale * query).reshape(batch, tokens, groups, -1, width).transpose(0, 2, 3, 1, 4)
+    key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
+
+    @jax.checkpoint
+    def attend(query, key, value, mask):
+        rows = query.reshape(batch, groups, -1, width)
+        logits = jnp.einsum("bgmk,bgsk->bgms", rows, key)
+        logits = logits.reshape(*query.shape[:4], -1)
+        # A row of padding sees no key: with a finite number its weights stay finite too.
+        logits = jnp.where(mask[:, :, None], logits, jnp.finfo(logits.dtype).min)
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        total = weights.sum(-1, keepdims=True)
+        weights = weights.reshape(batch, groups, -1, weights.shape[-1])
+        return jnp.einsum("bgms,bgsk->bgmk", weights, value).reshape(query.shape) / total
+
+    size = max(_LEAST_BLOCK, -(-tokens // _MOST_BLOCKS))
+    blocks = []
+    for start in range(0, tokens, size):
+        end = min(start + size, tokens)
+        part = mask[:, :, start:end, :end]
+        blocks.append(attend(query[:, :, :, start:end], key[:, :, :end], value[:, :, :end], part))
+    out = jnp.concatenate(blocks, axis=3)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
 
 
 def _dot_product_attention(query, key, value, mask, scale):

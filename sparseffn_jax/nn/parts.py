@@ -17,6 +17,7 @@ def dense(module: Any, name: str, features: int, use_bias: bool = False) -> nn.D
         dtype=module.dtype,
         param_dtype=module.param_dtype,
         kernel_init=nn.initializers.normal(module.config.initializer_range),
+        dot_general=flat_dot_general,
         name=name,
     )
 
@@ -42,6 +43,23 @@ def layer_norm(config: Any, name: str | None, dtype: Dtype, param_dtype: Dtype) 
         use_fast_variance=False,
         name=name,
     )
+
+
+def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+    """Multiplies the last axis of ``lhs`` by a matrix, as one product of two matrices.
+
+    With several batch axes, XLA's CPU compiler copies activations into another order for the
+    weight's gradient. It is what :class:`flax.linen.Dense` takes as ``dot_general``.
+    """
+    assert dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ()))
+    flat = jax.lax.dot_general(
+        lhs.reshape(-1, lhs.shape[-1]),
+        rhs,
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return flat.reshape(*lhs.shape[:-1], -1)
 
 
 def dot_general_f32(lhs, rhs, dimension_numbers, precision=None, **_):
