@@ -8,7 +8,7 @@ import numpy as np
 
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.sparsify import closed_form
-from sparseffn_jax.sparsify.dense import DenseFFN
+from sparseffn_jax.sparsify.dense import DenseFFN, Linear
 from sparseffn_jax.sparsify.selection import choose_units, score_units
 from sparseffn_jax.sparsify.streams import LayerActivations
 
@@ -23,8 +23,7 @@ def select_layer(
 
     Args:
       dense: the FFN to stand in for.
-      config: configuration of a layer with an unmasked core, a low-rank branch, a polynomial and
-        biases.
+      config: configuration of a layer with an unmasked core, a low-rank branch and a polynomial.
       activations: inputs of the FFN on calibration text.
 
     Returns:
@@ -38,13 +37,17 @@ def select_layer(
         raise ValueError("plain selection is for layers with all three parts")
     scores = score_units(dense, activations, centred=config.bias)
     units = choose_units(scores, core.width, branch.width)
-    leaves: dict[str, Any] = {"core": {}, "spectral": {}, "bias": dense.down.bias}
+
+    def biased(weights: dict[str, Any], linear: Linear) -> dict[str, Any]:
+        return weights | ({"bias": linear.bias} if config.bias else {})
+
+    leaves = biased({"core": {}, "spectral": {}}, dense.down)
     us, x = [], activations.sample(4096)[0]
     for name, full in zip(config.up_maps, dense.up_maps, strict=True):
         kept, thinned = full.outputs(units.core), full.outputs(units.spectral)
-        leaves["core"][name] = {"kernel": kept.weight, "bias": kept.bias}
+        leaves["core"][name] = biased({"kernel": kept.weight}, kept)
         axes, filter = closed_form.truncated_svd(thinned.weight, branch.rank)
-        leaves["spectral"][name] = {"axes": axes, "filter": filter, "bias": thinned.bias}
+        leaves["spectral"][name] = biased({"axes": axes, "filter": filter}, thinned)
         us.append(np.asarray(dataclasses.replace(thinned, weight=axes @ filter)(x)))
     weights = np.linalg.norm(dense.down.weight[units.spectral], axis=1) ** 2
     fitted, coefficients = closed_form.fit_polynomial(

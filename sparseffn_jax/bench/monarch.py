@@ -36,6 +36,8 @@ class MonarchConfig:
       activation: Hugging Face name of the activation.
       blocks: number n of blocks on each side of both maps, a divisor of ``d_model`` and ``d_ff``.
       rank: rank r of every block, at most the smaller side of a block.
+      gated: whether a hidden unit is ``phi(gate) * up``, made of two maps of the input.
+      bias: whether the maps have biases.
 
     Raises:
       ValueError: on construction, if the blocks or the rank do not fit.
@@ -46,6 +48,8 @@ class MonarchConfig:
     activation: str
     blocks: int
     rank: int
+    gated: bool = False
+    bias: bool = True
 
     def __post_init__(self):
         for name in ("d_model", "d_ff"):
@@ -57,8 +61,13 @@ class MonarchConfig:
 
     @property
     def flops_ratio(self) -> float:
-        """Floating-point operations of both maps over the dense FFN's."""
+        """Floating-point operations of all maps over the dense FFN's."""
         return self.rank * self.blocks * (self.d_model + self.d_ff) / (self.d_model * self.d_ff)
+
+    @property
+    def up_maps(self) -> tuple[str, ...]:
+        """Names of the maps into the hidden units; the first one meets the activation."""
+        return ("gate", "up") if self.gated else ("up",)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a dict that JSON can hold."""
@@ -117,11 +126,20 @@ class MonarchFFN(nn.Module):
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         config, n = self.config, self.config.blocks
         blocks = x.reshape(-1, n, config.d_model // n).transpose(1, 0, 2)
-        u = self._linear("up", config.d_ff // n)(blocks)
-        bias = self._bias("up_bias", config.d_ff).reshape(n, 1, -1)
-        hidden = get_activation(config.activation)(u + bias)
+        first, *up = (self._up(name, blocks) for name in config.up_maps)
+        hidden = get_activation(config.activation)(first)
+        if up:
+            hidden = hidden * up[0]
         y = self._linear("down", config.d_model // n)(hidden)
-        return y.transpose(1, 0, 2).reshape(x.shape) + self._bias("bias", config.d_model)
+        y = y.transpose(1, 0, 2).reshape(x.shape)
+        return y + self._bias("bias", config.d_model) if config.bias else y
+
+    def _up(self, name, blocks):
+        config, n = self.config, self.config.blocks
+        u = self._linear(name, config.d_ff // n)(blocks)
+        if not config.bias:
+            return u
+        return u + self._bias(f"{name}_bias", config.d_ff).reshape(n, 1, -1)
 
     def _linear(self, name, features):
         return MonarchLinear(features, self.config.rank, self.dtype, self.param_dtype, name=name)
@@ -141,33 +159,37 @@ def fit_monarch(
     really outputs. The map out of the hidden units is regressed on the outputs.
 
     Args:
-      dense: the dense FFN, not gated.
+      dense: the dense FFN.
       config: sizes of the Monarch FFN.
       activations: inputs of the layer, and the outputs that it should have.
 
     Returns:
       Parameters of :class:`MonarchFFN`, float32.
     """
-    (dense_up,) = dense.up_maps
-    (scale,) = score_units(dense, activations, centred=True).sensitivities
-    inputs = Moments.of((x, x[:, :0]) for x, _ in activations.chunks())
-    first = dense_up.weight
-    wanted = Moments(inputs.xx, inputs.xx @ first, inputs.x_mean, inputs.x_mean @ first)
-    up, weight = _regress(config, wanted, first, scale)
-    up_bias = dense_up.bias + inputs.x_mean @ (first - weight)
+    bias = config.bias
+    scales = score_units(dense, activations, centred=bias).sensitivities
+    inputs = Moments.of(((x, x[:, :0]) for x, _ in activations.chunks()), centred=bias)
+    params: dict[str, Any] = {}
+    mapped = []
+    for name, first, scale in zip(config.up_maps, dense.up_maps, scales, strict=True):
+        mean = inputs.x_mean @ first.weight
+        wanted = Moments(inputs.xx, inputs.xx @ first.weight, inputs.x_mean, mean)
+        params[name], weight = _regress(config, wanted, first.weight, scale)
+        mapped.append(Linear(weight, first.bias + inputs.x_mean @ (first.weight - weight)))
+        if bias:
+            params[f"{name}_bias"] = mapped[-1].bias
 
-    mapped = Linear(weight, up_bias)
     outputs = Moments.of(
-        (dense.hidden([mapped(x)])[0], target) for x, target in activations.chunks()
+        (
+            (dense.hidden([linear(x) for linear in mapped])[0], target)
+            for x, target in activations.chunks()
+        ),
+        centred=bias,
     )
     full = closed_form.ridge_solve(outputs.xx, outputs.xy)
-    down, weight = _regress(config, outputs, full, np.ones(config.d_model))
-    params = {
-        "up": up,
-        "up_bias": up_bias,
-        "down": down,
-        "bias": outputs.y_mean - outputs.x_mean @ weight,
-    }
+    params["down"], weight = _regress(config, outputs, full, np.ones(config.d_model))
+    if bias:
+        params["bias"] = outputs.y_mean - outputs.x_mean @ weight
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
 
 

@@ -26,34 +26,20 @@ from sparseffn_jax.config import (
 )
 from sparseffn_jax.measure import costs
 from sparseffn_jax.models.decoder import Decoder
+from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.distill import distill_layer
 from sparseffn_jax.sparsify.fit import fit_layer
 from sparseffn_jax.sparsify.layers import convert_layers
-from sparseffn_jax.sparsify.sizing import affordable_rank, size_ffn
+from sparseffn_jax.sparsify.sizing import affordable_rank, size_model
 from sparseffn_jax.sparsify.streams import LayerActivations
 
 Params = dict[str, Any]
 _BLOCK = 32
 _MONARCH_BLOCKS = 4
 _CORE_SHARES = (0.25, 0.5, 0.75, 0.9)
-
-
-@dataclasses.dataclass(frozen=True)
-class FFNShape:
-    """The dense FFN that is to be replaced.
-
-    Attributes:
-      d_model: number of channels in and out.
-      d_ff: number of hidden units.
-      activation: Hugging Face name of the activation.
-    """
-
-    d_model: int
-    d_ff: int
-    activation: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +62,11 @@ class WarmStart:
 class Method(Protocol):
     """One way to replace dense FFNs, the same in every layer."""
 
-    def size(self, shape: FFNShape, flops_ratio: float) -> Any:
+    def size(self, spec: DecoderSpec, flops_ratio: float) -> Any:
         """Returns the largest configuration within a share of the dense FFN's FLOPs.
 
         Args:
-          shape: the dense FFN that is to be replaced.
+          spec: sizes of the model whose FFNs are to be replaced.
           flops_ratio: the share, above 0 and at most 1.
 
         Returns:
@@ -121,18 +107,19 @@ class SparseMethod:
     """A line through SparseFFN's configuration space.
 
     Attributes:
-      sizes: returns the configuration for a shape and a FLOPs ratio, as :meth:`Method.size` does.
+      sizes: returns the configuration for a model's sizes and a FLOPs ratio, as
+        :meth:`Method.size` does.
       place: returns a layer's configuration with its blocks in their places, from the
         configuration, the layer's dense FFN and its activations. ``None`` leaves the configuration
         as it is.
     """
 
-    sizes: Callable[[FFNShape, float], SparseFFNConfig]
+    sizes: Callable[[DecoderSpec, float], SparseFFNConfig]
     place: Callable[[SparseFFNConfig, DenseFFN, LayerActivations], SparseFFNConfig] | None = None
 
-    def size(self, shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
+    def size(self, spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
         """Returns the largest configuration of the line within a share of the dense FFN's FLOPs."""
-        return self.sizes(shape, flops_ratio)
+        return self.sizes(spec, flops_ratio)
 
     def flops_ratio(self, config: SparseFFNConfig) -> float:
         """Returns a layer's floating-point operations over those of the dense FFN."""
@@ -178,10 +165,12 @@ class Searched:
 class MonarchMethod:
     """A Monarch FFN in the place of every dense one: both maps are made of low-rank blocks."""
 
-    def size(self, shape: FFNShape, flops_ratio: float) -> MonarchConfig:
+    def size(self, spec: DecoderSpec, flops_ratio: float) -> MonarchConfig:
         """Returns the Monarch FFN of the largest rank within a share of the dense FFN's FLOPs."""
-        blocks = math.gcd(shape.d_model, shape.d_ff, _MONARCH_BLOCKS)
-        one = MonarchConfig(shape.d_model, shape.d_ff, shape.activation, blocks, 1)
+        blocks = math.gcd(spec.d_model, spec.d_ff, _MONARCH_BLOCKS)
+        one = MonarchConfig(
+            spec.d_model, spec.d_ff, spec.activation, blocks, 1, spec.gated, spec.ffn_bias
+        )
         rank = int(flops_ratio / one.flops_ratio)
         return dataclasses.replace(one, rank=_at_least_one(rank, flops_ratio))
 
@@ -215,26 +204,26 @@ class MonarchMethod:
         )
 
 
-def default(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
-    """Shares the budget out as :func:`size_ffn` does, which is what users get."""
-    return size_ffn(shape.d_model, shape.d_ff, flops_ratio, shape.activation)
+def default(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
+    """Shares the budget out as :func:`size_model` does, which is what users get."""
+    return size_model(spec, flops_ratio)
 
 
 def all_units(
-    shape: FFNShape, flops_ratio: float, polynomial: PolynomialConfig | None = None
+    spec: DecoderSpec, flops_ratio: float, polynomial: PolynomialConfig | None = None
 ) -> SparseFFNConfig:
     """Keeps all hidden units and thins both maps to low rank.
 
     Args:
-      shape: the dense FFN that is to be replaced.
+      spec: sizes of the model whose FFNs are to be replaced.
       flops_ratio: share of the dense FFN's FLOPs that is not exceeded.
       polynomial: the activation, or ``None`` for the dense FFN's own.
     """
-    return mixed(shape, flops_ratio, 0.0, polynomial=polynomial)
+    return mixed(spec, flops_ratio, 0.0, polynomial=polynomial)
 
 
 def mixed(
-    shape: FFNShape,
+    spec: DecoderSpec,
     flops_ratio: float,
     core_share: float,
     polynomial: PolynomialConfig | None = None,
@@ -242,36 +231,37 @@ def mixed(
     """Spends a share of the budget on a core, the rest on a low-rank branch of all other units.
 
     Args:
-      shape: the dense FFN that is to be replaced.
+      spec: sizes of the model whose FFNs are to be replaced.
       flops_ratio: share of the dense FFN's FLOPs that is not exceeded.
       core_share: the core's share of these FLOPs, from 0 to below 1.
       polynomial: the activation of the branch, or ``None`` for the dense FFN's own.
     """
-    d_model, d_ff = shape.d_model, shape.d_ff
+    d_model, d_ff = spec.d_model, spec.d_ff
     core = int(core_share * flops_ratio * d_ff) // 16 * 16
     width = d_ff - core
-    rank = affordable_rank(d_model, width, False, polynomial, d_model * (flops_ratio * d_ff - core))
-    return SparseFFNConfig(
-        *dataclasses.astuple(shape),
+    left = d_model * (flops_ratio * d_ff - core)
+    rank = affordable_rank(d_model, width, spec.gated, polynomial, left)
+    return _sparse_ffn(
+        spec,
         spectral=SpectralConfig("low_rank", width, _at_least_one(rank, flops_ratio)),
         polynomial=polynomial,
         micro=MicroRefinementConfig(CoreConfig(core)) if core else None,
     )
 
 
-def narrow(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
+def narrow(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
     """Keeps some hidden units, chosen by elimination, with output weights refitted."""
-    width = _at_least_one(int(flops_ratio * shape.d_ff), flops_ratio)
+    width = _at_least_one(int(flops_ratio * spec.d_ff), flops_ratio)
     width = width // 16 * 16 or width
     micro = MicroRefinementConfig(CoreConfig(width))
-    return SparseFFNConfig(*dataclasses.astuple(shape), micro=micro)
+    return _sparse_ffn(spec, micro=micro)
 
 
-def circulant(shape: FFNShape, flops_ratio: float, block_size: int) -> SparseFFNConfig:
+def circulant(spec: DecoderSpec, flops_ratio: float, block_size: int) -> SparseFFNConfig:
     """Spends on a block-circulant branch first, and what it leaves of the budget on a core.
 
     Args:
-      shape: the dense FFN that is to be replaced.
+      spec: sizes of the model whose FFNs are to be replaced.
       flops_ratio: share of the dense FFN's FLOPs that is not exceeded.
       block_size: side of the circulant blocks.
 
@@ -280,46 +270,49 @@ def circulant(shape: FFNShape, flops_ratio: float, block_size: int) -> SparseFFN
     """
 
     def config(width: int, core: int) -> SparseFFNConfig:
-        return SparseFFNConfig(
-            *dataclasses.astuple(shape),
+        return _sparse_ffn(
+            spec,
             spectral=SpectralConfig("block_circulant", width, block_size=block_size),
             polynomial=PolynomialConfig(4),
             micro=MicroRefinementConfig(CoreConfig(core)) if core else None,
         )
 
-    left = flops_ratio - costs.flops_ratio(config(shape.d_ff, 0))
-    core = max(0, int(left * shape.d_ff)) // 16 * 16
-    for width in range((shape.d_ff - core) // block_size * block_size, 0, -block_size):
+    left = flops_ratio - costs.flops_ratio(config(spec.d_ff, 0))
+    core = max(0, int(left * spec.d_ff)) // 16 * 16
+    for width in range((spec.d_ff - core) // block_size * block_size, 0, -block_size):
         if costs.flops_ratio(found := config(width, core)) <= flops_ratio:
             return found
     raise ValueError(f"flops_ratio={flops_ratio} is too small for block_size={block_size}")
 
 
-def unstructured(shape: FFNShape, flops_ratio: float) -> SparseFFNConfig:
+def unstructured(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
     """Keeps blocks of both maps, equally many for every output block.
 
     Which blocks those are does not change the time: here they are random, and
     :func:`place_blocks` chooses them for a layer's weights.
     """
     # At least 8 blocks on a side, or there would be little to choose.
-    side = math.gcd(shape.d_model, shape.d_ff, _BLOCK, max(1, shape.d_model // 8))
-    rows, columns = shape.d_model // side, shape.d_ff // side
+    side = math.gcd(spec.d_model, spec.d_ff, _BLOCK, max(1, spec.d_model // 8))
+    rows, columns = spec.d_model // side, spec.d_ff // side
+    maps = 2 if spec.gated else 1
+
+    def left(up: int) -> int:
+        return min(columns, int(((maps + 1) * flops_ratio - maps * up / rows) * columns))
+
     up = min(rows, max(1, round(flops_ratio * rows)))
-    # The map out of the hidden units has the finer choice, so it takes what the other leaves.
-    down = min(columns, int((2 * flops_ratio - up / rows) * columns))
-    while down < 1 and up > 1:
+    # The map out of the hidden units has the finer choice, so it takes what the others leave.
+    while left(up) < 1 and up > 1:
         up -= 1
-        down = min(columns, int((2 * flops_ratio - up / rows) * columns))
     core = CoreConfig(
-        shape.d_ff,
+        spec.d_ff,
         _balanced_mask(np.random.default_rng(0).random((rows, columns)), up, side),
         _balanced_mask(
             np.random.default_rng(1).random((columns, rows)),
-            _at_least_one(down, flops_ratio),
+            _at_least_one(left(up), flops_ratio),
             side,
         ),
     )
-    return SparseFFNConfig(*dataclasses.astuple(shape), micro=MicroRefinementConfig(core))
+    return _sparse_ffn(spec, micro=MicroRefinementConfig(core))
 
 
 def place_blocks(
@@ -332,30 +325,36 @@ def place_blocks(
 
     Args:
       config: configuration from :func:`unstructured`.
-      dense: the layer's dense FFN, not gated.
+      dense: the layer's dense FFN. Both maps into the hidden units of a gated one share their
+        mask, so that a block counts what it counts in both.
       activations: inputs of the dense FFN on calibration text.
 
     Returns:
       The configuration with as many blocks, in other places.
     """
     core: Any = config.micro and config.micro.core
-    (up,) = dense.up_maps
     squares = [0.0, 0.0]
     for x, _ in activations.chunks():
-        hidden, _ = dense.hidden([up(x)])
+        hidden, _ = dense.hidden([up(x) for up in dense.up_maps])
         sums = [np.asarray(jnp.sum(jnp.square(a), 0), np.float64) for a in (x, hidden)]
         squares = [total + part for total, part in zip(squares, sums, strict=True)]
     masks = {}
-    for name, mask, weight, square in (
-        ("up_mask", core.up_mask, up.weight, squares[0]),
-        ("down_mask", core.down_mask, dense.down.weight, squares[1]),
+    for name, mask, maps, square in (
+        ("up_mask", core.up_mask, dense.up_maps, squares[0]),
+        ("down_mask", core.down_mask, (dense.down,), squares[1]),
     ):
-        energy = square.reshape(-1, 1) * weight**2
+        energy = square.reshape(-1, 1) * sum(linear.weight**2 for linear in maps)
         (rows, columns), (bi, bo) = mask.grid, mask.block_shape
         scores = energy.reshape(rows, bi, columns, bo).sum((1, 3))
         masks[name] = _balanced_mask(scores, int(np.array(mask.blocks)[:, 0].sum()), bi)
     core = dataclasses.replace(core, **masks)
     return dataclasses.replace(config, micro=MicroRefinementConfig(core))
+
+
+def _sparse_ffn(spec: DecoderSpec, **parts: Any) -> SparseFFNConfig:
+    return SparseFFNConfig(
+        spec.d_model, spec.d_ff, spec.activation, gated=spec.gated, bias=spec.ffn_bias, **parts
+    )
 
 
 _QUARTIC = PolynomialConfig(4)

@@ -20,7 +20,7 @@ from sparseffn_jax.bench.comparison import (
     load_dense,
 )
 from sparseffn_jax.bench.fairness import Conditions, check_comparable
-from sparseffn_jax.bench.peers import METHODS, FFNShape, Method, Searched, WarmStart
+from sparseffn_jax.bench.peers import METHODS, Method, Searched, WarmStart
 from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.bench.sizing import Sizer
 from sparseffn_jax.bench.stacks import fresh_ffns
@@ -39,7 +39,7 @@ class QualitySettings(ComparisonSettings):
     """What is compared, at which speed, and how long it trains.
 
     Attributes:
-      model: Folder or hub name of a dense GPT-2 or GPT-J.
+      model: Folder, GGUF file or hub name of a dense model.
       out: Folder for quality.json and quality_at_equal_time.png. Points that are there already,
         from the same settings, are kept.
       targets: Speed-ups of the FFNs to compare at, as measured on this machine.
@@ -119,13 +119,6 @@ class _Job:
         self.path = settings.out / "quality.json"
         self.report = self._start_report()
         dense = load_dense(settings.model)
-        spec = dense.spec
-        if spec.gated or not spec.ffn_bias:
-            raise ValueError(
-                f"{settings.model} has gated FFNs or FFNs without biases, which the peers are not "
-                "made for: give a GPT-2 or a GPT-J"
-            )
-        self.shape = FFNShape(spec.d_model, spec.d_ff, spec.activation)
         self.comparison = Comparison(
             settings, dense, timed_tokens=settings.timed_tokens, timing_seed=settings.seed
         )
@@ -173,7 +166,7 @@ class _Job:
         candidates = method.candidates if isinstance(method, Searched) else {name: method}
         sizers = {
             candidate: Sizer(
-                lambda ratio, m=m: m.size(self.shape, ratio),
+                lambda ratio, m=m: m.size(self.model.spec, ratio),
                 lambda config, m=m: self.speedup(m, config, _SIZING_REPEATS)["speedup"],
             )
             for candidate, m in candidates.items()

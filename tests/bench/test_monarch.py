@@ -64,6 +64,24 @@ def seen(dense, x):
     return LayerActivations(x, np.asarray(dense(x)))
 
 
+def test_a_gated_one_without_biases_loses_nothing_at_full_rank():
+    rng = np.random.default_rng(0)
+    gate, up, down = (
+        Linear(rng.standard_normal(shape) / 4.0, np.zeros(shape[1]))
+        for shape in ((D, M), (D, M), (M, D))
+    )
+    dense = DenseFFN((gate, up), down, "gelu_new")
+    x = rng.standard_normal((2000, D)).astype(np.float32)
+    config = MonarchConfig(D, M, "gelu_new", blocks=4, rank=4, gated=True, bias=False)
+    params = fit_monarch(dense, config, seen(dense, x))
+    layer = MonarchFFN(config)
+    fresh = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, fresh)
+    wanted = (gelu_new(x @ gate.weight) * (x @ up.weight)) @ down.weight
+    output = layer.apply({"params": params}, x)
+    assert np.sum((output - wanted) ** 2) / np.sum(wanted**2) < 1e-3
+
+
 def test_full_rank_loses_nothing(dense):
     x = np.random.default_rng(1).standard_normal((2000, D)).astype(np.float32)
     config = MonarchConfig(D, M, "gelu_new", blocks=4, rank=4)

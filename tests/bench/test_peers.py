@@ -4,28 +4,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import GPT2Config
+from transformers import GPT2Config, LlamaConfig
 
 from sparseffn_jax.bench import peers
 from sparseffn_jax.bench.monarch import MonarchFFN
 from sparseffn_jax.bench.stacks import ffn_stack, fresh_ffns
 from sparseffn_jax.measure.flops import count_flops
+from sparseffn_jax.models.decoder import layers_of
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
+from sparseffn_jax.models.llama import LlamaForCausalLM
+from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.sparsify.dense import DenseFFN, Linear
 from sparseffn_jax.sparsify.sizing import size_ffn
 from sparseffn_jax.sparsify.streams import LayerActivations
 
-SHAPE = peers.FFNShape(64, 256, "gelu_new")
+SHAPE = DecoderSpec(2, 16, 64, 256, "gelu_new", gated=False, ffn_bias=True)
+GATED = DecoderSpec(2, 16, 64, 176, "silu", gated=True, ffn_bias=False)
 SINGLE = {
     name: method for name, method in peers.METHODS.items() if not isinstance(method, peers.Searched)
 }
 RATIOS = (0.15, 0.3, 0.6, 0.95)
 
 
+@pytest.mark.parametrize("spec", [SHAPE, GATED], ids=["plain", "gated"])
 @pytest.mark.parametrize("name", SINGLE)
-def test_a_larger_budget_is_used_and_never_exceeded(name):
+def test_a_larger_budget_is_used_and_never_exceeded(name, spec):
     method = SINGLE[name]
-    used = [method.flops_ratio(method.size(SHAPE, ratio)) for ratio in RATIOS]
+    used = [method.flops_ratio(method.size(spec, ratio)) for ratio in RATIOS]
     assert all(0 < spent <= ratio for spent, ratio in zip(used, RATIOS, strict=True))
     assert used == sorted(used)
     # Blocks and whole ranks are coarse in so small a layer.
@@ -54,11 +59,12 @@ def test_corners_of_the_configuration_space():
     ]
 
 
-def test_monarch_counts_what_its_program_does():
-    config = peers.MonarchMethod().size(SHAPE, 0.5)
-    layer, x = MonarchFFN(config), jnp.ones((8, SHAPE.d_model))
+@pytest.mark.parametrize("spec", [SHAPE, GATED], ids=["plain", "gated"])
+def test_monarch_counts_what_its_program_does(spec):
+    config = peers.MonarchMethod().size(spec, 0.5)
+    layer, x = MonarchFFN(config), jnp.ones((8, spec.d_model))
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
-    dense = 4 * SHAPE.d_model * SHAPE.d_ff
+    dense = (6 if spec.gated else 4) * spec.d_model * spec.d_ff
     assert count_flops(layer.apply, params, x).dot == pytest.approx(8 * config.flops_ratio * dense)
 
 
@@ -82,17 +88,23 @@ def test_blocks_go_where_weights_meet_large_activations():
         assert getattr(masks, name).size == getattr(unplaced.micro.core, name).size
 
 
-def model_of(method, ratio=0.5):
+def dense_model(spec):
+    if spec.gated:
+        config = LlamaConfig(
+            vocab_size=97, max_position_embeddings=16, hidden_size=64, intermediate_size=176,
+            num_hidden_layers=2, num_attention_heads=2, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
     config = GPT2Config(
         vocab_size=97, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=0,
         eos_token_id=0,
     )  # fmt: skip
-    return GPT2LMHeadModel(config, (method.ffn(method.size(SHAPE, ratio)),) * 2)
+    return GPT2LMHeadModel(config)
 
 
-@pytest.fixture(scope="module")
-def dense():
-    model = model_of(peers.SparseMethod(peers.narrow)).clone(ffns=())
+@pytest.fixture(scope="module", params=[SHAPE, GATED], ids=["plain", "gated"])
+def dense(request):
+    model = dense_model(request.param)
     params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     return model, jax.tree.map(lambda x: np.asarray(x) * (6.0 if x.ndim == 2 else 1.0), params)
 
@@ -110,29 +122,31 @@ def test_the_start_is_near_and_distillation_comes_nearer(name, dense, tokens):
     errors = []
     for steps in (0, 30):
         start = peers.WarmStart(tokens, distill_steps=steps)
-        sparse_model, sparse = method.convert(model, params, method.size(SHAPE, 0.5), start)
+        sparse_model, sparse = method.convert(model, params, method.size(model.spec, 0.5), start)
         logits = jax.jit(sparse_model.apply)({"params": sparse}, tokens)
         errors.append(float(jnp.var(logits - wanted) / jnp.var(wanted)))
     assert errors[1] < errors[0] < 0.5
-    attention = [p["transformer"]["h"]["0"]["attn"] for p in (params, sparse)]
+    attention = [layers_of(model, p)[0][model.attention] for p in (params, sparse)]
     jax.tree.map(np.testing.assert_array_equal, *attention)
 
 
-def test_fresh_ffns_are_those_of_a_fresh_model():
-    model = model_of(peers.MonarchMethod())
+@pytest.mark.parametrize("spec", [SHAPE, GATED], ids=["plain", "gated"])
+def test_fresh_ffns_are_those_of_a_fresh_model(spec):
+    method = peers.MonarchMethod()
+    model = dense_model(spec).clone(ffns=(method.ffn(method.size(spec, 0.5)),) * 2)
     whole = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    fresh = jax.eval_shape(lambda: fresh_ffns(model))["transformer"]["h"]
-    for i in ("0", "1"):
-        assert fresh[i]["mlp"] == whole["transformer"]["h"][i]["mlp"]
+    fresh = jax.eval_shape(lambda: fresh_ffns(model))
+    for new, old in zip(layers_of(model, fresh), layers_of(model, whole), strict=True):
+        assert new["mlp"] == old["mlp"]
 
 
 def test_a_stack_is_the_models_ffns_one_after_the_other(dense):
     model, params = dense
     x = jax.random.normal(jax.random.key(0), (5, 64))
-    layers = [params["transformer"]["h"][i]["mlp"] for i in ("0", "1")]
+    layers = [layer["mlp"] for layer in layers_of(model, params)]
     y = np.asarray(x, np.float64)
     for leaves in layers:
-        read = DenseFFN.from_params(leaves, model.ffn_layout, "gelu_new")
+        read = DenseFFN.from_params(leaves, model.ffn_layout, model.spec.activation)
         y = read(y.astype(np.float32))
     np.testing.assert_allclose(ffn_stack(model, params)(x), y, rtol=1e-4, atol=1e-4)
     by_layer, by_x = ffn_stack(model, params, train=True)(x)
