@@ -47,7 +47,7 @@ class BenchFFN(FFNBenchSettings):
 
 @dataclasses.dataclass(frozen=True)
 class BenchModel(ModelBenchSettings):
-    """Measure a GPT-2 of random weights: forward pass, training step, decoding with the cache.
+    """Measure a whole model: evaluation, training step, generation, beside Hugging Face's PyTorch.
 
     Attributes:
       plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
@@ -105,7 +105,7 @@ class BenchAll:
         ffn = run_ffn_bench(FFNBenchSettings(out=work, repeats=7, all_plans=False), console)
         for table in ffn_tables(ffn):
             console.print(table)
-        model = run_model_bench(ModelBenchSettings(out=work, repeats=3), console)
+        model = run_model_bench(ModelBenchSettings(out=work, repeats=3, external=False), console)
         console.print(model_table(model))
         quality = run_quality(
             QualitySettings(

@@ -1,73 +1,95 @@
-"""What sparse FFNs gain in a whole model: forward pass, training step and decoding."""
+"""What sparse FFNs gain in a whole model: evaluation, training step and generation.
 
+Beside ours runs the dense model of Hugging Face's PyTorch, on the same batches.
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config
 
+from sparseffn_jax.bench.comparison import load_dense
 from sparseffn_jax.bench.fairness import token_hash
+from sparseffn_jax.bench.pytorch_model import PyTorchModel, refusal
 from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.config import SparseFFNConfig, SpectralConfig
+from sparseffn_jax.evaluate.losses import make_evaluator
 from sparseffn_jax.measure import records
 from sparseffn_jax.measure.costs import flops_ratio
-from sparseffn_jax.measure.timing import time_pair
-from sparseffn_jax.models.decoder import Decoder, init_cache
+from sparseffn_jax.measure.timing import PairedTimes, time_in_turn
+from sparseffn_jax.models.decoder import Decoder
+from sparseffn_jax.models.generation import generate
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
+from sparseffn_jax.models.spec import DecoderSpec
+from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.step import init_state, make_stage, make_step
 
 _SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16)}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _VOCABULARY = 50257
+Tokens = Int[np.ndarray, "b w"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelBenchSettings:
-    """The GPT-2 of random weights that is measured, on what and how often.
+    """The model that is measured, on what and how often.
 
     Attributes:
-      size: "small" has 124M parameters, "medium" 355M.
-      layers: Number of blocks that the model is cut down to. The default is all of them.
-      block_size: Side of the blocks of the block-circulant maps that replace every FFN.
+      model: Folder, GGUF file or hub name of a dense model. The default is a GPT-2 of random
+        weights.
+      size: Size of that GPT-2: "small" has 124M parameters, "medium" 355M.
+      layers: Number of blocks that it is cut down to. The default is all of them.
+      flops: FFN FLOPs of the sparse model over those of the dense one.
+      block_size: Replace every FFN by block-circulant maps of blocks of this side, instead of what
+        --flops gives.
       batch_size: Sequences in a batch.
       window: Tokens in a sequence.
-      decoded: Tokens that are decoded with the cache, one after the other.
+      prompt: Tokens of the one prompt that generation starts from.
+      decoded: Tokens that it is continued by, with the cache.
       dtype: Precision of the computation. The weights are float32.
       repeats: Runs of each program, which take turns with the dense model's. Medians count.
+      external: Also time the dense model of Hugging Face's PyTorch.
       out: Folder that model.json is written to.
 
     Raises:
       ValueError: on construction, if a value is out of its range.
     """
 
+    model: str | None = None
     size: Literal["small", "medium"] = "small"
     layers: int | None = None
-    block_size: int = 16
+    flops: float = 0.4
+    block_size: int | None = None
     batch_size: int = 2
     window: int = 512
-    decoded: int = 32
+    prompt: int = 256
+    decoded: int = 128
     dtype: Literal["float32", "bfloat16"] = "float32"
     repeats: int = 5
+    external: bool = True
     out: Path = Path("runs/bench")
 
     def __post_init__(self):
-        check_counts(self, "block_size", "batch_size", "window", "decoded", "repeats")
-        width, n_layer, _ = _SIZES[self.size]
-        if width % self.block_size:
-            raise ValueError(f"block_size={self.block_size} does not divide d_model={width}")
+        check_counts(self, "batch_size", "window", "prompt", "decoded", "repeats")
+        _, n_layer, _ = _SIZES[self.size]
         if self.layers is not None and not 1 <= self.layers <= n_layer:
             raise ValueError(f"layers={self.layers} must lie between 1 and {n_layer}")
 
 
 def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str, Any]:
-    """Times a dense and a block-circulant GPT-2 in turn on one batch; writes ``model.json``.
+    """Times a dense and a sparse model in turn on one batch; writes ``model.json``.
 
     Args:
       settings: which model is measured, on what and how often.
@@ -77,44 +99,56 @@ def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str,
       What ``model.json`` holds.
 
     Raises:
-      ValueError: if ``out`` cannot be written to.
+      CheckpointError, FileNotFoundError, ValueError: if the model cannot be read, or the settings
+        do not fit it.
     """
     records.make_folder(settings.out)
-    width, n_layer, n_head = _SIZES[settings.size]
-    config = GPT2Config(
-        vocab_size=_VOCABULARY,
-        n_positions=max(settings.window, settings.decoded + 1),
-        n_embd=width,
-        n_layer=settings.layers or n_layer,
-        n_head=n_head,
-    )
-    dense = GPT2LMHeadModel(config, dtype=_DTYPES[settings.dtype])
+    dense = _dense_model(settings)
     spec = dense.spec
-    ffn = SparseFFNConfig(
-        spec.d_model,
-        spec.d_ff,
-        spec.activation,
-        spectral=SpectralConfig("block_circulant", spec.d_ff, block_size=settings.block_size),
-    )
-    models = (dense, dense.clone(ffns=(ffn,) * spec.n_layer))
+    if (needed := max(settings.window, settings.prompt + settings.decoded)) > spec.n_positions:
+        raise ValueError(
+            f"window={settings.window} and prompt={settings.prompt} with decoded="
+            f"{settings.decoded} need {needed} positions: the model has {spec.n_positions}"
+        )
+    ffn = _sparse_ffn(spec, settings)
+    models = {"dense": dense, "sparse": dense.clone(ffns=(ffn,) * spec.n_layer)}
+    vocabulary: int = dense.config.vocab_size
     tokens = np.random.default_rng(0).integers(
-        _VOCABULARY, size=(settings.batch_size, settings.window + 1), dtype=np.int32
+        vocabulary, size=(settings.batch_size, settings.window + 1), dtype=np.int32
     )
     result: dict[str, Any] = {
         **begin_report(settings),
         "token_hash": token_hash(tokens),
+        "ffn": ffn.to_dict(),
         "promised_ffn_speedup": 1.0 / flops_ratio(ffn),
         "times": {},
     }
-    for name, program in (
-        ("forward", _forward),
+    reason = refusal() if settings.external else "not asked for"
+    if reason is not None:
+        result["pytorch"] = reason
+    pytorch = None if reason is not None else PyTorchModel(dense.config, settings.dtype)
+    # What an earlier process has compiled would be taken for compiled in no time.
+    with console.status("compiling the training step"), _without_compilation_cache():
+        result["compile_seconds"] = _compile_seconds(models | _unequal(dense, settings), settings)
+    with console.status("drawing weights"):
+        params = {name: _fresh(model) for name, model in models.items()}
+    for name, ours in (
+        ("evaluation", _evaluation),
         ("training step", _training_step),
-        ("decoding", _decoding),
+        ("generation", _generation),
     ):
         with console.status(f"timing {name}"):
-            runs = [program(model, tokens, settings) for model in models]
-            times = time_pair(*runs, repeats=settings.repeats)
-        result["times"][name] = times.summary()
+            runs = [ours(model, params[side], tokens, settings) for side, model in models.items()]
+            if pytorch is not None:
+                runs.append(_PYTORCH[name](pytorch, tokens, settings))
+            times = time_in_turn(runs, repeats=settings.repeats)
+        result["times"][name] = PairedTimes(times[0], times[1]).summary()
+        if pytorch is not None:
+            result["times"][name]["pytorch_seconds"] = float(np.median(times[2]))
+            result["times"][name]["over_pytorch"] = {
+                side: 1.0 / PairedTimes(times[2], ours).speedup
+                for side, ours in zip(models, times[:2], strict=True)
+            }
     records.write_json(settings.out / "model.json", result)
     return result
 
@@ -127,34 +161,116 @@ def model_table(result: dict[str, Any]) -> Table:
     """
     settings = result["settings"]
     table = Table(
-        title=f"GPT-2 {settings['size']}, all FFNs at b = {settings['block_size']}, "
-        f"{settings['batch_size']} x {settings['window']} tokens, {settings['dtype']}"
+        title=f"{settings['model'] or 'GPT-2 ' + settings['size']}, "
+        f"{settings['batch_size']} x {settings['window']} tokens, "
+        f"{settings['decoded']} after {settings['prompt']}, {settings['dtype']}"
     )
-    for name in ("program", "dense", "sparse", "speed-up"):
+    for name in ("program", "dense", "sparse", "speed-up", "PyTorch, dense", "ours over PyTorch"):
         table.add_column(name, justify="left" if name == "program" else "right")
     for name, times in result["times"].items():
+        ratios = times.get("over_pytorch", {})
         table.add_row(
             name,
             f"{1e3 * times['baseline_seconds']:.0f} ms",
             f"{1e3 * times['candidate_seconds']:.0f} ms",
             f"{times['speedup']:.2f}x",
+            f"{1e3 * times['pytorch_seconds']:.0f} ms" if ratios else "",
+            f"{ratios['dense']:.2f}, sparse {ratios['sparse']:.2f}" if ratios else "",
         )
+    seconds = result["compile_seconds"]
+    table.add_row(
+        "compiling the step",
+        f"{seconds['dense']:.1f} s",
+        f"{seconds['sparse']:.1f} s",
+        f"unequal layers: {seconds['unequal']:.1f} s",
+    )
     return table
+
+
+def _dense_model(settings: ModelBenchSettings) -> Decoder:
+    dtype = _DTYPES[settings.dtype]
+    if settings.model is not None:
+        return load_dense(settings.model).model(dtype)
+    width, n_layer, n_head = _SIZES[settings.size]
+    config = GPT2Config(
+        vocab_size=_VOCABULARY,
+        n_positions=max(settings.window, settings.prompt + settings.decoded),
+        n_embd=width,
+        n_layer=settings.layers or n_layer,
+        n_head=n_head,
+    )
+    return GPT2LMHeadModel(config, dtype=dtype)
+
+
+def _sparse_ffn(spec: DecoderSpec, settings: ModelBenchSettings) -> SparseFFNConfig:
+    if settings.block_size is None:
+        return size_model(spec, settings.flops)
+    return SparseFFNConfig(
+        spec.d_model,
+        spec.d_ff,
+        spec.activation,
+        spectral=SpectralConfig("block_circulant", spec.d_ff, block_size=settings.block_size),
+        gated=spec.gated,
+        bias=spec.ffn_bias,
+    )
+
+
+def _unequal(dense: Decoder, settings: ModelBenchSettings) -> dict[str, Decoder]:
+    """Returns a model of which no two layers are alike, as a budget shared out by layer gives."""
+    n_layer = dense.spec.n_layer
+    ratios = np.minimum(1.0, settings.flops * np.linspace(0.75, 1.25, n_layer))
+    return {"unequal": dense.clone(ffns=tuple(size_model(dense.spec, float(r)) for r in ratios))}
 
 
 def _fresh(model: Decoder) -> Any:
     return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
-def _forward(model: Decoder, tokens: Any, settings: ModelBenchSettings) -> Callable[[], Any]:
-    run, params = jax.jit(model.apply), _fresh(model)
-    inputs = jnp.asarray(tokens[:, :-1])
-    return lambda: run({"params": params}, inputs)
+def _train_config(settings: ModelBenchSettings) -> TrainConfig:
+    return TrainConfig(steps=1000, batch_size=settings.batch_size, recipe="full")
 
 
-def _training_step(model: Decoder, tokens: Any, settings: ModelBenchSettings) -> Callable[[], Any]:
-    config = TrainConfig(steps=1000, batch_size=settings.batch_size, recipe="full")
-    params = _fresh(model)
+def _compile_seconds(
+    models: Mapping[str, Decoder], settings: ModelBenchSettings
+) -> dict[str, float]:
+    """Returns how long each model's training step takes to trace and compile."""
+    seconds, config = {}, _train_config(settings)
+    for name, model in models.items():
+        params = jax.eval_shape(lambda model=model: _fresh(model))
+        stage = make_stage(config, params, 0)
+        state, frozen = jax.eval_shape(lambda p, stage=stage: init_state(stage, p), params)
+        batch = jax.ShapeDtypeStruct((settings.batch_size, settings.window + 1), jnp.int32)
+        step = make_step(model, stage, config)
+        started = time.perf_counter()
+        step.lower(state, frozen, None, batch, np.int32(0), np.int32(0), np.float32(1.0)).compile()
+        seconds[name] = time.perf_counter() - started
+    return seconds
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    # Whether there is a cache is found out once, unless it is reset.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+def _evaluation(
+    model: Decoder, params: Any, tokens: Tokens, settings: ModelBenchSettings
+) -> Callable[[], Any]:
+    evaluate, params = make_evaluator(model), jax.device_put(params)
+    return lambda: evaluate(params, tokens, settings.batch_size)
+
+
+def _training_step(
+    model: Decoder, params: Any, tokens: Tokens, settings: ModelBenchSettings
+) -> Callable[[], Any]:
+    config = _train_config(settings)
     stage = make_stage(config, params, 0)
     state, frozen = init_state(stage, params)
     step = make_step(model, stage, config)
@@ -170,20 +286,23 @@ def _training_step(model: Decoder, tokens: Any, settings: ModelBenchSettings) ->
     return run
 
 
-def _decoding(model: Decoder, tokens: Any, settings: ModelBenchSettings) -> Callable[[], Any]:
-    params = _fresh(model)
-    cache = init_cache(model, 1, settings.decoded + 1)
+def _generation(
+    model: Decoder, params: Any, tokens: Tokens, settings: ModelBenchSettings
+) -> Callable[[], Any]:
+    params, prompt = jax.device_put(params), _prompt(tokens, settings)
+    return lambda: generate(model, params, prompt, settings.decoded)
 
-    @jax.jit
-    def decode(params: Any, cache: Any, token: Any) -> Any:
-        def one(_: Any, carry: Any) -> Any:
-            cache, token = carry
-            logits, state = model.apply(
-                {"params": params, "cache": cache}, token, mutable=["cache"]
-            )
-            return state["cache"], jnp.argmax(logits[:, -1:], -1).astype(token.dtype)
 
-        return jax.lax.fori_loop(0, settings.decoded, one, (cache, token))
+def _prompt(tokens: Tokens, settings: ModelBenchSettings) -> Tokens:
+    return np.resize(tokens, (1, settings.prompt))
 
-    first = jnp.asarray(tokens[:1, :1])
-    return lambda: decode(params, cache, first)
+
+_PYTORCH: Mapping[str, Callable[[PyTorchModel, Tokens, ModelBenchSettings], Callable[[], Any]]] = {
+    "evaluation": lambda model, tokens, settings: model.evaluation(tokens),
+    "training step": lambda model, tokens, settings: model.training_step(
+        tokens, _train_config(settings)
+    ),
+    "generation": lambda model, tokens, settings: model.generation(
+        _prompt(tokens, settings), settings.decoded
+    ),
+}

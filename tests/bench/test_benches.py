@@ -1,16 +1,20 @@
 """The benches run, compare like with like, and write what they say they write."""
 
+import dataclasses
 import json
 import os
 import subprocess
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from transformers import GPT2Config, LlamaConfig
 
-from sparseffn_jax.bench import commands
+import sparseffn_jax as sf
+from sparseffn_jax.bench import commands, pytorch_model
 from sparseffn_jax.bench import layer as layer_bench
 from sparseffn_jax.bench import model as model_bench
 from sparseffn_jax.cli import main
@@ -64,13 +68,62 @@ def test_the_model_bench(tmp_path, monkeypatch):
     monkeypatch.setitem(model_bench._SIZES, "small", (32, 2, 2))
     monkeypatch.setattr(model_bench, "_VOCABULARY", 97)
     settings = model_bench.ModelBenchSettings(
-        layers=1, window=8, decoded=3, repeats=1, out=tmp_path
+        layers=1, window=8, prompt=4, decoded=3, repeats=1, out=tmp_path
     )
     result = model_bench.run_model_bench(settings, Console(quiet=True))
     assert json.loads((tmp_path / "model.json").read_text()) == result
-    assert set(result["times"]) == {"forward", "training step", "decoding"}
+    assert set(result["times"]) == {"evaluation", "training step", "generation"}
     assert all(times["candidate_seconds"] > 0 for times in result["times"].values())
-    assert model_bench.model_table(result).row_count == 3
+    assert set(result["compile_seconds"]) == {"dense", "sparse", "unequal"}
+    if "pytorch" not in result:
+        assert all(times["over_pytorch"]["dense"] > 0 for times in result["times"].values())
+    assert model_bench.model_table(result).row_count == 4
+
+
+def test_the_model_bench_takes_a_model_of_the_users(tmp_path):
+    config = LlamaConfig(
+        vocab_size=97, max_position_embeddings=16, hidden_size=32, intermediate_size=96,
+        num_hidden_layers=2, num_attention_heads=2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = sf.LlamaForCausalLM(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    sf.save_pretrained(tmp_path / "dense", model, params)
+    settings = model_bench.ModelBenchSettings(
+        model=str(tmp_path / "dense"), block_size=8, window=8, prompt=4, decoded=3, repeats=1,
+        external=False, out=tmp_path,
+    )  # fmt: skip
+    result = model_bench.run_model_bench(settings, Console(quiet=True))
+    assert result["pytorch"] == "not asked for"
+    assert result["ffn"]["gated"]
+    assert result["ffn"]["spectral"]["block_size"] == 8
+    settings = dataclasses.replace(settings, decoded=13)
+    with pytest.raises(ValueError, match="need 17 positions: the model has 16"):
+        model_bench.run_model_bench(settings, Console(quiet=True))
+
+
+@pytest.mark.skipif(pytorch_model.refusal() is not None, reason=str(pytorch_model.refusal()))
+def test_pytorch_computes_what_ours_does(tmp_path):
+    import torch
+
+    config = GPT2Config(
+        vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = sf.GPT2LMHeadModel(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.tree.map(lambda x: x * 6.0 if x.ndim == 2 else x, params)
+    sf.save_pretrained(tmp_path, model, params)
+    theirs = pytorch_model.PyTorchModel(config, "float32")
+    theirs._model = type(theirs._model).from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(97, size=(3, 9), dtype=np.int32)
+    before = sf.evaluate_loss(model, params, tokens, 3)
+    assert theirs.evaluation(tokens)() == pytest.approx(before, rel=1e-5)
+    np.testing.assert_array_equal(
+        theirs.generation(tokens[:1, :4], 5)(), sf.generate(model, params, tokens[:1, :4], 5)
+    )
+    train = sf.TrainConfig(steps=1, learning_rate=1e-3)
+    assert theirs.training_step(tokens, train)() == pytest.approx(before, rel=1e-5)
+    assert theirs.evaluation(tokens)() < before
 
 
 @pytest.mark.parametrize(
@@ -80,6 +133,7 @@ def test_the_model_bench(tmp_path, monkeypatch):
         (["ffn", "--only", "magic"], "unknown configurations magic: expected some of low-rank-64"),
         (["ffn", "--repeats", "0"], "repeats=0 must be at least 1"),
         (["model", "--block-size", "5"], "block_size=5 does not divide d_model=768"),
+        (["model", "--flops", "2"], "flops_ratio=2.0 must lie above 0"),
         (["model", "--layers", "13"], "layers=13 must lie between 1 and 12"),
         (["quality", "--targets", "0.5"], "a target speed-up of 0.5 must be above 1"),
         (["model", "--plans", "no/plans.json"], "no/plans.json"),
