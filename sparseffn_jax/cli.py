@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     except Terminated as terminated:
         errors.print(str(terminated), markup=False, highlight=False)
         raise
-    except (ValueError, OSError, DivergenceError) as error:
+    except (ValueError, OSError, MemoryError, DivergenceError) as error:
         if os.environ.get("SPARSEFFN_TRACEBACK"):
             raise
         errors.print(f"error: {error}", markup=False, highlight=False)

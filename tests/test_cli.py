@@ -15,6 +15,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import sparseffn_jax as sf
 from sparseffn_jax.cli import main
+from sparseffn_jax.measure import memory
 from sparseffn_jax.train.run_lock import hold_run_folder
 
 D, LAYERS, WINDOW, VOCAB = 32, 2, 32, 300
@@ -413,3 +414,19 @@ def test_a_convert_with_other_settings_leaves_what_a_stopped_one_has(folder, cap
                     "--text", folder / "corpus.txt", "--calibration-tokens", 1024)  # fmt: skip
     assert "holds a stopped conversion with other settings" in error
     assert [path.name for path in partial.iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize("command", ["convert", "finetune", "evaluate"])
+def test_too_little_memory_is_said_before_the_work(folder, tmp_path, capfd, monkeypatch, command):
+    argv = [command, "--model", str(folder / "dense"), "--text", str(folder / "corpus.txt")]
+    if command != "evaluate":
+        argv += ["--out", str(tmp_path / "out")]
+    if command == "finetune":
+        argv += ["--steps", "1", "--batch-size", "2"]
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 1000)
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    error = capfd.readouterr().err
+    assert "GiB beside what is loaded, but 0.00 GiB are free: lower" in error
+    assert not (tmp_path / "out" / "model").exists()

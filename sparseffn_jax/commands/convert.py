@@ -2,28 +2,18 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from sparseffn_jax.checkpoints.folders import check_replaceable
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
 from sparseffn_jax.commands.common import check_at_least, matching_tokenizer
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
+from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.layers import REPAIR, ConvertedLayer
 from sparseffn_jax.sparsify.sizing import size_model
@@ -75,21 +65,31 @@ class Convert:
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("distill_steps", self.distill_steps, 0)
         check_replaceable(self.out, self.overwrite)
-        dense = load_pretrained(self.model, param_dtype=None, on_demand=True)
-        configs = self._configs(dense)
-        tokenizer = matching_tokenizer(self.model, dense)
-        window = check_window(self.window, dense.spec.n_positions)
-        windows = load_windows(self.text, tokenizer, window).train
+        with stage("loading the model", console):
+            dense = load_pretrained(self.model, param_dtype=None, on_demand=True)
+            configs = self._configs(dense)
+            tokenizer = matching_tokenizer(self.model, dense)
+        with stage("reading the text", console):
+            window = check_window(self.window, dense.spec.n_positions)
+            windows = load_windows(self.text, tokenizer, window).train
         order = np.random.default_rng(self.seed).permutation(len(windows))
-        count = max(1, self.calibration_tokens // window)
+        chosen = order[: max(1, self.calibration_tokens // window)]
         # Beside --out, so that it is on the same disk and is found by the same command.
         work_dir = self.out.with_name(self.out.name + ".partial")
-        with layer_progress(console, dense.spec.n_layer) as on_layer:
+        with counter("converting layer", console) as count:
+
+            def on_layer(layer: ConvertedLayer) -> None:
+                count(layer.layer + 1, dense.spec.n_layer)
+                console.print(
+                    f"layer {layer.layer}: error {layer.error:.4f} of the targets' variance, "
+                    f"{layer.seconds:.1f} s"
+                )
+
             model, params = sparsify(
                 dense.model(),
                 dense.params,
                 configs,
-                windows[order[:count], :-1],
+                windows[chosen, :-1],
                 distill_steps=self.distill_steps,
                 repair=self.repair,
                 batch_size=self.batch_size,
@@ -105,28 +105,3 @@ class Convert:
         if self.config is None:
             return size_model(dense.spec, self.flops)
         return SparseFFNConfig.layers_from_json(read_text(self.config))
-
-
-@contextmanager
-def layer_progress(console: Console, n_layer: int) -> Iterator[Callable[[ConvertedLayer], None]]:
-    """Shows how far a conversion is; yields the function to call after each layer."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("layer"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=n_layer)
-
-        def on_layer(layer: ConvertedLayer) -> None:
-            progress.update(task, completed=layer.layer + 1)
-            console.print(
-                f"layer {layer.layer}: error {layer.error:.4f} of the targets' variance, "
-                f"{layer.seconds:.1f} s"
-            )
-
-        yield on_layer

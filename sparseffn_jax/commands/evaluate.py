@@ -13,6 +13,7 @@ from sparseffn_jax.evaluate.losses import evaluate_tokens
 from sparseffn_jax.evaluate.perplexity import strided_loss
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.records import make_folder, write_json
+from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.train.data import read_whole
 
 
@@ -50,18 +51,21 @@ class Evaluate:
         if self.json is not None:
             make_folder(self.json.parent)
         text = read_whole(self.text)
-        pretrained = load_pretrained(self.model)
-        tokenizer = matching_tokenizer(self.model, pretrained)
-        tokens = np.array(tokenizer.backend_tokenizer.encode(text).ids, np.int32)
+        with stage("loading the model"):
+            pretrained = load_pretrained(self.model)
+            tokenizer = matching_tokenizer(self.model, pretrained)
+        with stage("reading the text"):
+            tokens = np.array(tokenizer.backend_tokenizer.encode(text).ids, np.int32)
         if len(tokens) < 2:
             raise ValueError(f"{self.text} has {len(tokens)} tokens: at least 2 are needed")
         window = check_window(self.window, pretrained.spec.n_positions)
         model = pretrained.model()
         arguments = (model, pretrained.params, tokens, window)
-        if self.stride is None:
-            loss = evaluate_tokens(*arguments, self.batch_size)
-        else:
-            loss = strided_loss(*arguments, self.stride, self.batch_size)
+        with counter("evaluating") as on_batch:
+            if self.stride is None:
+                loss = evaluate_tokens(*arguments, self.batch_size, on_batch)
+            else:
+                loss = strided_loss(*arguments, self.stride, self.batch_size, on_batch)
         result = {
             "loss": loss,
             "tokens": len(tokens) - 1,

@@ -10,6 +10,7 @@ from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretraine
 from sparseffn_jax.commands.common import DTYPES, Precision, matching_tokenizer
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.records import make_folder
+from sparseffn_jax.progress import stage
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import STDLIB, load_windows
 from sparseffn_jax.train.loop import Resume, train
@@ -68,15 +69,17 @@ class Finetune:
         strategy = make_strategy(self.strategy, self.mesh)
         strategy.check(self.train)
         make_folder(self.out)
-        pretrained = load_pretrained(self.model)
-        tokenizer = matching_tokenizer(self.model, pretrained)
-        windows = load_windows(
-            self.text, tokenizer, check_window(self.window, pretrained.spec.n_positions)
-        )
+        with stage("loading the model"):
+            pretrained = load_pretrained(self.model)
+            tokenizer = matching_tokenizer(self.model, pretrained)
+        with stage("reading the text"):
+            window = check_window(self.window, pretrained.spec.n_positions)
+            windows = load_windows(self.text, tokenizer, window)
         model = pretrained.model(DTYPES[self.dtype], self.remat)
         teacher = None
         if self.teacher is not None:
-            loaded = load_pretrained(self.teacher)
+            with stage("loading the teacher"):
+                loaded = load_pretrained(self.teacher)
             teacher = (loaded.model(DTYPES[self.dtype]), loaded.params)
         result = train(
             model,

@@ -11,6 +11,7 @@ from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL, load_pretrained
 from sparseffn_jax.commands.common import matching_tokenizer
 from sparseffn_jax.models.generation import Sampling
 from sparseffn_jax.models.text_generation import stream_text
+from sparseffn_jax.progress import stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +45,21 @@ class Generate:
     def run(self, console: Console) -> None:
         """Runs the command."""
         sampling = Sampling(self.repetition_penalty, self.temperature, self.top_k, self.top_p)
-        pretrained = load_pretrained(self.model)
+        with stage("loading the model"):
+            pretrained = load_pretrained(self.model)
+            tokenizer = matching_tokenizer(self.model, pretrained)
         pieces = stream_text(
             pretrained.model(),
             pretrained.params,
-            matching_tokenizer(self.model, pretrained),
+            tokenizer,
             [self.prompt],
             self.max_new_tokens,
             sampling,
             stop=self.stop,
             key=jax.random.key(self.seed),
         )
-        first = next(pieces)
+        with stage("compiling"):
+            first = next(pieces)
         for (piece,) in itertools.chain([(self.prompt,), first], pieces):
             console.out(piece, end="", highlight=False)
             console.file.flush()

@@ -1,7 +1,7 @@
 """Losses on hidden states, and the evaluation loss of a model on a text."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -12,10 +12,26 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sparseffn_jax.evaluate.fused_loss import Outputs, token_losses
 from sparseffn_jax.evaluate.windows import cut_windows
+from sparseffn_jax.measure.memory import CheckedJit
 from sparseffn_jax.models.decoder import Decoder
 
 Params = dict[str, Any]
-Evaluator = Callable[[Params, Int[np.ndarray, "n w"], int], float]
+OnBatch = Callable[[int, int], None]
+
+
+class Evaluator(Protocol):
+    """Returns a model's loss on windows, as :func:`make_evaluator` describes."""
+
+    def __call__(
+        self,
+        params: Params,
+        windows: Int[np.ndarray, "n w"],
+        batch_size: int,
+        counts: Int[np.ndarray, " n"] | None = None,
+        on_batch: OnBatch | None = None,
+    ) -> float:
+        """Returns the mean over the predictions that count, in nats a token."""
+        ...
 
 
 def hidden_state_mse(
@@ -124,6 +140,7 @@ def evaluate_tokens(
     tokens: Int[np.ndarray, " n"],
     window: int,
     batch_size: int,
+    on_batch: OnBatch | None = None,
 ) -> float:
     """Returns the mean cross-entropy of a whole text, in nats a token.
 
@@ -136,15 +153,22 @@ def evaluate_tokens(
       tokens: token ids of the text, at least two.
       window: number of tokens that a window predicts.
       batch_size: number of windows in one forward pass; it changes the result by rounding alone.
+      on_batch: function that is called after every forward pass, with the number of windows that
+        are done and that of all.
+
+    Raises:
+      MemoryError: if a forward pass needs more memory than there is.
     """
-    windows = cut_windows(tokens, window)
-    rest = tokens[len(windows) * window :][None]
-    evaluate = make_evaluator(model)
-    total = 0.0
-    for part in (windows, rest):
-        if part[:, 1:].size:
-            total += evaluate(params, part, batch_size) * part[:, 1:].size
-    return total / (len(tokens) - 1)
+    rows = cut_windows(tokens, window)
+    counts = np.full(len(rows), window)
+    rest = tokens[len(rows) * window :]
+    if len(rest) > 1:
+        # As long as the others, so that one program serves all: what follows a token does not
+        # change its loss.
+        padded = np.resize(rest, (1, window + 1 if len(rows) else len(rest)))
+        rows = np.concatenate([rows, padded]) if len(rows) else padded
+        counts = np.append(counts, len(rest) - 1)
+    return make_evaluator(model)(params, rows, batch_size, counts, on_batch)
 
 
 def make_evaluator(
@@ -152,7 +176,9 @@ def make_evaluator(
 ) -> Evaluator:
     """Returns a function that computes :func:`evaluate_loss` for one model, compiled once.
 
-    It takes parameters, windows and batch size. Unlike :func:`evaluate_loss` it does not check the
+    It takes parameters, windows and batch size; on request, for each window the number of
+    predictions that count, from the first on, and a function that is called after every batch with
+    the numbers of windows done and to be done. Unlike :func:`evaluate_loss` it does not check the
     windows, which :func:`check_token_ids` does.
 
     Args:
@@ -160,21 +186,28 @@ def make_evaluator(
       place: function that puts a batch on the devices on which the parameters lie.
     """
 
-    @jax.jit
-    def sum_losses(params, batch, real):
+    def sum_losses(params, batch, counts):
         outputs, _ = forward(model, params, batch[:, :-1])
         losses, _ = token_losses(outputs, batch[:, 1:])
-        return jnp.sum(losses, where=jnp.arange(len(batch))[:, None] < real)
+        return jnp.sum(losses, where=jnp.arange(losses.shape[1]) < counts[:, None])
 
-    def evaluate(params, windows, batch_size):
+    run = CheckedJit(sum_losses, "evaluation", "lower the batch size or the window")
+
+    def evaluate(params, windows, batch_size, counts=None, on_batch=None):
+        if counts is None:
+            counts = np.full(len(windows), windows.shape[1] - 1)
         batch_size = min(batch_size, len(windows))
         total = 0.0
         for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size]
+            rows = slice(start, start + batch_size)
             # A last batch of its own shape would compile the model a second time.
-            padded = np.resize(batch, (batch_size, batch.shape[1]))
-            total += float(sum_losses(params, place(padded), len(batch)))
-        return total / windows[:, 1:].size
+            batch = np.resize(windows[rows], (batch_size, windows.shape[1]))
+            counted = np.zeros(batch_size, np.int32)
+            counted[: len(counts[rows])] = counts[rows]
+            total += float(run(params, place(batch), counted))
+            if on_batch is not None:
+                on_batch(min(start + batch_size, len(windows)), len(windows))
+        return total / int(counts.sum())
 
     return evaluate
 

@@ -1,23 +1,33 @@
 """How likely a model finds a text: log-probabilities of rows, and loss in strided windows."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sparseffn_jax.evaluate.fused_loss import token_losses
-from sparseffn_jax.evaluate.losses import forward
+from sparseffn_jax.evaluate.losses import OnBatch, forward
+from sparseffn_jax.measure.memory import CheckedJit
 
 Params = dict[str, Any]
 Row = Sequence[int] | Int[np.ndarray, " n"]
-Scorer = Callable[
-    [Params, Sequence[Row], Sequence[int]],
-    tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]],
-]
+
+
+class Scorer(Protocol):
+    """Scores the last tokens of rows, as :func:`make_scorer` describes."""
+
+    def __call__(
+        self,
+        params: Params,
+        rows: Sequence[Row],
+        counts: Sequence[int],
+        on_batch: OnBatch | None = None,
+    ) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        """Returns log-probabilities in nats, and whether greedy decoding gives the same tokens."""
+        ...
 
 
 def make_scorer(model: nn.Module, window: int, batch_size: int) -> Scorer:
@@ -27,7 +37,8 @@ def make_scorer(model: nn.Module, window: int, batch_size: int) -> Scorer:
     its last ``counts[i]`` tokens, each given all tokens before it in the row, and whether each of
     these tokens is the likeliest at its place. A row has at most ``window + 1`` tokens, of which
     the first cannot be counted. Rows are batched by length and padded to powers of two, so that a
-    few programs, each compiled once, serve all calls.
+    few programs, each compiled once, serve all calls. On request, a fourth argument is called after
+    every batch with the numbers of rows done and to be done.
 
     Args:
       model: a decoder.
@@ -35,14 +46,15 @@ def make_scorer(model: nn.Module, window: int, batch_size: int) -> Scorer:
       batch_size: number of rows in one forward pass; it changes the result by rounding alone.
     """
 
-    @jax.jit
     def score_batch(params, ids, counted):
         outputs, _ = forward(model, params, ids[:, :-1])
         losses, is_likeliest = token_losses(outputs, ids[:, 1:])
         is_greedy = jnp.all(is_likeliest, axis=1, where=counted)
         return -jnp.sum(losses, axis=1, where=counted), is_greedy
 
-    def score(params, rows, counts):
+    run = CheckedJit(score_batch, "scoring", "lower the batch size or the window")
+
+    def score(params, rows, counts, on_batch=None):
         lengths = np.array([len(row) for row in rows])
         order = np.argsort(-lengths, kind="stable")
         log_probs, is_greedy = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
@@ -55,9 +67,11 @@ def make_scorer(model: nn.Module, window: int, batch_size: int) -> Scorer:
             for i, row in enumerate(batch):
                 ids[i, : lengths[row]] = rows[row]
                 counted[i, lengths[row] - 1 - counts[row] : lengths[row] - 1] = True
-            sums, matches = score_batch(params, ids, counted)
+            sums, matches = run(params, ids, counted)
             log_probs[batch] = sums[: len(batch)]
             is_greedy[batch] = matches[: len(batch)]
+            if on_batch is not None:
+                on_batch(start + len(batch), len(rows))
         return log_probs, is_greedy
 
     return score
@@ -70,6 +84,7 @@ def strided_loss(
     window: int,
     stride: int,
     batch_size: int,
+    on_batch: OnBatch | None = None,
 ) -> float:
     """Returns the mean cross-entropy of a text in overlapping windows, in nats a token.
 
@@ -87,9 +102,12 @@ def strided_loss(
       window: number of tokens in a window.
       stride: number of tokens by which the window moves, from 1 to ``window - 1``.
       batch_size: number of windows in one forward pass; it changes the result by rounding alone.
+      on_batch: function that is called after every forward pass, with the number of windows that
+        are done and that of all.
 
     Raises:
       ValueError: if the stride is out of its range.
+      MemoryError: if a forward pass needs more memory than there is.
     """
     if not 1 <= stride < window:
         raise ValueError(f"stride={stride} must lie between 1 and window - 1 = {window - 1}")
@@ -101,5 +119,5 @@ def strided_loss(
         counts.append(end - predicted)
         predicted = end
     score = make_scorer(model, window - 1, batch_size)
-    log_probs, _ = score(params, rows, counts)
+    log_probs, _ = score(params, rows, counts, on_batch)
     return -float(log_probs.sum(dtype=np.float64)) / (len(tokens) - 1)

@@ -1,10 +1,11 @@
-"""Memory of compiled programs, and the peak memory of a device."""
+"""Memory of compiled programs, what a device has left, and whether the one fits the other."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import psutil
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +43,118 @@ def program_memory(
         ``jax.jit``.
     """
     compiled = jax.jit(function, donate_argnums=donate_argnums).lower(*args).compile()
-    analysis: Any = compiled.memory_analysis()
+    return memory_of(compiled)
+
+
+def memory_of(compiled: Any) -> ProgramMemory:
+    """Returns the memory of a program that is compiled already, on one of its devices.
+
+    Args:
+      compiled: what ``jax.jit(...).lower(...).compile()`` returns.
+    """
+    analysis = compiled.memory_analysis()
     return ProgramMemory(
         temporary=analysis.temp_size_in_bytes,
         arguments=analysis.argument_size_in_bytes,
         outputs=analysis.output_size_in_bytes,
         aliased=analysis.alias_size_in_bytes,
     )
+
+
+def free_bytes(device: Any = None) -> int | None:
+    """Returns how many bytes a device has left for new arrays.
+
+    Args:
+      device: a ``jax.Device``; ``None`` takes the default device. A CPU has the host's memory.
+
+    Returns:
+      The number of bytes, or ``None`` where the device's allocator does not say.
+    """
+    device = device or jax.devices()[0]
+    if device.platform == "cpu":
+        return free_host_bytes()
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+
+def free_host_bytes() -> int:
+    """Returns how many bytes of memory the machine can give without swapping."""
+    return psutil.virtual_memory().available
+
+
+def check_fits(compiled: Any, what: str, remedies: str) -> None:
+    """Checks, before a program runs, that its device has the memory that it needs.
+
+    The arguments are taken to be in memory already. Devices of one kind are taken to be alike, and
+    those of a CPU to share its memory.
+
+    Args:
+      compiled: the program, as ``jax.jit(...).lower(...).compile()`` returns it.
+      what: what the program does, for the message.
+      remedies: what the user can do to need less, for the message.
+
+    Raises:
+      MemoryError: if the memory does not suffice; the message says how much is needed and left.
+    """
+    memory = memory_of(compiled)
+    devices = compiled.runtime_executable().local_devices()
+    copies = len(devices) if devices[0].platform == "cpu" else 1
+    needed = copies * (memory.total - memory.arguments)
+    check_free(needed, free_bytes(devices[0]), what, remedies)
+
+
+def check_free(needed: int, free: int | None, what: str, remedies: str) -> None:
+    """Checks that some bytes are left, as :func:`check_fits` does.
+
+    Args:
+      needed: number of bytes that are needed.
+      free: number of bytes that are left; ``None`` if it is not known.
+      what: what needs them, for the message.
+      remedies: what the user can do to need less, for the message.
+
+    Raises:
+      MemoryError: if they are not left.
+    """
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"{what} needs {needed / 2**30:.2f} GiB beside what is loaded, but "
+            f"{free / 2**30:.2f} GiB are free: {remedies}"
+        )
+
+
+class CheckedJit:
+    """A jitted function that, before its first run in each shape, checks that its memory suffices.
+
+    Args:
+      function: the function to compile; all its arguments are arrays or trees of them.
+      what: what it does, for the message.
+      remedies: what the user can do to need less, for the message.
+    """
+
+    def __init__(self, function: Callable[..., Any], what: str, remedies: str):
+        self._function = jax.jit(function)
+        self._what, self._remedies = what, remedies
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Returns ``function(*args)``.
+
+        Raises:
+          MemoryError: if the memory does not suffice.
+        """
+        leaves, structure = jax.tree.flatten(args)
+        key = structure, *map(_kind, leaves)
+        if key not in self._compiled:
+            compiled = self._function.lower(*args).compile()
+            check_fits(compiled, self._what, self._remedies)
+            self._compiled[key] = compiled
+        return self._compiled[key](*args)
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    return jax.numpy.shape(leaf), jax.dtypes.result_type(leaf), getattr(leaf, "sharding", None)
 
 
 def peak_device_bytes(device: Any = None) -> int | None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sparseffn_jax.measure.memory import CheckedJit, check_free, free_host_bytes
 from sparseffn_jax.models.decoder import Decoder, Dtype, block_module
 
 # Tokens of a layer's activations that are on the device at once.
@@ -83,7 +84,18 @@ class Streams:
           batch_size: number of windows in one forward pass.
           dtype: what the streams are stored in.
           place: function that puts a batch of windows on the devices.
+
+        Raises:
+          MemoryError: if the streams and one layer's activations do not fit into host memory.
         """
+        # Both streams, and a layer's inputs and targets.
+        needed = 4 * tokens.size * model.spec.d_model * np.dtype(dtype).itemsize
+        check_free(
+            needed,
+            free_host_bytes(),
+            f"a conversion on {tokens.size:,} tokens",
+            "give fewer calibration tokens, or store the streams in half precision",
+        )
         self.model, self._place = model, place
         self._batches = [
             slice(start, start + batch_size) for start in range(0, len(tokens), batch_size)
@@ -164,7 +176,6 @@ class Streams:
         if key not in self._runs:
             block = block_module(self.model, layer)
 
-            @jax.jit
             def run(params, x, table):
                 x = x.astype(block.dtype)
                 out, variables = block.apply(
@@ -173,7 +184,9 @@ class Streams:
                 sown = variables["intermediates"]
                 return out, sown["ffn_input"][0], sown["ffn_output"][0]
 
-            self._runs[key] = run
+            self._runs[key] = CheckedJit(
+                run, "a layer's forward pass", "lower the batch size or the window"
+            )
         return self._runs[key]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 
 from sparseffn_jax.evaluate.losses import check_token_ids
+from sparseffn_jax.progress import stage
 from sparseffn_jax.train import processes
 from sparseffn_jax.train.checkpoints import CheckpointStore
 from sparseffn_jax.train.config import TrainConfig
@@ -122,6 +123,7 @@ def train(
       ValueError: if the settings, the text, the teacher or the checkpoint do not fit together.
       FileNotFoundError, FileExistsError: if the checkpoints are not as ``resume`` wants them.
       RunFolderError: if another run is writing to ``out_dir``; the message names its process.
+      MemoryError: if a step needs more memory than there is; the message says what lowers it.
       DivergenceError: if the guard gives up.
       KeyboardInterrupt, Terminated: after Ctrl-C and SIGTERM, which let the step end and save the
         run; a second one stops it at once.
@@ -158,7 +160,8 @@ def train(
     out_dir, writes = Path(out_dir), processes.is_first()
     # The folder is held first: the store removes what looks like an earlier run's remains.
     with hold_run_folder(out_dir), CheckpointStore(out_dir, config.keep_checkpoints) as store:
-        run = Run(model, params, windows, config, store, teacher, strategy, resume)
+        with stage("compiling the training step") if writes else contextlib.nullcontext():
+            run = Run(model, params, windows, config, store, teacher, strategy, resume)
         with MetricsLog(out_dir, run.position.step, config.steps, writes=writes) as log:
             stopped_by = _run_and_save(run, log, config.steps, on_step)
     if run.position.step < config.steps:

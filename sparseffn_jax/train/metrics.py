@@ -8,11 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar, text
+
+from sparseffn_jax.progress import messages
 
 Record = dict[str, Any]
 _FLUSH_SECONDS = 30.0
@@ -37,8 +45,9 @@ class MetricsLog:
         self.history = _read_records(self._path, first_step)
         self._unwritten: list[Record] = []
         self._size = 0
-        self._console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+        self._console = messages()
         self._progress = Progress(
+            SpinnerColumn(),
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from sparseffn_jax.measure.memory import check_fits
 from sparseffn_jax.train import sharding
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.step import Stage, TrainState, compiler_options, init_state
@@ -85,10 +86,13 @@ class SingleDevice:
           frozen: the parameters that do not train.
           teacher: the teacher's parameters, or ``None``.
           batch_shape: ``(batch_size, window + 1)``, the shape of a batch on all devices together.
+
+        Raises:
+          MemoryError: if the update needs more memory than there is beside the arguments.
         """
         batch = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
         step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options(state))
-        return step.lower(state, frozen, teacher, batch, *_SCALARS).compile()
+        return _compiled(step, state, frozen, teacher, batch)
 
     def report(self, placed: Any) -> str | None:
         """Returns a text on what a user should know about the placement, or ``None``."""
@@ -164,7 +168,7 @@ class MeshSharding(SingleDevice):
             compiler_options=compiler_options(state),
             out_shardings=(sharding.shardings(self.mesh, state), everywhere),
         )
-        return step.lower(state, frozen, teacher, batch, *_SCALARS).compile()
+        return _compiled(step, state, frozen, teacher, batch)
 
     def report(self, placed):
         whole = sharding.replicated_leaves(placed) if self._is_split else []
@@ -216,6 +220,16 @@ def make_strategy(name: StrategyName, mesh: str | None = None) -> Strategy:
             "'mesh'"
         )
     return MeshSharding(f"data={jax.device_count()}") if name == "pmap" else SingleDevice()
+
+
+def _compiled(step: Any, state: Any, frozen: Any, teacher: Any, batch: Any) -> Callable:
+    compiled = step.lower(state, frozen, teacher, batch, *_SCALARS).compile()
+    remedies = (
+        "lower batch_size or the window, raise accumulate_steps, set remat, or share the "
+        "parameters out over more devices"
+    )
+    check_fits(compiled, "a training step", remedies)
+    return compiled
 
 
 def _put(x: Any, where: NamedSharding) -> jax.Array:

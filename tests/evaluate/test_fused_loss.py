@@ -258,7 +258,8 @@ def test_evaluators_hold_the_logits_of_a_chunk(chunks_of_eight, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(fused_loss, "_CHUNK_ENTRIES", ROWS * 8 * WORDS)
     counted = jax.ShapeDtypeStruct((ROWS, WINDOW), bool)
-    for program, argument in ((sum_losses, 3), (score_batch, counted)):
+    counts = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+    for program, argument in ((sum_losses, counts), (score_batch, counted)):
         assert largest_logits(program, params, BATCH, argument) == ROWS * 8
         memory = jax.jit(program).lower(params, BATCH, argument).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 3 * 4 * ROWS * 8 * WORDS

@@ -1,8 +1,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sparseffn_jax.measure.memory import peak_device_bytes, program_memory
+from sparseffn_jax.measure import memory as measure_memory
+from sparseffn_jax.measure.memory import (
+    CheckedJit,
+    check_fits,
+    free_bytes,
+    peak_device_bytes,
+    program_memory,
+)
 
 X = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 BYTES = 4 * 64 * 64
@@ -36,3 +44,38 @@ def test_a_device_that_counts_holds_at_least_its_arrays():
     x = jnp.ones((256, 256))
     peak = peak_device_bytes()
     assert peak is None or peak >= np.prod(x.shape) * 4
+
+
+def test_what_needs_more_than_there_is_is_refused_before_it_runs(monkeypatch):
+    compiled = jax.jit(lambda x: jnp.concatenate([x, x])).lower(X).compile()
+    check_fits(compiled, "doubling", "halve it")
+    monkeypatch.setattr(measure_memory, "free_bytes", lambda device: 2 * BYTES - 1)
+    message = r"doubling needs 0\.00 GiB beside what is loaded, but 0\.00 GiB are free: halve it"
+    with pytest.raises(MemoryError, match=message):
+        check_fits(compiled, "doubling", "halve it")
+    # Where the arguments lie, there is no need of them again.
+    monkeypatch.setattr(measure_memory, "free_bytes", lambda device: BYTES + 64)
+    check_fits(jax.jit(lambda x, y: x + y).lower(X, X).compile(), "adding", "add less")
+
+
+def test_a_checked_function_is_compiled_and_checked_once_a_shape(monkeypatch):
+    traced = []
+
+    def double(tree, x):
+        traced.append(x.shape)
+        return tree["a"] * 2 + x
+
+    run = CheckedJit(double, "doubling", "halve it")
+    for size in (3, 3, 5, 3):
+        np.testing.assert_array_equal(run({"a": np.ones(size)}, jnp.ones(size)), np.full(size, 3.0))
+    assert traced == [(3,), (5,)]
+    monkeypatch.setattr(measure_memory, "free_bytes", lambda device: 0)
+    run({"a": np.ones(3)}, jnp.ones(3))
+    with pytest.raises(MemoryError, match="doubling needs"):
+        run({"a": np.ones(7)}, jnp.ones(7))
+
+
+def test_a_cpu_has_the_memory_of_its_machine():
+    with open("/proc/meminfo", encoding="ascii") as file:
+        available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    assert free_bytes(jax.devices("cpu")[0]) == pytest.approx(1024 * available, rel=0.2)
