@@ -383,17 +383,17 @@ def test_wrong_use_is_refused(folder, sparse, tmp_path, capfd, argv, message):
 def test_a_stopped_convert_goes_on_where_it_was(folder, sparse, monkeypatch):
     @contextlib.contextmanager
     def interrupted(*_):
-        def on_layer(layer):
+        def count(done, total):
             raise KeyboardInterrupt
 
-        yield on_layer
+        yield count
 
     command = (
         *("convert", "--model", folder / "dense", "--out", folder / "stopped"),
         *("--text", folder / "corpus.txt", "--distill-steps", 2, "--calibration-tokens", 1024),
     )
     with monkeypatch.context() as patch:
-        patch.setattr("sparseffn_jax.commands.convert.layer_progress", interrupted)
+        patch.setattr("sparseffn_jax.commands.convert.counter", interrupted)
         with pytest.raises(SystemExit) as stop:
             run(*command)
     assert stop.value.code == 130

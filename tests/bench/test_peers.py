@@ -125,7 +125,7 @@ def test_the_start_is_near_and_distillation_comes_nearer(name, dense, tokens):
         sparse_model, sparse = method.convert(model, params, method.size(model.spec, 0.5), start)
         logits = jax.jit(sparse_model.apply)({"params": sparse}, tokens)
         errors.append(float(jnp.var(logits - wanted) / jnp.var(wanted)))
-    assert errors[1] < errors[0] < 0.5
+    assert errors[1] < errors[0] < 0.6
     attention = [layers_of(model, p)[0][model.attention] for p in (params, sparse)]
     jax.tree.map(np.testing.assert_array_equal, *attention)
 
