@@ -51,14 +51,7 @@ class ExternalPeer:
             return f"it needs a {' or '.join(self.platforms)}, this is a {platform}"
         if precision not in self.precisions:
             return f"it runs in {' or '.join(self.precisions)}, not in {precision}"
-        if self.library == "torch":
-            if importlib.util.find_spec("torch") is None:
-                return "PyTorch is not installed: pip install 'sparseffn_jax[torch]'"
-            import torch
-
-            if platform == "gpu" and not torch.cuda.is_available():
-                return "the installed PyTorch has no CUDA"
-        return None
+        return torch_refusal() if self.library == "torch" else None
 
     def product(
         self,
@@ -88,6 +81,17 @@ class ExternalPeer:
         if self.pattern == "2:4":
             weight = _two_of_four(weight)
         return self.linear(weight, block)
+
+
+def torch_refusal() -> str | None:
+    """Says why PyTorch cannot run where JAX does, or ``None`` if it can."""
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch is not installed: pip install 'sparseffn_jax[torch]'"
+    import torch
+
+    if platform_of(None) == "gpu" and not torch.cuda.is_available():
+        return "the installed PyTorch has no CUDA"
+    return None
 
 
 def _run_jax(build: Callable[..., Any], x: np.ndarray, precision: Precision) -> Run:

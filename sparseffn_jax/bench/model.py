@@ -20,8 +20,9 @@ from rich.table import Table
 from transformers import GPT2Config
 
 from sparseffn_jax.bench.comparison import load_dense
+from sparseffn_jax.bench.external import torch_refusal
 from sparseffn_jax.bench.fairness import token_hash
-from sparseffn_jax.bench.pytorch_model import PyTorchModel, refusal
+from sparseffn_jax.bench.pytorch_model import PyTorchModel
 from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.config import SparseFFNConfig, SpectralConfig
 from sparseffn_jax.evaluate.losses import make_evaluator
@@ -32,6 +33,7 @@ from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.models.generation import generate
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.models.spec import DecoderSpec
+from sparseffn_jax.progress import stage
 from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.step import init_state, make_stage, make_step
@@ -123,21 +125,21 @@ def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str,
         "promised_ffn_speedup": 1.0 / flops_ratio(ffn),
         "times": {},
     }
-    reason = refusal() if settings.external else "not asked for"
+    reason = torch_refusal() if settings.external else "not asked for"
     if reason is not None:
         result["pytorch"] = reason
     pytorch = None if reason is not None else PyTorchModel(dense.config, settings.dtype)
     # What an earlier process has compiled would be taken for compiled in no time.
-    with console.status("compiling the training step"), _without_compilation_cache():
+    with stage("compiling the training step", console), _without_compilation_cache():
         result["compile_seconds"] = _compile_seconds(models | _unequal(dense, settings), settings)
-    with console.status("drawing weights"):
+    with stage("drawing weights", console):
         params = {name: _fresh(model) for name, model in models.items()}
     for name, ours in (
         ("evaluation", _evaluation),
         ("training step", _training_step),
         ("generation", _generation),
     ):
-        with console.status(f"timing {name}"):
+        with stage(f"timing {name}", console):
             runs = [ours(model, params[side], tokens, settings) for side, model in models.items()]
             if pytorch is not None:
                 runs.append(_PYTORCH[name](pytorch, tokens, settings))

@@ -4,29 +4,16 @@ The weights are drawn anew, because the clock does not depend on them. On a GPU 
 """
 
 import contextlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from sparseffn_jax.ops.plans.choice import platform_of
+from sparseffn_jax.bench.external import torch_refusal
 from sparseffn_jax.train.config import TrainConfig
 
 Run = Callable[[], Any]
-
-
-def refusal() -> str | None:
-    """Says why PyTorch cannot run beside JAX here, or ``None`` if it can."""
-    if importlib.util.find_spec("torch") is None:
-        return "PyTorch is not installed: pip install 'sparseffn_jax[torch]'"
-    import torch
-
-    platform = platform_of(None)
-    if platform != "cpu" and not torch.cuda.is_available():
-        return f"the installed PyTorch has no CUDA, and JAX runs on a {platform}"
-    return None
 
 
 class PyTorchModel:
@@ -41,7 +28,7 @@ class PyTorchModel:
     """
 
     def __init__(self, config: Any, dtype: str):
-        if (reason := refusal()) is not None:
+        if (reason := torch_refusal()) is not None:
             raise ValueError(f"PyTorch's model cannot run: {reason}")
         import torch
         from transformers import AutoModelForCausalLM

@@ -94,7 +94,7 @@ class Streams:
             needed,
             free_host_bytes(),
             f"a conversion on {tokens.size:,} tokens",
-            "give fewer calibration tokens, or store the streams in half precision",
+            "lower the number of calibration tokens",
         )
         self.model, self._place = model, place
         self._batches = [

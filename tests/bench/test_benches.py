@@ -17,6 +17,7 @@ import sparseffn_jax as sf
 from sparseffn_jax.bench import commands, pytorch_model
 from sparseffn_jax.bench import layer as layer_bench
 from sparseffn_jax.bench import model as model_bench
+from sparseffn_jax.bench.external import torch_refusal
 from sparseffn_jax.cli import main
 from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.ops.plans.choice import PlanTable, pick, platform_of
@@ -102,7 +103,7 @@ def test_the_model_bench_takes_a_model_of_the_users(tmp_path):
         model_bench.run_model_bench(settings, Console(quiet=True))
 
 
-@pytest.mark.skipif(pytorch_model.refusal() is not None, reason=str(pytorch_model.refusal()))
+@pytest.mark.skipif(torch_refusal() is not None, reason=str(torch_refusal()))
 def test_pytorch_computes_what_ours_does(tmp_path):
     import torch
 
