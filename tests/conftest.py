@@ -1,6 +1,14 @@
+import os
+
 import hypothesis
 import jax
+import pytest
 from jaxtyping import install_import_hook
+
+# Compiling takes most of the time of these tests. Without LLVM's optimisations the HLO and its
+# buffers stay the same. The environment tells the processes that tests start.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Shapes and types in the package's signatures are checked at every call of the test run.
 install_import_hook(
@@ -20,3 +28,22 @@ hypothesis.settings.register_profile(
     "sparseffn", deadline=None, derandomize=True, max_examples=8, print_blob=True
 )
 hypothesis.settings.load_profile("sparseffn")
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory, worker_id):
+    """Returns a folder that all workers of the test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compile_once(shared_folder):
+    """Keeps compiled programs for the other workers, and for the processes that tests start."""
+    settings = {
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_compilation_cache_dir": str(shared_folder / "compiled"),
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)

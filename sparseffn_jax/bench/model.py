@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,11 +38,13 @@ from sparseffn_jax.progress import stage
 from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.step import init_state, make_stage, make_step
+from sparseffn_jax.train.strategies import STEP_SCALARS
 
 _SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16)}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _VOCABULARY = 50257
 Tokens = Int[np.ndarray, "b w"]
+Models = Mapping[str, Decoder]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,16 +134,21 @@ def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str,
     pytorch = None if reason is not None else PyTorchModel(dense.config, settings.dtype)
     # What an earlier process has compiled would be taken for compiled in no time.
     with stage("compiling the training step", console), _without_compilation_cache():
-        result["compile_seconds"] = _compile_seconds(models | _unequal(dense, settings), settings)
+        steps = {
+            name: _Step(model, settings)
+            for name, model in (models | _unequal(dense, settings)).items()
+        }
+    result["compile_seconds"] = {name: step.compile_seconds for name, step in steps.items()}
     with stage("drawing weights", console):
         params = {name: _fresh(model) for name, model in models.items()}
-    for name, ours in (
-        ("evaluation", _evaluation),
-        ("training step", _training_step),
-        ("generation", _generation),
-    ):
+    programs = {
+        "evaluation": partial(_evaluation, models, params),
+        "training step": partial(_training_steps, steps, params),
+        "generation": partial(_generation, models, params),
+    }
+    for name, ours in programs.items():
         with stage(f"timing {name}", console):
-            runs = [ours(model, params[side], tokens, settings) for side, model in models.items()]
+            runs = ours(tokens, settings)
             if pytorch is not None:
                 runs.append(_PYTORCH[name](pytorch, tokens, settings))
             times = time_in_turn(runs, repeats=settings.repeats)
@@ -232,21 +240,31 @@ def _train_config(settings: ModelBenchSettings) -> TrainConfig:
     return TrainConfig(steps=1000, batch_size=settings.batch_size, recipe="full")
 
 
-def _compile_seconds(
-    models: Mapping[str, Decoder], settings: ModelBenchSettings
-) -> dict[str, float]:
-    """Returns how long each model's training step takes to trace and compile."""
-    seconds, config = {}, _train_config(settings)
-    for name, model in models.items():
-        params = jax.eval_shape(lambda model=model: _fresh(model))
-        stage = make_stage(config, params, 0)
-        state, frozen = jax.eval_shape(lambda p, stage=stage: init_state(stage, p), params)
+class _Step:
+    """A model's training step, compiled, and how long it took to trace and compile."""
+
+    def __init__(self, model: Decoder, settings: ModelBenchSettings):
+        config = _train_config(settings)
+        params = jax.eval_shape(lambda: _fresh(model))
+        self._stage = make_stage(config, params, 0)
+        state, frozen = jax.eval_shape(lambda p: init_state(self._stage, p), params)
         batch = jax.ShapeDtypeStruct((settings.batch_size, settings.window + 1), jnp.int32)
-        step = make_step(model, stage, config)
+        step = make_step(model, self._stage, config)
         started = time.perf_counter()
-        step.lower(state, frozen, None, batch, np.int32(0), np.int32(0), np.float32(1.0)).compile()
-        seconds[name] = time.perf_counter() - started
-    return seconds
+        self._run = step.lower(state, frozen, None, batch, *STEP_SCALARS).compile()
+        self.compile_seconds = time.perf_counter() - started
+
+    def on(self, params: Any, tokens: Tokens) -> Callable[[], Any]:
+        """Returns a function that makes the next step from these parameters on."""
+        state, frozen = init_state(self._stage, params)
+
+        def run() -> Any:
+            nonlocal state
+            # The state is donated: each step goes on from the one before.
+            state, metrics = self._run(state, frozen, None, tokens, *STEP_SCALARS)
+            return metrics
+
+        return run
 
 
 @contextlib.contextmanager
@@ -263,36 +281,32 @@ def _without_compilation_cache() -> Iterator[None]:
 
 
 def _evaluation(
-    model: Decoder, params: Any, tokens: Tokens, settings: ModelBenchSettings
-) -> Callable[[], Any]:
-    evaluate, params = make_evaluator(model), jax.device_put(params)
-    return lambda: evaluate(params, tokens, settings.batch_size)
+    models: Models, params: Mapping[str, Any], tokens: Tokens, settings: ModelBenchSettings
+) -> list[Callable[[], Any]]:
+    return [
+        partial(make_evaluator(model), params[name], tokens, settings.batch_size)
+        for name, model in models.items()
+    ]
 
 
-def _training_step(
-    model: Decoder, params: Any, tokens: Tokens, settings: ModelBenchSettings
-) -> Callable[[], Any]:
-    config = _train_config(settings)
-    stage = make_stage(config, params, 0)
-    state, frozen = init_state(stage, params)
-    step = make_step(model, stage, config)
-
-    def run() -> Any:
-        nonlocal state
-        # The state is donated: each step goes on from the one before.
-        state, metrics = step(
-            state, frozen, None, tokens, np.int32(0), np.int32(0), np.float32(1.0)
-        )
-        return metrics
-
-    return run
+def _training_steps(
+    steps: Mapping[str, _Step],
+    params: Mapping[str, Any],
+    tokens: Tokens,
+    settings: ModelBenchSettings,
+) -> list[Callable[[], Any]]:
+    del settings
+    return [steps[name].on(leaves, tokens) for name, leaves in params.items()]
 
 
 def _generation(
-    model: Decoder, params: Any, tokens: Tokens, settings: ModelBenchSettings
-) -> Callable[[], Any]:
-    params, prompt = jax.device_put(params), _prompt(tokens, settings)
-    return lambda: generate(model, params, prompt, settings.decoded)
+    models: Models, params: Mapping[str, Any], tokens: Tokens, settings: ModelBenchSettings
+) -> list[Callable[[], Any]]:
+    prompt = _prompt(tokens, settings)
+    return [
+        partial(generate, model, params[name], prompt, settings.decoded)
+        for name, model in models.items()
+    ]
 
 
 def _prompt(tokens: Tokens, settings: ModelBenchSettings) -> Tokens:

@@ -21,7 +21,7 @@ from sparseffn_jax.train.step import Stage, TrainState, compiler_options, init_s
 
 StrategyName = Literal["single", "pmap", "mesh"]
 # Examples of the step's last three arguments: index, updates and rate_factor.
-_SCALARS = (np.int32(0), np.int32(0), np.float32(1.0))
+STEP_SCALARS = (np.int32(0), np.int32(0), np.float32(1.0))
 
 
 class SingleDevice:
@@ -223,7 +223,7 @@ def make_strategy(name: StrategyName, mesh: str | None = None) -> Strategy:
 
 
 def _compiled(step: Any, state: Any, frozen: Any, teacher: Any, batch: Any) -> Callable:
-    compiled = step.lower(state, frozen, teacher, batch, *_SCALARS).compile()
+    compiled = step.lower(state, frozen, teacher, batch, *STEP_SCALARS).compile()
     remedies = (
         "lower batch_size or the window, raise accumulate_steps, set remat, or share the "
         "parameters out over more devices"

@@ -9,13 +9,11 @@ from pathlib import Path
 
 
 def main():
-    import jax
     from train_models import make_model, make_windows
 
     from sparseffn_jax.train.config import TrainConfig
     from sparseffn_jax.train.loop import train
 
-    jax.config.update("jax_disable_most_optimizations", True)
     config = TrainConfig(steps=3, batch_size=3, save_every=1, eval_every=0, log_every=1)
 
     out_dir = Path(sys.argv[1])

@@ -21,7 +21,6 @@ def main():
 
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
     if arguments.process is None:
         one_process(arguments.out)
     else:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from communication import data_parallel_bytes
+from filelock import FileLock
 from jax.sharding import PartitionSpec as P
 
 from sparseffn_jax.train.config import TrainConfig
@@ -41,23 +42,34 @@ def finish(*workers):
 
 
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory):
+def eight(shared_folder):
     """What a process with eight devices saw, and its folder."""
-    out = tmp_path_factory.mktemp("eight")
-    finish(start(out))
-    return json.loads((out / "seen.json").read_text()), out
+    out = shared_folder / "eight"
+    seen = out / "seen.json"
+    with FileLock(shared_folder / "eight.lock"):
+        if not seen.exists():
+            out.mkdir()
+            finish(start(out))
+    return json.loads(seen.read_text()), out
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    out = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ("--devices", 4, "--port", port)
-    with hold_run_folder(out / "held"):
-        finish(*(start(out, *options, "--process", i) for i in (0, 1)))
-    return [json.loads((out / f"seen{i}.json").read_text()) for i in (0, 1)], out
+def two_processes(shared_folder):
+    """What each of two processes saw together, their folder, and who held another folder."""
+    out = shared_folder / "two"
+    seen = [out / f"seen{i}.json" for i in (0, 1)]
+    holder = out / "holder"
+    with FileLock(shared_folder / "two.lock"):
+        if not holder.exists():
+            out.mkdir()
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            options = ("--devices", 4, "--port", port)
+            with hold_run_folder(out / "held"):
+                finish(*(start(out, *options, "--process", i) for i in (0, 1)))
+            holder.write_text(str(os.getpid()))
+    return [json.loads(file.read_text()) for file in seen], out, holder.read_text()
 
 
 @pytest.mark.parametrize("strategy", ["pmap", "mesh"])
@@ -79,7 +91,7 @@ def test_an_update_under_pmap_trains_as_one_device(eight):
 
 @pytest.mark.parametrize("strategy", ["pmap", "mesh"])
 def test_two_processes_train_as_one_device(eight, two_processes, strategy):
-    (first, second), out = two_processes
+    (first, second), out, _ = two_processes
     single = eight[0]["single"]
     assert first[strategy] == second[strategy]
     for what in ("losses", "validation"):
@@ -90,8 +102,9 @@ def test_two_processes_train_as_one_device(eight, two_processes, strategy):
 
 
 def test_two_processes_are_refused_a_folder_together(two_processes):
-    for seen in two_processes[0]:
-        assert f"process {os.getpid()} on host" in seen["refusal"]
+    found, _, holder = two_processes
+    for seen in found:
+        assert f"process {holder} on host" in seen["refusal"]
 
 
 @pytest.mark.parametrize("onto", ["single", "four"])
