@@ -7,6 +7,7 @@ tokens, H heads, K head width, R channels of a head that are rotated.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -52,7 +53,8 @@ def rotary_table(
     parameters = {"rope_theta": 10000.0} if config is None else rope_parameters(config)
     frequencies = _frequencies(parameters, channels, config, position_ids)
     angles = position_ids[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.sin(angles), jnp.cos(angles)
+    # Without it XLA's CPU compiler computes sine and cosine anew for every head of every layer.
+    return jax.lax.optimization_barrier((jnp.sin(angles), jnp.cos(angles)))
 
 
 def rotate(
