@@ -101,27 +101,29 @@ def _evaluate_backward(degrees, radius, stored, dy):
         # Tangents go on with the slope at the ends: that of the clipped argument.
         t = jnp.clip(u.astype(jnp.float32) / radius, -1.0, 1.0)
         du = (dy.astype(jnp.float32) * _clenshaw(t, slopes)).astype(u.dtype)
-    shape = coefficients.shape[1:]
-    dc = [
-        sum_to(shape, functools.partial(_weighted_term, k, radius), dy, u).astype(
-            coefficients.dtype
-        )
-        for k in degrees
-    ]
-    return du, jnp.stack(dc)
+    terms = functools.partial(_weighted_terms, degrees, radius)
+    dc = sum_to(coefficients.shape[1:], terms, dy, u)
+    return du, jnp.stack(dc).astype(coefficients.dtype)
 
 
 _evaluate.defvjp(_evaluate_forward, _evaluate_backward)
 
 
-def _weighted_term(k: int, radius: float, dy: Array, u: Array) -> Array:
-    """Returns ``dy * T_k(u / radius)``, with ``T_k`` continued by its tangents, in float32."""
+def _weighted_terms(degrees: Sequence[int], radius: float, dy: Array, u: Array) -> list[Array]:
+    """Returns ``dy * T_k(u / radius)`` for every degree k, in float32.
+
+    ``T_k`` is continued by its tangents.
+    """
     dy, u = dy.astype(jnp.float32), u.astype(jnp.float32)
-    if k == 0:
-        return dy
-    term = _clenshaw(jnp.clip(u / radius, -1.0, 1.0), {k: 1.0})
-    outside = jnp.maximum(u - radius, 0.0) + (-1) ** (k + 1) * jnp.minimum(u + radius, 0.0)
-    return dy * (term + k**2 / radius * outside)
+    t = jnp.clip(u / radius, -1.0, 1.0)
+    right = jnp.maximum(u - radius, 0.0) / radius
+    left = jnp.minimum(u + radius, 0.0) / radius
+    # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
+    outside = right - left, right + left
+    terms = [jnp.ones_like(t), t]
+    while len(terms) <= degrees[-1]:
+        terms.append(2.0 * t * terms[-1] - terms[-2])
+    return [dy * (terms[k] + k**2 * outside[k % 2]) if k else dy for k in degrees]
 
 
 def _clenshaw(t: Array, coefficient: Mapping[int, Any]) -> Array:

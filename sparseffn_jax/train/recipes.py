@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -165,13 +166,15 @@ def warmup_cosine(peak: float, warmup_steps: int, steps: int) -> optax.Schedule:
       warmup_steps: the number of updates before the peak.
       steps: the number of updates after which the rate is a tenth of the peak.
     """
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=peak / (warmup_steps + 1),
         peak_value=peak,
         warmup_steps=warmup_steps,
         decay_steps=steps,
         end_value=0.1 * peak,
     )
+    # XLA would compute the rate, and compile it, once for every leaf.
+    return lambda count: jax.lax.optimization_barrier(jnp.asarray(schedule(count)))
 
 
 def _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm):

@@ -319,4 +319,6 @@ def _contain_ffn(grads: Params, metrics: dict[str, Any]) -> Params:
     """Drops a feed-forward gradient that alone is not finite: clipping would spread it to all."""
     ffn, rest = split_ffn(grads)
     sound = jnp.isfinite(metrics["ffn_grad_norm"]) | ~jnp.isfinite(metrics["rest_grad_norm"])
+    # XLA would compute it, and compile it, once for every leaf.
+    sound = jax.lax.optimization_barrier(sound)
     return combine(jax.tree.map(lambda x: jnp.where(sound, x, 0.0), ffn), rest)
