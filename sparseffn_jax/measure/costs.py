@@ -86,8 +86,9 @@ def training_flops_per_token(config: SparseFFNConfig) -> dict[str, int]:
     The spectral branch does not keep its hidden activations; the backward pass computes them again.
     It does so from the components that a low-rank map has kept, or from the inputs of a
     block-circulant map. It also repeats the transform with which a block-circulant map out of the
-    hidden units begins. The polynomial is recomputed and differentiated by its input, and the
-    gradient of each coefficient evaluates its term once more.
+    hidden units begins. The polynomial is recomputed and differentiated by its input. For the
+    gradient of the coefficients a recurrence gives all terms once more, at two operations each, and
+    those that are kept are weighted and summed.
 
     A core with unstructured masks does not keep its hidden activations either, unless a plan of one
     single product is forced.
@@ -107,7 +108,8 @@ def training_flops_per_token(config: SparseFFNConfig) -> dict[str, int]:
     if (branch := config.spectral) is None:
         return training
     if config.polynomial is not None:
-        training["polynomial"] += 3 * sum(config.polynomial.degrees) * branch.width
+        degrees = config.polynomial.degrees
+        training["polynomial"] += 2 * (degrees[-1] + len(degrees)) * branch.width
     if branch.transform == "low_rank":
         training["spectral"] += 2 * maps * branch.rank * branch.width
         return training

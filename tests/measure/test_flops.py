@@ -180,8 +180,8 @@ def test_the_config_counts_the_products_of_a_block_circulant_map(mask):
 def test_training_recomputes_and_differentiates_the_polynomial():
     config = low_rank(4, polynomial=PolynomialConfig(4))
     forward_units = 3 * 4
-    # Forward, again, by the input, and every coefficient's term.
-    training_units = 3 * forward_units + 3 * (1 + 2 + 3 + 4)
+    # Forward, again, by the input; the four terms of the recurrence, and five weighted sums.
+    training_units = 3 * forward_units + 2 * 4 + 2 * 5
     assert flops_per_token(config)["polynomial"] == forward_units * M
     assert training_flops_per_token(config)["polynomial"] == training_units * M
 
@@ -195,5 +195,5 @@ def test_training_recomputes_and_differentiates_the_polynomial():
     u, coefficients = jnp.ones((TOKENS, M)), jnp.ones((1, 5))
     forward = count_flops(polynomial, u, coefficients).elementwise
     ratio = count_flops(training, u, coefficients, u).elementwise / forward
-    # The forward pass also has tails, which add less to the others.
-    assert 0.75 < ratio / (training_units / forward_units) <= 1
+    # Tails add as much again to the forward pass and less to the others, and nothing is recomputed.
+    assert 0.65 < ratio / (training_units / forward_units) <= 1
