@@ -142,13 +142,13 @@ def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str,
     with stage("drawing weights", console):
         params = {name: _fresh(model) for name, model in models.items()}
     programs = {
-        "evaluation": partial(_evaluation, models, params),
-        "training step": partial(_training_steps, steps, params),
-        "generation": partial(_generation, models, params),
+        "evaluation": partial(_evaluation, models, params, tokens, settings),
+        "training step": partial(_training_steps, steps, params, tokens),
+        "generation": partial(_generation, models, params, tokens, settings),
     }
     for name, ours in programs.items():
         with stage(f"timing {name}", console):
-            runs = ours(tokens, settings)
+            runs = ours()
             if pytorch is not None:
                 runs.append(_PYTORCH[name](pytorch, tokens, settings))
             times = time_in_turn(runs, repeats=settings.repeats)
@@ -290,12 +290,8 @@ def _evaluation(
 
 
 def _training_steps(
-    steps: Mapping[str, _Step],
-    params: Mapping[str, Any],
-    tokens: Tokens,
-    settings: ModelBenchSettings,
+    steps: Mapping[str, _Step], params: Mapping[str, Any], tokens: Tokens
 ) -> list[Callable[[], Any]]:
-    del settings
     return [steps[name].on(leaves, tokens) for name, leaves in params.items()]
 
 

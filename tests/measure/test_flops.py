@@ -190,10 +190,11 @@ def test_training_recomputes_and_differentiates_the_polynomial():
 
     def training(u, coefficients, cotangent):
         y, vjp = jax.vjp(polynomial, u, coefficients)
-        return y, vjp(cotangent)
+        # As the branch recomputes it.
+        return y, polynomial(u, coefficients), vjp(cotangent)
 
     u, coefficients = jnp.ones((TOKENS, M)), jnp.ones((1, 5))
     forward = count_flops(polynomial, u, coefficients).elementwise
     ratio = count_flops(training, u, coefficients, u).elementwise / forward
-    # Tails add as much again to the forward pass and less to the others, and nothing is recomputed.
-    assert 0.65 < ratio / (training_units / forward_units) <= 1
+    # The forward pass also has tails, which add less to the others.
+    assert 0.75 < ratio / (training_units / forward_units) <= 1

@@ -48,7 +48,7 @@ def eight(shared_folder):
     seen = out / "seen.json"
     with FileLock(shared_folder / "eight.lock"):
         if not seen.exists():
-            out.mkdir()
+            out.mkdir(exist_ok=True)
             finish(start(out))
     return json.loads(seen.read_text()), out
 
@@ -61,7 +61,7 @@ def two_processes(shared_folder):
     holder = out / "holder"
     with FileLock(shared_folder / "two.lock"):
         if not holder.exists():
-            out.mkdir()
+            out.mkdir(exist_ok=True)
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
