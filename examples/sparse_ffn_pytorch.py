@@ -76,7 +76,8 @@ class SparseFFN(nn.Module):
         d_model, micro = config["d_model"], config["micro"] or {"core": None, "corrections": []}
         self.has_spectral = config["spectral"] is not None
         if self.has_spectral:
-            self.spectral = SpectralBranch(config)
+            branch = SpectralBranch if config["spectral"]["width"] else Bypass
+            self.spectral = branch(config)
         self.has_core = micro["core"] is not None
         if self.has_core:
             self.core = Core(config, micro["core"])
@@ -139,6 +140,18 @@ class SpectralBranch(HiddenLayer):
         if self.polynomial_config is None:
             return self.phi(u)
         return chebyshev(u, self.polynomial, self.degrees, self.polynomial_config["radius"])
+
+
+class Bypass(nn.Module):
+    """The spectral branch without hidden units: one linear map."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        d_model, branch = config["d_model"], config["spectral"]
+        self.bypass = _spectral_map(d_model, d_model, branch["rank"], branch, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bypass(x)
 
 
 class Core(HiddenLayer):

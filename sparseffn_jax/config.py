@@ -25,16 +25,17 @@ _BLOCK_SPARSE_PLANS = ("slice", "rows", "columns", "gather", "masked")
 class SpectralConfig:
     """The spectral branch is an FFN, ``down(activation(up(x)))``, with maps in a transform domain.
 
-    A gated layer's branch is ``down(activation(gate(x)) * up(x))``.
+    A gated layer's branch is ``down(activation(gate(x)) * up(x))``. Without hidden units the branch
+    is a bypass: one linear map from the layer's inputs to its outputs.
 
     Attributes:
       transform: ``"low_rank"`` writes the maps on axes that are adapted to the data, and keeps
         ``rank`` of them (the Karhunen-Loeve transform). ``"block_circulant"`` writes them on
         Fourier's axes within blocks of channels, where a mask may keep some of the
         ``block_size // 2 + 1`` frequencies.
-      width: The branch has this many hidden units. A block-circulant branch needs a multiple of
-        ``block_size``.
-      rank: The low-rank maps into the hidden units keep this many components.
+      width: The branch has this many hidden units; with 0 it is a bypass. A block-circulant branch
+        needs a multiple of ``block_size``.
+      rank: The low-rank maps into the hidden units keep this many components; so does a bypass.
       down_rank: The low-rank map out of the hidden units keeps this many components; 0 stands for
         ``rank``.
       block_size: A circulant block has this many rows and columns; the number must divide
@@ -52,6 +53,8 @@ class SpectralConfig:
       ... )
       >>> circulant.frequencies
       (0, 2)
+      >>> SpectralConfig("low_rank", rank=64).is_bypass
+      True
     """
 
     transform: Transform = "low_rank"
@@ -64,7 +67,8 @@ class SpectralConfig:
 
     def __post_init__(self):
         check_fields(self)
-        _check_positive("spectral width", self.width)
+        if self.width < 0:
+            raise ValueError(f"spectral width={self.width}: expected 0 or a positive integer")
         others = {
             "low_rank": ("block_size", "frequency_mask"),
             "block_circulant": ("rank", "down_rank"),
@@ -78,6 +82,11 @@ class SpectralConfig:
         if self.transform == "low_rank":
             _check_positive("rank", self.rank)
             _check_positive("down_rank", self.down_rank or self.rank)
+            if self.is_bypass and self.down_rank:
+                raise ValueError(
+                    f"down_rank={self.down_rank} has no meaning without hidden units (width=0): "
+                    "leave it out"
+                )
             plans = ("two_gemms", "merged")
         else:
             self._check_blocks()
@@ -100,6 +109,11 @@ class SpectralConfig:
             )
         if not any(self.frequency_mask):
             raise ValueError("frequency_mask keeps no frequency: leave the spectral part out")
+
+    @property
+    def is_bypass(self) -> bool:
+        """Tells whether the branch is one linear map, without hidden units."""
+        return self.width == 0
 
     @property
     def frequencies(self) -> tuple[int, ...]:
@@ -317,6 +331,11 @@ class SparseFFNConfig:
         if self.polynomial is not None:
             if self.spectral is None:
                 raise ValueError("polynomial is the spectral branch's activation: add spectral")
+            if self.spectral.is_bypass:
+                raise ValueError(
+                    "polynomial is the activation of the spectral branch's hidden units, but the "
+                    "spectral width=0 leaves none: leave polynomial out, or give a width"
+                )
             if self.spectral.width % self.polynomial.groups:
                 raise ValueError(
                     f"polynomial groups={self.polynomial.groups} do not divide the spectral "
@@ -336,11 +355,11 @@ class SparseFFNConfig:
             return
         for name in ("rank", "down_rank"):
             rank = getattr(spectral, name)
-            limit = min(self.d_model, spectral.width)
+            limit = min(self.d_model, spectral.width or self.d_model)
             if rank > limit:
                 raise ValueError(
                     f"{name}={rank} exceeds {limit}, the smaller of d_model={self.d_model} and "
-                    f"the spectral width={spectral.width}"
+                    f"the spectral width={spectral.width or self.d_model}"
                 )
 
     def _check_micro(self, micro: MicroRefinementConfig):

@@ -231,7 +231,19 @@ BAD = {
         "config.spectral=3: expected a SpectralConfig, or a JSON object with its fields",
     ),
     "width not a multiple": ({"spectral__width": 25}, "width=25 is not a multiple of block_size=6"),
-    "width left out": ({"spectral__width": 0}, "spectral width=0: expected a positive integer"),
+    "width negative": ({"spectral__width": -6}, "spectral width=-6: expected 0 or a positive"),
+    "polynomial without units": (
+        {"spectral__width": 0},
+        "polynomial is the activation of the spectral branch's hidden units",
+    ),
+    "down_rank without units": (
+        {"spectral": LOW_RANK | {"width": 0, "down_rank": 2}},
+        "down_rank=2 has no meaning without hidden units",
+    ),
+    "bypass too large": (
+        {"spectral": LOW_RANK | {"width": 0, "rank": 13}, "polynomial": None},
+        "rank=13 exceeds 12",
+    ),
     "block_size negative": ({"spectral__block_size": -6}, "block_size=-6: expected a positive"),
     "circulant with a rank": (
         {"spectral__rank": 4},

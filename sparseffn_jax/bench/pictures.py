@@ -279,7 +279,7 @@ def _mask_images(config: SparseFFNConfig) -> list[np.ndarray | None]:
     if (branch := config.spectral) is not None:
         if branch.transform == "low_rank":
             ranks = (branch.rank, branch.down_rank or branch.rank)
-            limit = min(config.d_model, branch.width)
+            limit = min(config.d_model, branch.width or config.d_model)
             images[0] = np.stack([np.arange(limit) < rank for rank in ranks])
         else:
             kept = np.isin(np.arange(branch.block_size // 2 + 1), branch.frequencies)

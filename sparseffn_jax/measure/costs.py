@@ -114,6 +114,10 @@ def training_flops_per_token(config: SparseFFNConfig) -> dict[str, int]:
         training["spectral"] += 2 * maps * branch.rank * branch.width
         return training
     filters, transforms = _circulant_multiply_adds(config, branch)
+    if branch.is_bypass:
+        # Computed again is the transform of the inputs, half of the transforms.
+        training["spectral"] -= transforms
+        return training
     # The transforms have no gradient of their own. Computed again are the maps into the hidden
     # units, and of the map out of them the transform of its inputs: all but the last transform.
     last = transforms * config.d_model // (2 * config.d_model + (maps + 1) * branch.width)
@@ -164,11 +168,11 @@ def count_numbers(config: SparseFFNConfig) -> Numbers:
         between += maps * branch.width
         if branch.transform == "low_rank":
             weights += _low_rank_weights(config, branch)
-            between += maps * branch.rank + (branch.down_rank or branch.rank)
+            between += sum(_ranks(config, branch))
         else:
             components = _components(branch)
             p, q = config.d_model // branch.block_size, branch.width // branch.block_size
-            weights += (maps + 1) * p * q * components
+            weights += (p * p if branch.is_bypass else (maps + 1) * p * q) * components
             # The inputs' spectrum is shared by the maps into the hidden units.
             between += (2 * p + (maps + 1) * q) * components
     if config.polynomial is not None:
@@ -183,8 +187,14 @@ def count_numbers(config: SparseFFNConfig) -> Numbers:
 
 
 def _low_rank_weights(config: SparseFFNConfig, branch: SpectralConfig) -> int:
-    ranks = len(config.up_maps) * branch.rank + (branch.down_rank or branch.rank)
-    return ranks * (config.d_model + branch.width)
+    return sum(_ranks(config, branch)) * (config.d_model + (branch.width or config.d_model))
+
+
+def _ranks(config: SparseFFNConfig, branch: SpectralConfig) -> tuple[int, ...]:
+    """Returns the number of components that each low-rank map keeps."""
+    if branch.is_bypass:
+        return (branch.rank,)
+    return (branch.rank,) * len(config.up_maps) + (branch.down_rank or branch.rank,)
 
 
 def _components(branch: SpectralConfig) -> int:
@@ -198,6 +208,8 @@ def _circulant_multiply_adds(config: SparseFFNConfig, branch: SpectralConfig) ->
     b = branch.block_size
     products = circulant_products(branch.frequencies, b)
     p, q = config.d_model // b, branch.width // b
+    if branch.is_bypass:
+        return p * p * products, 2 * p * b * _components(branch)
     maps = len(config.up_maps) + 1
     # Transformed are the inputs, once for all maps into the hidden units, what each of them gives,
     # the hidden activations and the outputs.

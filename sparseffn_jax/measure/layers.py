@@ -51,11 +51,12 @@ def _parts(ffn: SparseFFNConfig) -> tuple[str, ...]:
     if (branch := ffn.spectral) is not None:
         if branch.transform == "low_rank":
             kept = f"ranks {branch.rank} and {branch.down_rank or branch.rank}"
+            if branch.is_bypass:
+                kept = f"rank {branch.rank}"
         else:
             kept = f"b={branch.block_size}, frequencies {','.join(map(str, branch.frequencies))}"
-        lines.append(
-            f"spectral, {branch.transform.replace('_', ' ')}: {branch.width} units{gated}, {kept}"
-        )
+        units = "linear bypass" if branch.is_bypass else f"{branch.width} units{gated}"
+        lines.append(f"spectral, {branch.transform.replace('_', ' ')}: {units}, {kept}")
     if (polynomial := ffn.polynomial) is not None:
         lines.append(
             f"polynomial: degrees {','.join(map(str, polynomial.degrees))} within "

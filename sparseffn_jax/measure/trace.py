@@ -16,7 +16,14 @@ from typing import Any
 import jax
 
 # The parts of a SparseFFN, as nn/sparse_ffn.py names its scopes.
-PARTS = ("spectral_up", "polynomial", "spectral_down", "core", "corrections")
+PARTS = (
+    "spectral_up",
+    "polynomial",
+    "spectral_down",
+    "spectral_bypass",
+    "core",
+    "corrections",
+)
 OTHER = "other"
 _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = .*? (?P<opcode>[\w\-]+)\(.*?"

@@ -24,10 +24,13 @@ SPARSE_FFN_SHARDING: tuple[ShardingRule, ...] = (
     (r"spectral/(gate|up)/filter", ("fsdp", "tensor")),
     (r"spectral/down/axes", ("tensor", "fsdp")),
     (r"spectral/down/filter", (None, "fsdp")),
+    # A bypass adds to the same sum over the axis as what comes out of hidden units.
+    (r"spectral/bypass/axes", ("fsdp", "tensor")),
+    (r"spectral/bypass/filter", ("tensor", "fsdp")),
     # Block-circulant, (frequencies, p, q): no frequency meets another, and p and q are d_model and
     # the hidden units in blocks. The transforms stay within a block, that is on one device.
     (r"spectral/(gate|up)/(real|imag)", (None, "fsdp", "tensor")),
-    (r"spectral/down/(real|imag)", (None, "tensor", "fsdp")),
+    (r"spectral/(down|bypass)/(real|imag)", (None, "tensor", "fsdp")),
     (rf"spectral/{POLYNOMIAL}", ("tensor", None)),
     (r"(spectral|core)/(gate|up)/bias", ("tensor",)),
     # The core and the corrections, dense or with a structured mask: (in, out).

@@ -128,6 +128,60 @@ class SpectralBranch(_Branch):
         )
 
 
+class Bypass(nn.Module):
+    """The spectral branch without hidden units: one linear map of the layer's inputs.
+
+    Attributes:
+      config: configuration of the whole layer.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
+    """
+
+    config: SparseFFNConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @property
+    def branch(self) -> SpectralConfig:
+        """The part of the configuration that describes this branch."""
+        assert self.config.spectral is not None
+        return self.config.spectral
+
+    @property
+    def blocks(self) -> block_circulant.Blocks:
+        """Block size and kept frequencies of a block-circulant map."""
+        return block_circulant.Blocks(self.branch.block_size, self.branch.frequencies)
+
+    def setup(self):
+        sides = (self.config.d_model, self.config.d_model)
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.branch.transform == "low_rank":
+            self.bypass = LowRankMap(*sides, rank=self.branch.rank, **dtypes)
+        else:
+            self.bypass = CirculantMap(*sides, blocks=self.blocks, **dtypes)
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        settings: Any = {
+            "implementation": self.branch.implementation,
+            "packed": self.variables.get(PACKED, {}),
+        }
+        with jax.named_scope("spectral_bypass"):
+            weights: Any = self.bypass.weights()
+            if self.branch.transform == "low_rank":
+                return low_rank.low_rank_matmul(x, weights, **settings)
+            return block_circulant.block_circulant_matmul(x, weights, self.blocks, **settings)
+
+    def packed(self, tokens: int, platform: Platform) -> Packed:
+        """Returns the weights packed for calls of some tokens, by the name of their layout."""
+        weights: Any = self.bypass.weights()
+        forced = self.branch.implementation
+        if self.branch.transform == "low_rank":
+            plan = low_rank.choose_map(tokens, weights, platform, forced)
+            return {plan.layout: low_rank.pack_map(weights, plan.name)}
+        plan = block_circulant.choose_map(tokens, weights, self.blocks, platform, forced)
+        return {plan.layout: block_circulant.pack_map(weights, plan.name, self.blocks)}
+
+
 class Core(_Branch):
     """The core, which is a narrower FFN, dense or with block masks."""
 
@@ -227,7 +281,8 @@ class SparseFFN(nn.Module):
     It maps ``x`` of shape (..., d_model) to ``y`` of the same shape:
     ``y = down(poly(up(x) + bias)) + core(x) + bias``, followed by ``y = y + y B_k`` for every
     linear correction. In a gated layer, hidden units are products of two maps of x:
-    ``poly(gate(x)) * up(x)``. Each part is optional; see :class:`SparseFFNConfig`. A layer that
+    ``poly(gate(x)) * up(x)``. A spectral branch without hidden units adds one linear map of x in
+    their place. Each part is optional; see :class:`SparseFFNConfig`. A layer that
     consists of a dense core with all hidden units is the dense FFN itself.
 
     Every call packs the weights for the plans that it runs, unless :meth:`pack` has packed them
@@ -263,7 +318,8 @@ class SparseFFN(nn.Module):
     def setup(self):
         config = self.config
         if config.spectral is not None:
-            self.spectral = SpectralBranch(config, self.dtype, self.param_dtype)
+            branch = Bypass if config.spectral.is_bypass else SpectralBranch
+            self.spectral = branch(config, self.dtype, self.param_dtype)
         if config.micro is not None:
             if config.micro.core is not None:
                 self.core = Core(config, self.dtype, self.param_dtype)

@@ -5,7 +5,8 @@ keeps some of them. The transform never runs over tokens: that would let a posit
 
 :func:`choose` picks a plan, :func:`pack` brings filters into the form that the plan multiplies by,
 and :func:`apply` runs a hidden layer between two such maps, which is where the time goes: its
-hidden activations are many, and the arithmetic on them is little.
+hidden activations are many, and the arithmetic on them is little. :func:`block_circulant_matmul`
+runs one map alone.
 
 Shape letters: T tokens, b block size, p and q input and output blocks, f kept frequencies, c those
 of them that are complex.
@@ -34,6 +35,7 @@ from sparseffn_jax.ops.hidden import (
     Channels,
     HiddenMaps,
     HiddenPlan,
+    MapPlan,
     Packed,
     by_platform,
     over_tokens,
@@ -145,7 +147,29 @@ def choose(
       ValueError: if filters, block size and frequencies do not fit together, or there is no such
         plan.
     """
-    maps = (*weights.up, weights.down)
+    plan = _pick(tokens, (*weights.up, weights.down), blocks, platform, implementation)
+    return HiddenPlan((plan.name,) * len(weights.up), plan.name, plan.tile)
+
+
+def choose_map(
+    tokens: int,
+    filter: Filter,
+    blocks: Blocks,
+    platform: Platform,
+    implementation: str | None = None,
+) -> MapPlan:
+    """Picks the plan of one map; arguments and errors are those of :func:`choose`."""
+    return _pick(tokens, (filter,), blocks, platform, implementation)
+
+
+def _pick(
+    tokens: int,
+    maps: Sequence[Filter],
+    blocks: Blocks,
+    platform: Platform,
+    implementation: str | None,
+) -> MapPlan:
+    """Picks the plan that all maps share; the last map's inputs are what a tile has to hold."""
     for filter in maps:
         _check(filter, blocks)
     size, frequencies = blocks
@@ -154,7 +178,7 @@ def choose(
     sides = [filter.real.shape[1:] for filter in maps]
     each = [costs.block_circulant_costs(tokens, p, q, size, components, products) for p, q in sides]
     estimates = {plan: sum(cost[plan] for cost in each) for plan in each[0]}
-    dtype = weights.down.real.dtype
+    dtype = maps[-1].real.dtype
     problem = (
         tokens,
         size,
@@ -165,9 +189,9 @@ def choose(
     plan = pick("block_circulant", implementation, estimates, None, problem, platform)
     tile = None
     if plan == "dft":
-        token_bytes = weights.down.real.shape[1] * size * dtype.itemsize
+        token_bytes = maps[-1].real.shape[1] * size * dtype.itemsize
         tile = costs.token_tile("block_circulant", tokens, token_bytes, platform)
-    return HiddenPlan((plan,) * len(weights.up), plan, tile)
+    return MapPlan(plan, tile)
 
 
 def pack(weights: HiddenMaps, plan: HiddenPlan, blocks: Blocks) -> HiddenMaps:
@@ -222,6 +246,46 @@ def apply(
         hidden = activate(us, channels)
     with jax.named_scope("spectral_down"):
         y = multiply(hidden, packed.down, plan.down, blocks)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def block_circulant_matmul(
+    x: Float[Array, "*batch pb"],
+    filter: Filter,
+    blocks: Blocks,
+    *,
+    implementation: str | None = None,
+    packed: Packed | None = None,
+) -> Float[Array, "*batch qb"]:
+    """Applies one block-circulant map, with a plan for each platform.
+
+    Args:
+      x: inputs (..., p * b).
+      filter: the weights, in the dtype of ``x``.
+      blocks: block size and kept frequencies.
+      implementation: name of the plan to run, or ``None``; :func:`choose` lists the names.
+      packed: arrays that :func:`pack_map` returned earlier, by the layout of their plan. A plan
+        whose layout is missing has its filter packed by this call.
+
+    Returns:
+      The outputs (..., q * b), in the dtype of ``x``.
+
+    Raises:
+      ValueError: if filter, block size and frequencies do not fit together, or there is no such
+        plan.
+    """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+    def run(plan: MapPlan, rows: Array, filter: Filter) -> Array:
+        ready = (packed or {}).get(plan.layout)
+        weights = pack_map(filter, plan.name, blocks) if ready is None else ready
+        return over_tokens(lambda x: multiply(x, weights, plan.name, blocks), rows, plan.tile)
+
+    y = by_platform(
+        lambda platform: choose_map(len(rows), filter, blocks, platform, implementation),
+        run,
+        *(rows, filter),
+    )
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

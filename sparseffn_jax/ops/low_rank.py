@@ -5,7 +5,8 @@ spectral map whose transform is learned from data, where Fourier's is fixed. It 
 GEMMs.
 
 :func:`choose` picks a plan, :func:`pack` brings weights into the form that the plan multiplies by,
-and :func:`apply` runs a hidden layer between two such maps.
+and :func:`apply` runs a hidden layer between two such maps. :func:`low_rank_matmul` runs one map
+alone.
 """
 
 import math
@@ -20,6 +21,7 @@ from sparseffn_jax.ops.hidden import (
     Channels,
     HiddenMaps,
     HiddenPlan,
+    MapPlan,
     Packed,
     by_platform,
     kept,
@@ -101,15 +103,10 @@ def choose(
     Raises:
       ValueError: if there is no such plan.
     """
-
-    def plan(factors: Factors) -> str:
-        (d_in, rank), d_out = factors.axes.shape, factors.filter.shape[1]
-        problem = (tokens, d_in, rank, d_out, factors.axes.dtype.name)
-        estimates = costs.low_rank_costs(tokens, d_in, rank, d_out)
-        return pick("low_rank", implementation, estimates, None, problem, platform)
-
-    first = tuple(map(plan, weights.up))
-    last = plan(weights.down)
+    first = tuple(
+        choose_map(tokens, factors, platform, implementation).name for factors in weights.up
+    )
+    last = choose_map(tokens, weights.down, platform, implementation).name
     axes = weights.down.axes
     tile = costs.token_tile("low_rank", tokens, len(axes) * axes.dtype.itemsize, platform)
     return HiddenPlan(first, last, tile)
@@ -161,6 +158,50 @@ def apply(
 
     y = over_tokens(rows, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), plan.tile)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def low_rank_matmul(
+    x: Float[Array, "*batch i"],
+    factors: Factors,
+    *,
+    implementation: str | None = None,
+    packed: Packed | None = None,
+) -> Float[Array, "*batch o"]:
+    """Applies one low-rank map, ``(x axes) filter``, with a plan for each platform.
+
+    Args:
+      x: inputs (..., d_in).
+      factors: the weights, in the dtype of ``x``.
+      implementation: name of the plan to run, or ``None``; :func:`choose` lists the names.
+      packed: matrices that :func:`pack_map` returned earlier, by the layout of their plan. A plan
+        whose layout is missing has its matrices packed by this call.
+
+    Returns:
+      The outputs (..., d_out), in the dtype of ``x``, accumulated in float32.
+
+    Raises:
+      ValueError: if there is no such plan.
+    """
+
+    def run(plan: MapPlan, x: Array, factors: Factors) -> Array:
+        ready = (packed or {}).get(plan.layout)
+        return multiply(x, ready or pack_map(factors, plan.name))
+
+    return by_platform(
+        lambda platform: choose_map(math.prod(x.shape[:-1]), factors, platform, implementation),
+        run,
+        *(x, factors),
+    )
+
+
+def choose_map(
+    tokens: int, factors: Factors, platform: Platform, implementation: str | None = None
+) -> MapPlan:
+    """Picks the plan for one map; arguments and errors are those of :func:`choose`."""
+    (d_in, rank), d_out = factors.axes.shape, factors.filter.shape[1]
+    problem = (tokens, d_in, rank, d_out, factors.axes.dtype.name)
+    estimates = costs.low_rank_costs(tokens, d_in, rank, d_out)
+    return MapPlan(pick("low_rank", implementation, estimates, None, problem, platform))
 
 
 def pack_map(factors: Factors, plan: str) -> tuple[Array, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparseffn_jax.config import PolynomialConfig
 from sparseffn_jax.ops import polynomial
@@ -78,6 +78,20 @@ class Moments:
         xx -= np.outer(x_sum, x_sum)
         xy -= np.outer(x_sum, y_sum)
         return cls(xx, xy, x_shift + x_sum, y_shift + y_sum)
+
+    def select(self, rows: Int[np.ndarray, " k"]) -> "Moments":
+        """Returns the moments of some features, in the order of ``rows``."""
+        return Moments(self.xx[np.ix_(rows, rows)], self.xy[rows], self.x_mean[rows], self.y_mean)
+
+    def mapped(self, i: slice, weight: Float[np.ndarray, "i k"]) -> "Moments":
+        """Returns the moments with the first features, ``i``, mapped to k others by a matrix."""
+        rest = slice(i.stop, None)
+        across = weight.T @ self.xx[i, rest]
+        xx = np.block(
+            [[weight.T @ self.xx[i, i] @ weight, across], [across.T, self.xx[rest, rest]]]
+        )
+        xy = np.concatenate([weight.T @ self.xy[i], self.xy[rest]])
+        return Moments(xx, xy, np.append(self.x_mean[i] @ weight, self.x_mean[rest]), self.y_mean)
 
     def without(self, i: slice, given: slice) -> "Moments":
         """Returns the moments of features ``i`` after regressing out the features ``given``.

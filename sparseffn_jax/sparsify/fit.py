@@ -5,6 +5,9 @@ the input weights of other units in the transform domain, and its polynomial is 
 outputs of these units. The output weights of all branches are then regressed jointly on the dense
 FFN's outputs, and the corrections on the error that is left. Each step is a function of the results
 of earlier steps.
+
+A core of whole units beside a bypass, or alone, needs the calibration text once: all that it could
+be made of, the layer's inputs and the dense FFN's units, is known before anything is chosen.
 """
 
 import dataclasses
@@ -14,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparseffn_jax.config import CoreConfig, PolynomialConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.ops import polynomial
@@ -99,21 +102,28 @@ def fit_layer(
     """
     if is_whole(config):
         return config, jax.tree.map(as_float32, _whole(dense, config))
-    calibration = calibrate(dense, config, activations)
     core, branch = _core_of(config), config.spectral
-    units = _choose_units(dense, config, calibration)
     leaves: Leaves = {}
     spectral = kept = None
-    if branch is not None:
-        config, spectral = fit_spectral(dense, config, branch, calibration, units)
-        leaves["spectral"] = spectral.leaves
-    if core is not None:
-        kept = fit_core(dense, config, core, calibration, units)
-        leaves["core"] = kept.leaves
+    if (core is None or core.up_mask is None) and (branch is None or branch.is_bypass):
+        spectral, kept, moments = _choose_features(dense, config, activations)
+    else:
+        calibration = calibrate(dense, config, activations)
+        units = _choose_units(dense, config, calibration)
+        if branch is not None and branch.is_bypass:
+            spectral = _bypass(config)
+        elif branch is not None:
+            config, spectral = fit_spectral(dense, config, branch, calibration, units)
+        if core is not None:
+            kept = fit_core(dense, config, core, calibration.moments, units.core)
+        moments = _moments_of_branches(config, activations, spectral, kept)
     branches = [part for part in (spectral, kept) if part is not None]
-    outputs = fit_outputs(config, activations, spectral, kept)
-    if outputs.spectral is not None:
-        leaves["spectral"] |= {"down": outputs.spectral}
+    outputs = fit_outputs(config, moments, spectral, kept)
+    if spectral is not None:
+        name = "bypass" if branch is not None and branch.is_bypass else "down"
+        leaves["spectral"] = spectral.leaves | {name: outputs.spectral}
+    if kept is not None:
+        leaves["core"] = kept.leaves
     if core is not None:
         leaves["core"] |= {"down": {"kernel": stored(outputs.core, core.down_mask)}}
     if config.bias:
@@ -171,7 +181,7 @@ def fit_spectral(
         linear = full.outputs(units.spectral)
         moments = _moments_of(calibration.moments, linear.weight)
         factors, weight = _fit_up(branch, linear.weight, moments, sensitivity[units.spectral])
-        mapped.append(_with_mean_kept(linear, weight, calibration, config.bias))
+        mapped.append(_with_mean_kept(linear, weight, calibration.moments, config.bias))
         leaves[name] = factors | ({"bias": mapped[-1].bias} if config.bias else {})
     if config.polynomial is None:
         return config, Branch(leaves, _dense_features(dense, mapped), branch.width)
@@ -191,43 +201,46 @@ def fit_core(
     dense: DenseFFN,
     config: SparseFFNConfig,
     core: CoreConfig,
-    calibration: Calibration,
-    units: Units,
+    inputs: Moments | None,
+    units: Int[np.ndarray, " c"],
 ) -> Branch:
-    """Copies the core units' input weights from the dense FFN, or regresses them if masked."""
+    """Copies the core units' input weights from the dense FFN, or regresses them if masked.
+
+    Args:
+      dense: the dense FFN that the layer replaces.
+      config: configuration of the layer.
+      core: configuration of the core.
+      inputs: moments of the inputs, which a mask needs.
+      units: numbers of the units that the core keeps.
+    """
     leaves, maps = {}, []
     for name, full in zip(config.up_maps, dense.up_maps, strict=True):
-        linear = full.outputs(units.core)
-        weight = linear.weight
+        mapped = full.outputs(units)
         if (mask := core.up_mask) is not None:
-            moments = _moments_of(calibration.moments, weight)
-            weight = closed_form.masked_regression(moments, mask)
-        mapped = _with_mean_kept(linear, weight, calibration, config.bias)
+            assert inputs is not None
+            weight = closed_form.masked_regression(_moments_of(inputs, mapped.weight), mask)
+            mapped = _with_mean_kept(mapped, weight, inputs, config.bias)
         maps.append(mapped)
         bias = {"bias": mapped.bias} if config.bias else {}
-        leaves[name] = {"kernel": stored(weight, mask)} | bias
+        leaves[name] = {"kernel": stored(mapped.weight, mask)} | bias
     return Branch(leaves, _dense_features(dense, maps), core.width)
 
 
 def fit_outputs(
     config: SparseFFNConfig,
-    activations: LayerActivations,
+    moments: Moments,
     spectral: Branch | None,
     core: Branch | None,
 ) -> Outputs:
-    """Regresses the layer's outputs jointly on the hidden units of both branches.
+    """Regresses the layer's outputs jointly on what the branches give.
 
     Args:
       config: configuration of the layer.
-      activations: inputs of the layer, and the outputs that it should have.
+      moments: moments of the branches' features, the spectral branch's first, and the outputs that
+        the layer should have.
       spectral: the spectral branch; ``None`` if there is no such branch.
       core: the core; ``None`` if there is no core.
     """
-    branches = [part for part in (spectral, core) if part is not None]
-    moments = Moments.of(
-        ((_features(branches, x), target) for x, target in activations.chunks()),
-        centred=config.bias,
-    )
     ours = slice(0, 0 if spectral is None else spectral.width)
     cores = slice(ours.stop, None)
     weight = np.zeros((len(moments.xx), config.d_model))
@@ -293,6 +306,74 @@ def as_float32(x: Any) -> np.ndarray:
     return np.asarray(x, np.float32)
 
 
+def _bypass(config: SparseFFNConfig) -> Branch:
+    """Returns a bypass as a branch: the inputs themselves are its features."""
+    return Branch({}, lambda x: x, config.d_model)
+
+
+def _choose_features(
+    dense: DenseFFN, config: SparseFFNConfig, activations: LayerActivations
+) -> tuple[Branch | None, Branch | None, Moments]:
+    """Chooses the core's units, given what a bypass explains.
+
+    Returns:
+      The bypass and the core, each ``None`` where the layer has none, and the moments of what they
+      give.
+    """
+    core, branch = _core_of(config), config.spectral
+    bypass = None if branch is None else _bypass(config)
+    given = 0 if bypass is None else bypass.width
+
+    def features(x: Array) -> Array:
+        hidden = _hidden(dense, dense.up_maps, x) if core is not None else x[:, :0]
+        return jnp.concatenate([x[:, :given], hidden], axis=1)
+
+    moments = Moments.of(
+        ((features(x), target) for x, target in activations.chunks()), centred=config.bias
+    )
+    if core is None:
+        return bypass, None, moments
+    units = _units_beside(branch, moments, given, core.width)
+    kept = fit_core(dense, config, core, None, units)
+    return bypass, kept, moments.select(np.append(np.arange(given), given + units))
+
+
+def _units_beside(
+    branch: SpectralConfig | None, moments: Moments, given: int, kept: int
+) -> Int[np.ndarray, " k"]:
+    """Chooses the units that serve best beside a bypass of the first ``given`` features.
+
+    The bypass is first taken to be any linear map; it explains too much then. Its own form, fitted
+    beside the units chosen so, is what they are chosen by in the end.
+    """
+    inputs, hidden = slice(0, given), slice(given, None)
+    if len(moments.xx) - given == kept:
+        return np.arange(kept)
+    if branch is None:
+        return eliminate(moments, kept)
+    units = eliminate(moments.without(hidden, inputs), kept)
+    beside = moments.select(np.append(np.arange(given), given + units)).without(inputs, hidden)
+    factors, weight = _fit_down(branch, beside)
+    if branch.transform != "low_rank":
+        return eliminate(moments.residual(hidden, inputs, weight), kept)
+    components = moments.mapped(inputs, factors["axes"])
+    rank = slice(0, branch.rank)
+    return eliminate(components.without(slice(branch.rank, None), rank), kept)
+
+
+def _moments_of_branches(
+    config: SparseFFNConfig,
+    activations: LayerActivations,
+    spectral: Branch | None,
+    core: Branch | None,
+) -> Moments:
+    branches = [part for part in (spectral, core) if part is not None]
+    return Moments.of(
+        ((_features(branches, x), target) for x, target in activations.chunks()),
+        centred=config.bias,
+    )
+
+
 def _features(branches: Sequence[Branch], x: Float[Array, "c d"]) -> Float[Array, "c m"]:
     return jnp.concatenate([x[:, :0], *(branch.features(x) for branch in branches)], axis=1)
 
@@ -353,12 +434,12 @@ def _moments_of(inputs: Moments, weight: Float[np.ndarray, "i o"]) -> Moments:
 
 
 def _with_mean_kept(
-    linear: Linear, weight: Float[np.ndarray, "i o"], calibration: Calibration, has_bias: bool
+    linear: Linear, weight: Float[np.ndarray, "i o"], inputs: Moments, has_bias: bool
 ) -> Linear:
     """Returns the map with another weight, and with a bias that keeps the outputs' means."""
     if not has_bias:
         return Linear(weight, np.zeros(weight.shape[1]))
-    lost = calibration.moments.x_mean @ (linear.weight - weight)
+    lost = inputs.x_mean @ (linear.weight - weight)
     return Linear(weight, linear.bias + lost)
 
 

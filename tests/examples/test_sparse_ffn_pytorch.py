@@ -53,6 +53,10 @@ LAYERS = {
     "circulant, odd polynomial": SparseFFNConfig(
         D, 128, spectral=circulant(8), polynomial=SLOPE
     ),
+    "low rank bypass, core": SparseFFNConfig(
+        D, 128, spectral=SpectralConfig("low_rank", rank=5), micro=micro()
+    ),
+    "circulant bypass": SparseFFNConfig(D, 128, spectral=circulant(8, 0, 1, width=0)),
     "circulant without DC and Nyquist": SparseFFNConfig(
         D, 128, "gelu", spectral=circulant(8, 1, 3)
     ),

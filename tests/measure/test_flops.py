@@ -126,6 +126,7 @@ GRID = {
     "low rank and core": low_rank(
         8, width=64, micro=MicroRefinementConfig(CoreConfig(32)), polynomial=PolynomialConfig(4)
     ),
+    "low rank bypass": low_rank(8, width=0, micro=MicroRefinementConfig(CoreConfig(32))),
     "unstructured core 1/4": unstructured_core(0.25, "gather"),
     "unstructured core 1/2": unstructured_core(0.5, "rows"),
     "unstructured core 1/8": unstructured_core(0.125, "columns"),
@@ -163,10 +164,11 @@ def test_the_config_counts_the_programs_products(name):
         assert count.dot == pytest.approx(TOKENS * (parts["spectral"] + parts["micro"]), rel=0.02)
 
 
+@pytest.mark.parametrize("width", [0, M])
 @pytest.mark.parametrize("mask", [None, (True, True, False, False, True)])
-def test_the_config_counts_the_products_of_a_block_circulant_map(mask):
+def test_the_config_counts_the_products_of_a_block_circulant_map(mask, width):
     spectral = SpectralConfig(
-        "block_circulant", M, block_size=8, frequency_mask=mask, implementation="dft"
+        "block_circulant", width, block_size=8, frequency_mask=mask, implementation="dft"
     )
     config = SparseFFNConfig(D, M, spectral=spectral)
     for count, parts in zip(

@@ -92,6 +92,18 @@ CONFIGS = {
         gated=True,
         bias=False,
     ),
+    "low rank bypass": SparseFFNConfig(
+        *(D, M, "silu", SpectralConfig("low_rank", rank=3)),
+        micro=MicroRefinementConfig(CoreConfig(8)),
+        gated=True,
+        bias=False,
+    ),
+    "circulant bypass": SparseFFNConfig(
+        *(D, M),
+        spectral=dataclasses.replace(MASKED_CIRCULANT, width=0),
+        micro=MicroRefinementConfig(CoreConfig(8), CORRECTIONS),
+    ),
+    "bypass alone": SparseFFNConfig(D, M, spectral=SpectralConfig("block_circulant", block_size=4)),
     "gated all": dataclasses.replace(ALL, gated=True),
     "gated core": SparseFFNConfig(
         D,
@@ -148,8 +160,11 @@ def reference(config, params, x):
     y = np.zeros_like(x) + params.get("bias", 0.0)
     if config.spectral is not None:
         branch = params["spectral"]
-        units = hidden(polynomial if config.polynomial else phi, up(branch, spectral_map))
-        y = y + spectral_map(units, branch["down"])
+        if config.spectral.width:
+            units = hidden(polynomial if config.polynomial else phi, up(branch, spectral_map))
+            y = y + spectral_map(units, branch["down"])
+        else:
+            y = y + spectral_map(x, branch["bypass"])
     core = config.micro and config.micro.core
     if core:
         core = core.without_dead_units()
@@ -342,6 +357,9 @@ FORCED = pytest.mark.parametrize(
         ("structured core", None, "slice"),
         ("structured core", None, "masked"),
         ("core", None, None),
+        ("low rank bypass", "two_gemms", None),
+        ("low rank bypass", "merged", None),
+        *(("circulant bypass", plan, None) for plan in ("fft", "dft", "split", "dense")),
     ],
 )
 
@@ -467,6 +485,11 @@ HAND_COUNTED = {
         7 * 4 * 6 + 6 * 6 * 4 + 3 * 16 + 12 * 6,
     ),
     "gated low rank": (2 * 3 * (16 + 24) + 5 * (24 + 16), 3 * 16 * 8),
+    "low rank bypass": (3 * (12 + 12), 3 * 12 * 8),
+    # 2 x 2 blocks; 3 of 6 components.
+    "circulant bypass": (2 * 2 * (4 + 1) + (12 + 12) * 3, 2 * 12 * 8 + 3 * 16 + 12 * 6),
+    # b = 4: 3 x 3 blocks; 4 products for the complex frequency, 4 for DC and Nyquist together.
+    "bypass alone": (3 * 3 * (4 + 4) + (12 + 12) * 4, 0),
     "gated all": (
         # Gate and up share the transform of the inputs.
         3 * 2 * 4 * (4 + 1) + (12 + 2 * 24 + 24 + 12) * 3,
@@ -509,6 +532,9 @@ PARAMETERS = {
     "corrections": 12 * 3 + 3 * 24 + 24 + 24 * 5 + 5 * 12 + 12 + 3 * 16 + 12 * 6,
     "all": (2 * (2 * 4 * 3) + 24 + 3 * 4) + (7 * 4 * 6 + 6 * 6 * 4 + 24) + (3 * 16 + 12 * 6) + 12,
     "gated low rank": 2 * 3 * (16 + 24) + 5 * (24 + 16) + 3 * 4 + 3 * 16 * 8,
+    "low rank bypass": 2 * 3 * 12 + 3 * 12 * 8,
+    "circulant bypass": 2 * 2 * 3 + (2 * 12 * 8 + 8) + (3 * 16 + 12 * 6) + 12,
+    "bypass alone": 3 * 3 * 4 + 12,
     "gated all": 3 * (2 * 4 * 3)
     + 2 * 24
     + 3 * 4

@@ -65,6 +65,27 @@ PARTS = {
         ),
     ),
     "narrow": SparseFFNConfig(D, D_FF, micro=MicroRefinementConfig(CoreConfig(48))),
+    "core and bypass": SparseFFNConfig(
+        D,
+        D_FF,
+        spectral=SpectralConfig("low_rank", rank=8),
+        micro=MicroRefinementConfig(CoreConfig(48)),
+    ),
+    "gated core and circulant bypass": SparseFFNConfig(
+        D,
+        GATED_D_FF,
+        "silu",
+        SpectralConfig("block_circulant", block_size=4),
+        micro=MicroRefinementConfig(CoreConfig(24)),
+        gated=True,
+        bias=False,
+    ),
+    "masked core and bypass": SparseFFNConfig(
+        D,
+        D_FF,
+        spectral=SpectralConfig("low_rank", rank=8),
+        micro=MicroRefinementConfig(CoreConfig(64, checkered(D, 64, 16))),
+    ),
     "gated low rank and core": SparseFFNConfig(
         D,
         GATED_D_FF,
