@@ -31,10 +31,8 @@ PACKED = "packed"
 _DENSE = "dense"
 
 
-class _Branch(nn.Module):
-    """Base class of a branch with maps into its hidden units and a map out of them.
-
-    The maps are the submodules ``gate``, in a gated layer only, ``up`` and ``down``.
+class _Part(nn.Module):
+    """Base class of the parts that add up to a layer's output.
 
     Attributes:
       config: configuration of the whole layer.
@@ -45,6 +43,16 @@ class _Branch(nn.Module):
     config: SparseFFNConfig
     dtype: Dtype
     param_dtype: Dtype
+
+    def _packed(self) -> Packed:
+        return self.variables.get(PACKED, {})
+
+
+class _Branch(_Part):
+    """Base class of a branch with maps into its hidden units and a map out of them.
+
+    The maps are the submodules ``gate``, in a gated layer only, ``up`` and ``down``.
+    """
 
     def weights(self) -> HiddenMaps:
         """Returns the weights of all maps in ``dtype``."""
@@ -57,12 +65,9 @@ class _Branch(nn.Module):
         biases = [getattr(self, name).bias for name in self.config.up_maps]
         return tuple(promote_dtype(*biases, dtype=self.dtype))
 
-    def _packed(self) -> Packed:
-        return self.variables.get(PACKED, {})
 
-
-class SpectralBranch(_Branch):
-    """The spectral branch and its polynomial: ``down(poly(up(x) + bias))``."""
+class _Spectral(_Part):
+    """Base class of the spectral branch, with or without hidden units."""
 
     @property
     def branch(self) -> SpectralConfig:
@@ -74,6 +79,10 @@ class SpectralBranch(_Branch):
     def blocks(self) -> block_circulant.Blocks:
         """Block size and kept frequencies of the branch's block-circulant maps."""
         return block_circulant.Blocks(self.branch.block_size, self.branch.frequencies)
+
+
+class SpectralBranch(_Spectral, _Branch):
+    """The spectral branch and its polynomial: ``down(poly(up(x) + bias))``."""
 
     def setup(self):
         config, branch = self.config, self.branch
@@ -128,29 +137,8 @@ class SpectralBranch(_Branch):
         )
 
 
-class Bypass(nn.Module):
-    """The spectral branch without hidden units: one linear map of the layer's inputs.
-
-    Attributes:
-      config: configuration of the whole layer.
-      dtype: dtype of the computation.
-      param_dtype: dtype of the parameters.
-    """
-
-    config: SparseFFNConfig
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @property
-    def branch(self) -> SpectralConfig:
-        """The part of the configuration that describes this branch."""
-        assert self.config.spectral is not None
-        return self.config.spectral
-
-    @property
-    def blocks(self) -> block_circulant.Blocks:
-        """Block size and kept frequencies of a block-circulant map."""
-        return block_circulant.Blocks(self.branch.block_size, self.branch.frequencies)
+class Bypass(_Spectral):
+    """The spectral branch without hidden units: one linear map of the layer's inputs."""
 
     def setup(self):
         sides = (self.config.d_model, self.config.d_model)
@@ -161,10 +149,7 @@ class Bypass(nn.Module):
             self.bypass = CirculantMap(*sides, blocks=self.blocks, **dtypes)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        settings: Any = {
-            "implementation": self.branch.implementation,
-            "packed": self.variables.get(PACKED, {}),
-        }
+        settings: Any = {"implementation": self.branch.implementation, "packed": self._packed()}
         with jax.named_scope("spectral_bypass"):
             weights: Any = self.bypass.weights()
             if self.branch.transform == "low_rank":
