@@ -77,10 +77,10 @@ def _ffn(spec: Any, kind: str, flops: float, rank: int) -> sf.SparseFFNConfig:
     config = size_model(spec, flops)
     if kind == "default":
         return config
-    units = flops * spec.d_ff
-    bypass = sf.SpectralConfig("low_rank", rank=rank) if kind == "bypass" else None
-    if bypass is not None:
-        # A component of the bypass costs two maps' rows, a unit two or, gated, three.
+    units, bypass = flops * spec.d_ff, None
+    if kind == "bypass":
+        bypass = sf.SpectralConfig("low_rank", rank=rank)
+        # A component costs two vectors of d_model weights, a unit two or, gated, three.
         units -= 2 * rank / (len(config.up_maps) + 1)
     core = sf.MicroRefinementConfig(sf.CoreConfig(int(units) // 16 * 16))
     return dataclasses.replace(config, spectral=bypass, polynomial=None, micro=core)

@@ -115,7 +115,8 @@ def training_flops_per_token(config: SparseFFNConfig) -> dict[str, int]:
         return training
     filters, transforms = _circulant_multiply_adds(config, branch)
     if branch.is_bypass:
-        # Computed again is the transform of the inputs, half of the transforms.
+        # The transforms have no gradient of their own; that of the inputs, which is half of them,
+        # is computed again.
         training["spectral"] -= transforms
         return training
     # The transforms have no gradient of their own. Computed again are the maps into the hidden

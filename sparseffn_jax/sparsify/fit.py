@@ -122,10 +122,9 @@ def fit_layer(
     if spectral is not None:
         name = "bypass" if branch is not None and branch.is_bypass else "down"
         leaves["spectral"] = spectral.leaves | {name: outputs.spectral}
-    if kept is not None:
-        leaves["core"] = kept.leaves
-    if core is not None:
-        leaves["core"] |= {"down": {"kernel": stored(outputs.core, core.down_mask)}}
+    if kept is not None and core is not None:
+        down_kernel = stored(outputs.core, core.down_mask)
+        leaves["core"] = kept.leaves | {"down": {"kernel": down_kernel}}
     if config.bias:
         leaves["bias"] = outputs.bias
     masks = config.micro.corrections if config.micro is not None else ()
