@@ -21,11 +21,17 @@ WINDOW, VOCAB_SIZE, WIDTH = 16, 97, 32
 
 
 def tiny_model() -> tuple[sf.GPT2LMHeadModel, dict[str, Any]]:
-    """Returns a GPT-2 of one sparse layer, and parameters for it."""
+    """Returns a GPT-2 of one sparse layer with all three parts, and parameters for it."""
     config = GPT2Config(
         vocab_size=VOCAB_SIZE, n_positions=WINDOW, n_embd=WIDTH, n_layer=1, n_head=2
     )
-    ffn = sf.size_ffn(WIDTH, 4 * WIDTH, 0.5)
+    ffn = sf.SparseFFNConfig(
+        WIDTH,
+        4 * WIDTH,
+        spectral=sf.SpectralConfig("low_rank", width=2 * WIDTH, rank=4),
+        polynomial=sf.PolynomialConfig(degree=4),
+        micro=sf.MicroRefinementConfig(sf.CoreConfig(WIDTH)),
+    )
     model = sf.GPT2LMHeadModel(config, (ffn,))
     ids = jnp.zeros((1, WINDOW), jnp.int32)
     return model, jax.jit(model.init)(jax.random.key(0), ids)["params"]

@@ -2,9 +2,8 @@
 
 python campaigns/conversion.py MODEL TEXT --flops 0.4 0.6 0.8 --repair 0 0.5
 
-A narrow FFN keeps a share of the hidden units and nothing else; it is what the default, which
-spends a part of the operations on a spectral branch, has to beat. With a bypass, a low-rank map
-from inputs to outputs takes the place of some of the units.
+A narrow FFN keeps a share of the hidden units and nothing else. It is what the default has to beat,
+in which a low-rank bypass takes the place of some of the units.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.progress import stage
 from sparseffn_jax.sparsify.sizing import size_model
 
-_KINDS = ("default", "narrow", "bypass")
+_KINDS = ("default", "narrow")
 
 
 def main() -> None:
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("text", help="a text file; its validation part is kept for the loss")
     parser.add_argument("--flops", type=float, nargs="+", default=[0.4, 0.6, 0.8])
     parser.add_argument("--ffn", nargs="+", choices=_KINDS, default=["default"])
-    parser.add_argument("--rank", type=int, help="of the bypass; default a quarter of d_model")
     parser.add_argument("--repair", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--window", type=int, default=512)
@@ -55,7 +53,7 @@ def main() -> None:
     rows = {"dense, nats a token": f"{dense_loss:.4f}"}
     for kind in arguments.ffn:
         for flops in arguments.flops:
-            ffn = _ffn(dense.spec, kind, flops, arguments.rank or dense.spec.d_model // 64 * 16)
+            ffn = _ffn(dense.spec, kind, flops)
             for repair in arguments.repair:
                 name = f"{kind} {flops_ratio(ffn):.3f}, repair {repair}"
                 with stage(name, console):
@@ -73,17 +71,12 @@ def main() -> None:
     campaign.finish("Loss over dense after conversion", rows, [], arguments.out, settings)
 
 
-def _ffn(spec: Any, kind: str, flops: float, rank: int) -> sf.SparseFFNConfig:
+def _ffn(spec: Any, kind: str, flops: float) -> sf.SparseFFNConfig:
     config = size_model(spec, flops)
     if kind == "default":
         return config
-    units, bypass = flops * spec.d_ff, None
-    if kind == "bypass":
-        bypass = sf.SpectralConfig("low_rank", rank=rank)
-        # A component costs two vectors of d_model weights, a unit two or, gated, three.
-        units -= 2 * rank / (len(config.up_maps) + 1)
-    core = sf.MicroRefinementConfig(sf.CoreConfig(int(units) // 16 * 16))
-    return dataclasses.replace(config, spectral=bypass, polynomial=None, micro=core)
+    core = sf.MicroRefinementConfig(sf.CoreConfig(int(flops * spec.d_ff) // 16 * 16))
+    return dataclasses.replace(config, spectral=None, micro=core)
 
 
 if __name__ == "__main__":

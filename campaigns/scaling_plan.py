@@ -13,7 +13,7 @@ from communication import MODELS, Plan, step_bytes
 from rich.console import Console
 from rich.table import Table
 
-from sparseffn_jax import size_ffn
+from sparseffn_jax import flops_ratio, size_ffn
 from sparseffn_jax.measure.records import write_json
 
 TENSOR = 8  # The GPUs of one node, which NVLink joins.
@@ -37,7 +37,10 @@ def main() -> None:
         table.add_column(column, justify="left" if column in ("model", "strategy") else "right")
     rows = []
     for name, size in MODELS.items():
-        ratio = ffn_parameter_ratio(size.d_model, size.ffn // size.layers, arguments.flops)
+        # Every weight is used once a token, so that the shares of weights and of FLOPs are equal. A
+        # gated FFN of three matrices counts as the one of two with as many parameters.
+        d_ff = size.ffn // size.layers // (2 * size.d_model)
+        ratio = flops_ratio(size_ffn(size.d_model, d_ff, arguments.flops))
         for gpus in (8, 64, 1024):
             plans = {
                 "data": Plan(data=gpus),
@@ -67,25 +70,6 @@ def main() -> None:
     Console().print(table)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out, {"tokens": arguments.tokens, "rows": rows})
-
-
-def ffn_parameter_ratio(d_model: int, ffn_parameters: int, flops: float) -> float:
-    """Returns the parameters of a SparseFFN of a FLOPs ratio over those of the dense FFN.
-
-    A gated FFN of three matrices counts as the one of two matrices with as many parameters.
-
-    Args:
-      d_model: number of channels in and out.
-      ffn_parameters: number of parameters of the dense FFN of one layer.
-      flops: FLOPs of the SparseFFN over those of the dense FFN.
-    """
-    config = size_ffn(d_model, ffn_parameters // (2 * d_model), flops)
-    spectral, micro = config.spectral, config.micro
-    assert spectral is not None
-    assert micro is not None
-    assert micro.core is not None
-    count = 2 * spectral.rank * (d_model + spectral.width) + 2 * d_model * micro.core.width
-    return count / ffn_parameters
 
 
 if __name__ == "__main__":

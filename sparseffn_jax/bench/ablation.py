@@ -1,14 +1,13 @@
 """A plain start for a layer, against which the demo shows what the closed forms are worth."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.sparsify import closed_form
-from sparseffn_jax.sparsify.dense import DenseFFN, Linear
+from sparseffn_jax.sparsify.dense import DenseFFN
+from sparseffn_jax.sparsify.fit import as_float32, fit_core
 from sparseffn_jax.sparsify.selection import choose_units, score_units
 from sparseffn_jax.sparsify.streams import LayerActivations
 
@@ -18,46 +17,29 @@ def select_layer(
 ) -> tuple[SparseFFNConfig, dict[str, Any]]:
     """Starts a layer plainly, to show what the closed forms are worth: no weight is refitted.
 
-    The most important units stay as they are, the others' weights are cut to their largest singular
-    values, and the polynomial is fitted to the activation itself.
+    The most important units, each judged by itself, stay as they are, and the bypass gives nothing.
 
     Args:
       dense: the FFN to stand in for.
-      config: configuration of a layer with an unmasked core, a low-rank branch and a polynomial.
+      config: configuration of a layer of an unmasked core, alone or beside a low-rank bypass.
       activations: inputs of the FFN on calibration text.
 
     Returns:
-      The configuration with the polynomial's fitted radius, and float32 parameters.
+      The configuration as it was given, and float32 parameters.
 
     Raises:
-      ValueError: if the layer lacks one of the three parts.
+      ValueError: if the layer has other parts.
     """
-    branch, core = config.spectral, config.micro and config.micro.core
-    if branch is None or core is None or config.polynomial is None:
-        raise ValueError("plain selection is for layers with all three parts")
+    bypass, core = config.spectral, config.micro and config.micro.core
+    if core is None or config.polynomial is not None or (bypass and not bypass.is_bypass):
+        raise ValueError("plain selection is for a core, alone or beside a bypass")
     scores = score_units(dense, activations, centred=config.bias)
-    units = choose_units(scores, core.width, branch.width)
-
-    def biased(weights: dict[str, Any], linear: Linear) -> dict[str, Any]:
-        return weights | ({"bias": linear.bias} if config.bias else {})
-
-    leaves = biased({"core": {}, "spectral": {}}, dense.down)
-    us, x = [], activations.sample(4096)[0]
-    for name, full in zip(config.up_maps, dense.up_maps, strict=True):
-        kept, thinned = full.outputs(units.core), full.outputs(units.spectral)
-        leaves["core"][name] = biased({"kernel": kept.weight}, kept)
-        axes, filter = closed_form.truncated_svd(thinned.weight, branch.rank)
-        leaves["spectral"][name] = biased({"axes": axes, "filter": filter}, thinned)
-        us.append(np.asarray(dataclasses.replace(thinned, weight=axes @ filter)(x)))
-    weights = np.linalg.norm(dense.down.weight[units.spectral], axis=1) ** 2
-    fitted, coefficients = closed_form.fit_polynomial(
-        config.polynomial, us, np.asarray(dense.hidden(us)[0]), weights
-    )
-    leaves["spectral"]["polynomial"] = coefficients
-    axes, filter = closed_form.truncated_svd(
-        dense.down.weight[units.spectral], branch.down_rank or branch.rank
-    )
-    leaves["spectral"]["down"] = {"axes": axes, "filter": filter}
-    leaves["core"]["down"] = {"kernel": dense.down.weight[units.core]}
-    config = dataclasses.replace(config, polynomial=fitted)
-    return config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), leaves)
+    units = choose_units(scores, core.width, 0).core
+    kept = fit_core(dense, config, core, None, units)
+    leaves: dict[str, Any] = {"core": kept.leaves | {"down": {"kernel": dense.down.weight[units]}}}
+    if bypass is not None:
+        zeros = np.zeros((config.d_model, bypass.rank))
+        leaves["spectral"] = {"bypass": {"axes": zeros, "filter": zeros.T}}
+    if config.bias:
+        leaves["bias"] = dense.down.bias
+    return config, jax.tree.map(as_float32, leaves)

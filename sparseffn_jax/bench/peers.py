@@ -33,7 +33,7 @@ from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.distill import distill_layer
 from sparseffn_jax.sparsify.fit import fit_layer
 from sparseffn_jax.sparsify.layers import convert_layers
-from sparseffn_jax.sparsify.sizing import affordable_rank, size_model
+from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.sparsify.streams import LayerActivations
 
 Params = dict[str, Any]
@@ -240,7 +240,7 @@ def mixed(
     core = int(core_share * flops_ratio * d_ff) // 16 * 16
     width = d_ff - core
     left = d_model * (flops_ratio * d_ff - core)
-    rank = affordable_rank(d_model, width, spec.gated, polynomial, left)
+    rank = _affordable_rank(d_model, width, spec.gated, polynomial, left)
     return _sparse_ffn(
         spec,
         spectral=SpectralConfig("low_rank", width, _at_least_one(rank, flops_ratio)),
@@ -349,6 +349,30 @@ def place_blocks(
         masks[name] = _balanced_mask(scores, int(np.array(mask.blocks)[:, 0].sum()), bi)
     core = dataclasses.replace(core, **masks)
     return dataclasses.replace(config, micro=MicroRefinementConfig(core))
+
+
+def _affordable_rank(
+    d_model: int,
+    width: int,
+    gated: bool,
+    polynomial: PolynomialConfig | None,
+    weights: float,
+) -> int:
+    """Returns the largest rank of a low-rank branch that a budget pays for, or 0.
+
+    Args:
+      d_model: number of channels in and out.
+      width: number of hidden units of the branch.
+      gated: whether the layer is gated.
+      polynomial: the branch's activation; ``None`` costs nothing.
+      weights: the budget, as a number of entries of one dense ``(d_model, hidden)`` map.
+    """
+    each = costs.dense_flops(1, 1, gated)
+    left = each * weights
+    if polynomial is not None:
+        left -= 3 * polynomial.degrees[-1] * width
+    rank = int(left / (each * (d_model + width))) if width else 0
+    return max(0, min(rank, d_model, width))
 
 
 def _sparse_ffn(spec: DecoderSpec, **parts: Any) -> SparseFFNConfig:

@@ -104,7 +104,7 @@ def sparsify(
       >>> ffn = sf.size_ffn(d_model=32, d_ff=128, flops_ratio=0.5)
       >>> sparse, params = sf.sparsify(dense, params, ffn, text, distill_steps=0)
       >>> sparse.ffns[0].micro.core.width
-      48
+      56
       >>> jax.jit(sparse.apply)({"params": params}, ids).shape
       (2, 8, 97)
     """

@@ -3,18 +3,19 @@
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
-    PolynomialConfig,
     SparseFFNConfig,
     SpectralConfig,
 )
 from sparseffn_jax.measure.costs import dense_flops
 from sparseffn_jax.models.spec import DecoderSpec
 
-# Found by search on a small trained GPT-2 at measured speed-ups of 1.5 to 8: the core's share of
-# the budget, and the spectral branch's share of the hidden units over the root of the ratio. More
-# for the branch costs no loss at equal FLOPs, but more time.
-_CORE_SHARE = 0.9
-_SPECTRAL_SHARE = 0.3
+# Found by search on SmolLM2-135M and on the embedded GPT-2, at FLOPs ratios of 0.1 to 0.8. The more
+# units leave, the more of what they did is linear in the inputs: the best rank over d_model grows
+# with the share of the FLOPs that is saved. Below a tenth a bypass does not earn the units that it
+# costs, and in the smallest layers units must remain.
+_RANK_SHARE = 0.4
+_LEAST_RANK_SHARE = 0.1
+_BYPASS_SHARE = 0.6
 
 
 def size_ffn(
@@ -28,8 +29,9 @@ def size_ffn(
 ) -> SparseFFNConfig:
     """Returns the configuration of a layer that replaces a dense FFN within a budget of FLOPs.
 
-    Nine tenths of the budget go to the core, which keeps hidden units as they are. The most
-    important of the other units share a low-rank branch with a quartic polynomial.
+    A core keeps hidden units as they are. Beside it, unless more than three quarters of the FLOPs
+    remain, a low-rank bypass leads from the inputs to the outputs and makes up for what the lost
+    units did in common.
 
     Args:
       d_model: number of channels in and out.
@@ -41,41 +43,35 @@ def size_ffn(
       bias: whether the dense FFN has biases.
 
     Raises:
-      ValueError: if the ratio is out of range or leaves no room for a component.
+      ValueError: if the ratio is out of range or leaves no hidden unit.
 
     Example:
       >>> import sparseffn_jax as sf
       >>> config = sf.size_ffn(768, 3072, 0.4)
-      >>> config.micro.core.width, config.spectral.width, config.spectral.rank
-      (1104, 576, 70)
+      >>> config.micro.core.width, config.spectral.rank
+      (1040, 176)
     """
     if not 0.0 < flops_ratio <= 1.0:
         raise ValueError(f"flops_ratio={flops_ratio} must lie above 0 and not above 1")
-    if flops_ratio == 1.0:
-        whole = MicroRefinementConfig(CoreConfig(d_ff))
-        return SparseFFNConfig(d_model, d_ff, activation, micro=whole, gated=gated, bias=bias)
-    width = _multiple(_SPECTRAL_SHARE * flops_ratio**0.5 * d_ff)
-    polynomial = PolynomialConfig(degree=4)
-    # Operations of one unit in the core for each channel, and of one component in the branch.
-    each = dense_flops(1, 1, gated)
-    # As many units of the core as the branch costs with one component.
-    least = (each * (d_model + width) + 3 * polynomial.degree * width) / (each * d_model)
     units = flops_ratio * d_ff
-    core = _multiple(max(0.0, min(_CORE_SHARE * units, units - least)))
-    width = min(d_ff - core, width)
-    rank = affordable_rank(d_model, width, gated, polynomial, d_model * (units - core))
-    if rank < 1:
+    if units < 1.0:
         raise ValueError(
-            f"flops_ratio={flops_ratio} leaves no component for d_model={d_model} and "
-            f"d_ff={d_ff}: give a larger one"
+            f"flops_ratio={flops_ratio} leaves no hidden unit of d_ff={d_ff}: give at least "
+            f"{1.0 / d_ff:.3g}"
         )
+    bypass, share = None, _RANK_SHARE * (1.0 - flops_ratio)
+    # Two vectors of d_model weights make a component; two make a hidden unit too, or three.
+    component = dense_flops(1, 1, gated=False) / dense_flops(1, 1, gated)
+    rank = _multiple(min(share * d_model, _BYPASS_SHARE * units / component))
+    if share >= _LEAST_RANK_SHARE and rank and units - rank * component >= 1.0:
+        bypass = SpectralConfig("low_rank", rank=rank)
+        units -= rank * component
     return SparseFFNConfig(
         d_model,
         d_ff,
         activation,
-        spectral=SpectralConfig("low_rank", width, rank),
-        polynomial=polynomial,
-        micro=MicroRefinementConfig(CoreConfig(core)),
+        spectral=bypass,
+        micro=MicroRefinementConfig(CoreConfig(d_ff if flops_ratio == 1.0 else _multiple(units))),
         gated=gated,
         bias=bias,
     )
@@ -89,7 +85,7 @@ def size_model(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
       flops_ratio: floating-point operations of a layer over those of the dense FFN.
 
     Raises:
-      ValueError: if the ratio is out of range or leaves no room for a component.
+      ValueError: if the ratio is out of range or leaves no hidden unit.
     """
     return size_ffn(
         spec.d_model,
@@ -101,30 +97,7 @@ def size_model(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
     )
 
 
-def affordable_rank(
-    d_model: int,
-    width: int,
-    gated: bool,
-    polynomial: PolynomialConfig | None,
-    weights: float,
-) -> int:
-    """Returns the largest rank of a low-rank branch that a budget pays for, or 0.
-
-    Args:
-      d_model: number of channels in and out.
-      width: number of hidden units of the branch.
-      gated: whether the layer is gated.
-      polynomial: the branch's activation; ``None`` costs nothing.
-      weights: the budget, as a number of entries of one dense ``(d_model, hidden)`` map.
-    """
-    each = dense_flops(1, 1, gated)
-    left = each * weights
-    if polynomial is not None:
-        left -= 3 * polynomial.degrees[-1] * width
-    rank = int(left / (each * (d_model + width))) if width else 0
-    return max(0, min(rank, d_model, width))
-
-
-def _multiple(value: float, of: int = 16) -> int:
-    """Rounds down to a multiple, with which GEMMs are fast; a value below it is truncated."""
-    return int(value) // of * of or max(1, int(value))
+def _multiple(value: float) -> int:
+    """Rounds down to a multiple of 16, with which GEMMs are fast, or of less in a small layer."""
+    step = next(step for step in (16, 8, 4, 2, 1) if value >= 4 * step or step == 1)
+    return int(value) // step * step

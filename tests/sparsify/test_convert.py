@@ -187,7 +187,7 @@ def test_each_stage_is_better(dense, gated, tokens, name):
     dense, config = gated if PARTS[name].gated else dense, PARTS[name]
     train, held_out = tokens[:192], tokens[192:]
     stages = [(fit_layer, 0), (fit_layer, 150)]
-    if name == "low rank and core":
+    if name in ("narrow", "core and bypass"):
         stages.insert(0, (select_layer, 0))
     errors = [
         ffn_error(dense, sparsify(*dense, config, train, fit=fit, distill_steps=steps), held_out)

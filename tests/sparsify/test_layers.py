@@ -12,7 +12,13 @@ from jax.sharding import PartitionSpec as P
 from tiny_models import make_model
 
 from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
-from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig
+from sparseffn_jax.config import (
+    CoreConfig,
+    MicroRefinementConfig,
+    PolynomialConfig,
+    SparseFFNConfig,
+    SpectralConfig,
+)
 from sparseffn_jax.models.decoder import layers_of
 from sparseffn_jax.models.families import FAMILIES
 from sparseffn_jax.sparsify.convert import sparsify
@@ -31,6 +37,11 @@ def curved(model_and_params):
     """A model whose FFNs matter; freshly drawn ones are nearly linear."""
     model, params = model_and_params
     return model, jax.tree.map(lambda x: x * (6.0 if x.ndim == 2 else 1.0), params)
+
+
+def all_parts(model):
+    branch = SpectralConfig("low_rank", width=model.spec.d_ff // 2, rank=4)
+    return dataclasses.replace(narrow(model, 0.4), spectral=branch, polynomial=PolynomialConfig(4))
 
 
 def narrow(model, share=0.5):
@@ -241,7 +252,7 @@ def test_configs_hold_what_a_layer_was_fitted_with(tmp_path):
     """A polynomial's radius is found by the fit, and kept with the layer."""
     model, params = curved(make_model("gpt2"))
     tokens = tokens_for(model)
-    config = dataclasses.replace(size_model(model.spec, 0.6))
+    config = all_parts(model)
     folder = tmp_path / "partial"
     first = sparsify(model, params, config, tokens, distill_steps=0, work_dir=folder)
     again = sparsify(model, params, config, tokens, distill_steps=0, work_dir=folder)

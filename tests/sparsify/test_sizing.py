@@ -1,0 +1,52 @@
+"""Sizes of the layers that a budget of FLOPs gives."""
+
+import pytest
+
+from sparseffn_jax.measure.costs import flops_ratio
+from sparseffn_jax.sparsify.sizing import size_ffn
+
+MODELS = {
+    "gpt2": (768, 3072, False),
+    "smollm2": (576, 1536, True),
+    "llama-7b": (4096, 11008, True),
+    "mistral-7b": (4096, 14336, True),
+}
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.2, 0.4, 0.6, 0.75, 0.8, 0.95])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_uses_its_budget_and_no_more(name, ratio):
+    d_model, d_ff, gated = MODELS[name]
+    config = size_ffn(d_model, d_ff, ratio, gated=gated, bias=not gated)
+    assert 0.92 * ratio < flops_ratio(config) <= ratio
+    assert config.micro.core.width % 16 == 0
+    assert (config.spectral is None) == (ratio > 0.75)
+    if config.spectral is not None:
+        assert config.spectral.is_bypass
+        assert config.spectral.rank % 8 == 0
+
+
+def test_a_bypass_grows_with_what_is_saved():
+    ranks = [size_ffn(4096, 11008, ratio).spectral.rank for ratio in (0.7, 0.6, 0.4, 0.2)]
+    assert ranks == sorted(set(ranks))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_no_budget_is_exceeded_by_a_small_layer(gated):
+    for d_ff in range(8, 40):
+        for ratio in (0.15, 0.3, 0.5, 0.7, 0.9):
+            config = size_ffn(8, d_ff, ratio, gated=gated)
+            assert flops_ratio(config) <= ratio
+            assert config.micro.core.width >= 1
+
+
+def test_all_flops_buy_the_dense_ffn():
+    config = size_ffn(8, 40, 1.0)
+    assert config.spectral is None
+    assert config.micro.core.width == 40
+
+
+@pytest.mark.parametrize(("ratio", "message"), [(0.0, "above 0"), (1.5, "1.5"), (0.02, "0.025")])
+def test_a_budget_out_of_range_is_refused(ratio, message):
+    with pytest.raises(ValueError, match=message):
+        size_ffn(8, 40, ratio)
