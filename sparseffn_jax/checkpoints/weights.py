@@ -77,7 +77,7 @@ def open_weights(folder: Path) -> Weights:
     Raises:
       CheckpointError: if there are none, or a file is damaged.
     """
-    for name, read in ((SAFETENSORS, _open_safetensors), (MSGPACK, _open_msgpack)):
+    for name, read in ((SAFETENSORS, open_file), (MSGPACK, _open_msgpack)):
         file, index = folder / name, folder / f"{name}.index.json"
         if file.is_file():
             return Weights(str(file), read(file))
@@ -94,6 +94,23 @@ def open_weights(folder: Path) -> Weights:
         "Convert it once, with PyTorch: transformers.AutoModelForCausalLM.from_pretrained(folder)"
         ".save_pretrained(folder, safe_serialization=True)"
     )
+
+
+def open_file(file: Path) -> dict[str, Tensor]:
+    """Opens one safetensors file, whose tensors are read on demand.
+
+    Raises:
+      CheckpointError: if it is damaged.
+    """
+    handle = open_safetensors(file)
+    tensors = {}
+    for name in handle.keys():  # noqa: SIM118 (the handle itself cannot be iterated)
+        header = handle.get_slice(name)
+        read = functools.partial(_read_finite, name, str(file), _read_tensor(name), file)
+        code = str(header.get_dtype())
+        dtype = _DTYPES_BY_CODE.get(code, code)
+        tensors[name] = Tensor(str(file), tuple(header.get_shape()), dtype, read)
+    return tensors
 
 
 def in_memory(params: Mapping[str, Any]) -> Weights:
@@ -196,18 +213,6 @@ def _open_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> Weig
     files = (open_shard(shard, names) for shard, names in shards.items())
     tensors = {name: tensor for shard in files for name, tensor in shard.items()}
     return Weights(str(index), tensors)
-
-
-def _open_safetensors(file: Path) -> dict[str, Tensor]:
-    handle = open_safetensors(file)
-    tensors = {}
-    for name in handle.keys():  # noqa: SIM118 (the handle itself cannot be iterated)
-        header = handle.get_slice(name)
-        read = functools.partial(_read_finite, name, str(file), _read_tensor(name), file)
-        code = str(header.get_dtype())
-        dtype = _DTYPES_BY_CODE.get(code, code)
-        tensors[name] = Tensor(str(file), tuple(header.get_shape()), dtype, read)
-    return tensors
 
 
 def _read_tensor(name: str) -> Callable[[Path], np.ndarray]:

@@ -1,5 +1,7 @@
 """Memory of compiled programs, what a device has left, and whether the one fits the other."""
 
+import contextlib
+import ctypes
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +84,16 @@ def free_bytes(device: Any = None) -> int | None:
 def free_host_bytes() -> int:
     """Returns how many bytes of memory the machine can give without swapping."""
     return psutil.virtual_memory().available
+
+
+def trim_heap() -> None:
+    """Gives freed host memory back to the operating system, where the C library is glibc.
+
+    glibc keeps freed blocks of up to 32 MiB for later; between two stages that need blocks of
+    different sizes this can be as much as the stages themselves need.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_fits(compiled: Any, what: str, remedies: str) -> None:

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Array, Float, Int
 
 from sparseffn_jax.config import PolynomialConfig
+from sparseffn_jax.measure.memory import trim_heap
 from sparseffn_jax.ops import polynomial
 from sparseffn_jax.ops.fourier import complex_frequencies, dft_basis
 from sparseffn_jax.ops.masks import BlockMask
@@ -63,50 +65,54 @@ class Moments:
                 # The means of one chunk are near those of all: sums of squares around them lose no
                 # digits to a large mean.
                 shifts = [jnp.mean(part, 0) * centred for part in (x, y)]
-                totals = [0.0] * 4
             sums = _sums(x, y, *shifts)
-            totals = [
-                total + np.asarray(part, np.float64)
-                for total, part in zip(totals, sums, strict=True)
-            ]
+            totals = totals or [np.zeros(part.shape) for part in sums]
+            for total, part in zip(totals, sums, strict=True):
+                total += np.asarray(part)
             n += len(x)
+            # They are as large as the totals, and the next ones need not find them in memory.
+            del sums, part
         assert shifts is not None
-        xx, xy, x_sum, y_sum = (total / n for total in totals)
+        trim_heap()
+        for total in totals:
+            total /= n
+        xx, xy, x_sum, y_sum = totals
         if not centred:
             return cls(xx, xy, np.zeros(len(xx)), np.zeros(xy.shape[1]))
         x_shift, y_shift = (np.asarray(shift, np.float64) for shift in shifts)
-        xx -= np.outer(x_sum, x_sum)
-        xy -= np.outer(x_sum, y_sum)
+        for i, mean in enumerate(x_sum):
+            xx[i] -= mean * x_sum
+            xy[i] -= mean * y_sum
         return cls(xx, xy, x_shift + x_sum, y_shift + y_sum)
 
     def select(self, rows: Int[np.ndarray, " k"]) -> "Moments":
         """Returns the moments of some features, in the order of ``rows``."""
         return Moments(self.xx[np.ix_(rows, rows)], self.xy[rows], self.x_mean[rows], self.y_mean)
 
-    def mapped(self, i: slice, weight: Float[np.ndarray, "i k"]) -> "Moments":
-        """Returns the moments with the first features, ``i``, mapped to k others by a matrix."""
-        rest = slice(i.stop, None)
-        across = weight.T @ self.xx[i, rest]
-        xx = np.block(
-            [[weight.T @ self.xx[i, i] @ weight, across], [across.T, self.xx[rest, rest]]]
-        )
-        xy = np.concatenate([weight.T @ self.xy[i], self.xy[rest]])
-        return Moments(xx, xy, np.append(self.x_mean[i] @ weight, self.x_mean[rest]), self.y_mean)
-
-    def without(self, i: slice, given: slice) -> "Moments":
+    def without(
+        self, i: slice, given: slice, axes: Float[np.ndarray, "g k"] | None = None
+    ) -> "Moments":
         """Returns the moments of features ``i`` after regressing out the features ``given``.
 
         By the theorem of Frisch, Waugh and Lovell, a fit of ``i`` to these moments, in any form
         that is linear in its weights, equals a joint fit of ``i`` and of ``given`` with
         unrestricted weights.
+
+        Args:
+          i: the features that stay.
+          given: the features that are regressed out.
+          axes: if given, what is regressed out are only the k components ``given @ axes``.
         """
-        explained = ridge_solve(
-            self.xx[given, given], np.hstack([self.xx[given, i], self.xy[given]])
+        inner, across, xy = self.xx[given, given], self.xx[given, i], self.xy[given]
+        if axes is not None:
+            inner, across, xy = axes.T @ inner @ axes, axes.T @ across, axes.T @ xy
+        explained = ridge_solve(inner, np.hstack([across, xy]))
+        width = across.shape[1]
+        xx = across.T @ explained[:, :width]
+        np.subtract(self.xx[i, i], xx, out=xx)
+        return Moments(
+            xx, self.xy[i] - across.T @ explained[:, width:], self.x_mean[i], self.y_mean
         )
-        width = self.xx[i, i].shape[0]
-        xx = self.xx[i, i] - self.xx[i, given] @ explained[:, :width]
-        xy = self.xy[i] - self.xx[i, given] @ explained[:, width:]
-        return Moments((xx + xx.T) / 2, xy, self.x_mean[i], self.y_mean)
 
     def residual(self, i: slice, given: slice, weight: Float[np.ndarray, "g o"]) -> "Moments":
         """Returns the moments of features ``i`` and of the error of ``given @ weight`` on Y."""
@@ -126,8 +132,25 @@ def ridge_solve(
     xx: Float[np.ndarray, "i i"], xy: Float[np.ndarray, "i o"], ridge: float = RIDGE
 ) -> Float[np.ndarray, "i o"]:
     """Returns ``(xx + ridge * mean(diag(xx)) I)^-1 xy`` for a real or complex Hermitian ``xx``."""
+    try:
+        factor = scipy.linalg.cho_factor(_ridged(xx, ridge), overwrite_a=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        # Sums in float32 of activations that differ much in size are not always definite.
+        return np.linalg.solve(_ridged(xx, ridge), xy)
+    return scipy.linalg.cho_solve(factor, xy, check_finite=False)
+
+
+def ridge_inverse(xx: Float[np.ndarray, "i i"]) -> Float[np.ndarray, "i i"]:
+    """Returns ``(xx + ridge * mean(diag(xx)) I)^-1`` for a real symmetric ``xx``."""
+    return scipy.linalg.inv(_ridged(xx, RIDGE), overwrite_a=True, check_finite=False)
+
+
+def _ridged(xx: np.ndarray, ridge: float) -> np.ndarray:
+    """Returns a copy in LAPACK's order, so that it can be overwritten: there is no second one."""
+    system = np.array(xx, order="F")
     scale = max(float(np.trace(xx).real) / len(xx), np.finfo(np.float64).tiny)
-    return np.linalg.solve(xx + ridge * scale * np.eye(len(xx)), xy)
+    system.flat[:: len(xx) + 1] += ridge * scale
+    return system
 
 
 def whitened_svd(
@@ -161,18 +184,6 @@ def whitened_svd(
     share = np.sqrt(singular[:rank])
     axes = vectors @ (left[:, :rank] / root[:, None]) * share
     return axes, share[:, None] * right[:rank] / output_scale
-
-
-def truncated_svd(
-    weight: Float[np.ndarray, "i o"], rank: int
-) -> tuple[Float[np.ndarray, "i r"], Float[np.ndarray, "r o"]]:
-    """Returns the rank-r factors nearest to ``weight``, whatever the activations are.
-
-    Args:
-      weight: the matrix to approximate, (i, o).
-      rank: number r of components to keep.
-    """
-    return whitened_svd(weight, np.eye(len(weight)), rank, np.ones(weight.shape[1]))
 
 
 def reduced_rank_regression(

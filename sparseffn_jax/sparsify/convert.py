@@ -76,7 +76,8 @@ def sparsify(
         ``lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))``, whose number of
         devices must divide ``batch_size`` and the numbers of windows and tokens.
       work_dir: folder in which converted layers are kept, so that the same call after a stop goes
-        on where it was, to the same result bit for bit; the caller deletes it in the end.
+        on where it was, to the same result bit for bit; the caller deletes it in the end. If
+        ``params`` are loaded on demand, the new leaves are too, from this folder.
       on_layer: function that is called after each converted layer.
 
     Returns:

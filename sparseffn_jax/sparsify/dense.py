@@ -16,7 +16,7 @@ from sparseffn_jax.ops.activations import get_activation
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A linear map ``x weight + bias``, in float64.
+    """A linear map ``x weight + bias``, in float32 as a model's, or in float64 as a fit gives it.
 
     Attributes:
       weight: weight matrix, (i, o).
@@ -64,10 +64,10 @@ class DenseFFN:
         """
 
         def linear(name: str) -> Linear:
-            weight = np.asarray(mlp[name]["kernel"], np.float64)
+            weight = np.asarray(mlp[name]["kernel"], np.float32)
             weight = weight.T if layout.transposed else weight
             bias = mlp[name].get("bias", np.zeros(weight.shape[1]))
-            return Linear(weight, np.asarray(bias, np.float64))
+            return Linear(weight, np.asarray(bias, np.float32))
 
         up_maps = tuple(map(linear, layout.up_maps))
         return cls(up_maps, linear(layout.down), activation)

@@ -355,9 +355,7 @@ def _units_beside(
     factors, weight = _fit_down(branch, beside)
     if branch.transform != "low_rank":
         return eliminate(moments.residual(hidden, inputs, weight), kept)
-    components = moments.mapped(inputs, factors["axes"])
-    rank = slice(0, branch.rank)
-    return eliminate(components.without(slice(branch.rank, None), rank), kept)
+    return eliminate(moments.without(hidden, inputs, factors["axes"]), kept)
 
 
 def _moments_of_branches(

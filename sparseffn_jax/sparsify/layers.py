@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from sparseffn_jax.checkpoints.weights import read_leaves
+from sparseffn_jax.checkpoints.weights import Tensor, read_leaves
+from sparseffn_jax.measure.memory import trim_heap
 from sparseffn_jax.models.decoder import (
     FFN_NAME,
     Decoder,
@@ -79,7 +80,7 @@ def convert_layers(
 
     Returns:
       The model and its parameters; the leaves of a replaced FFN have the dtype of those of the
-      dense one.
+      dense one. They are loaded on demand too if those were and ``partial`` keeps them.
 
     Raises:
       ValueError: if ``repair`` is not between 0 and 1.
@@ -98,6 +99,7 @@ def convert_layers(
 
     def convert(i: int, layer: Any) -> float:
         activations = streams.reach(i, layer, repair)
+        trim_heap()
         mlp = layer[FFN_NAME]
         found = None if partial is None else partial.load(i, mlp)
         if found is None:
@@ -120,6 +122,9 @@ def convert_layers(
             streams.skip(i, read_leaves(unread))
             continue
         error = convert(i, read_leaves(unread))
+        if partial is not None and any(isinstance(x, Tensor) for x in jax.tree.leaves(unread)):
+            # What need not fit into memory before need not after.
+            replaced[i] = partial.on_demand(i)
         if on_layer is not None:
             on_layer(ConvertedLayer(i, error, time.perf_counter() - started))
     return model.clone(ffns=tuple(ffns)), replace_ffns(model, params, replaced)

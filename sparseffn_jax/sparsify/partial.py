@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sparseffn_jax.checkpoints.weights import open_file
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.measure.records import make_folder, write_json
 
@@ -83,6 +84,14 @@ class PartialConversion:
             )
         config = SparseFFNConfig.from_dict(json.loads(metadata["config"]))
         return config, unflatten_dict(leaves, sep="/")
+
+    def on_demand(self, layer: int) -> dict[str, Any]:
+        """Returns the parameters of a layer that is kept here, each read when it is needed.
+
+        Args:
+          layer: the layer's number.
+        """
+        return unflatten_dict(open_file(self._file(layer)), sep="/")
 
     def save(self, layer: int, dense: Any, config: SparseFFNConfig, leaves: Any) -> None:
         """Keeps a converted layer.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from sparseffn_jax.sparsify.closed_form import Moments, ridge_solve
+from sparseffn_jax.sparsify.closed_form import Moments, ridge_inverse
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.streams import LayerActivations
 
@@ -91,9 +91,9 @@ def eliminate(moments: Moments, kept: int, groups: int = 64) -> Int[np.ndarray, 
     Returns:
       The numbers of the units that stay, ascending.
     """
-    left = np.arange(len(moments.xx))
-    inverse = ridge_solve(moments.xx, np.eye(len(left)))
+    left, inverse = np.arange(len(moments.xx)), ridge_inverse(moments.xx)
     weight = inverse @ moments.xy
+    del moments
     while len(left) > kept:
         count = min(len(left) - kept, max(1, len(left) // groups))
         cost = np.square(weight).sum(1) / np.diag(inverse)
@@ -102,7 +102,8 @@ def eliminate(moments: Moments, kept: int, groups: int = 64) -> Int[np.ndarray, 
         lost = np.linalg.solve(inverse[np.ix_(out, out)], np.hstack([inverse[out], weight[out]]))
         left_to_lost = inverse[np.ix_(stay, out)]
         weight = weight[stay] - left_to_lost @ lost[:, len(left) :]
-        inverse = inverse[np.ix_(stay, stay)] - left_to_lost @ lost[:, stay]
+        inverse = inverse[np.ix_(stay, stay)]
+        inverse -= left_to_lost @ lost[:, stay]
         left = left[stay]
     return left
 

@@ -56,6 +56,19 @@ def test_ridge_solve_is_least_squares(rng):
     np.testing.assert_allclose(ridge_solve(moments.xx, moments.xy), lstsq(x, y), atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [float, complex])
+@pytest.mark.parametrize("least", [0.5, -0.5])
+def test_ridge_solve_needs_no_definite_moments(rng, dtype, least):
+    """Rounding of float32 sums can make the least eigenvalues negative."""
+    draw = rng.normal(size=(2, 6, 6)) + (1j * rng.normal(size=(2, 6, 6)) if dtype is complex else 0)
+    vectors = np.linalg.qr(draw[0])[0]
+    xx = vectors @ np.diag([least, 1.0, 2.0, 3.0, 4.0, 5.0]) @ vectors.conj().T
+    before = xx.copy()
+    solved = ridge_solve(xx, draw[1], ridge=1e-9)
+    np.testing.assert_allclose(xx @ solved, draw[1], atol=1e-6)
+    np.testing.assert_array_equal(xx, before)
+
+
 def test_without_gives_the_joint_fit(rng):
     x = correlated(rng, 10)
     y = (x @ rng.normal(size=(10, 3))).astype(np.float32)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_models import make_model
 
 from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from sparseffn_jax.checkpoints.weights import Tensor
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -260,7 +261,8 @@ def test_configs_hold_what_a_layer_was_fitted_with(tmp_path):
     assert first[0].ffns[0].polynomial.radius != config.polynomial.radius
 
 
-def test_weights_on_demand_are_read_one_layer_at_a_time(tmp_path):
+@pytest.mark.parametrize("kept", [False, True])
+def test_weights_on_demand_are_read_one_layer_at_a_time(tmp_path, kept):
     model, params = make_model("llama", dtype=jnp.float32)
     save_pretrained(tmp_path / "dense", model, params)
     loaded = load_pretrained(tmp_path / "dense", on_demand=True)
@@ -281,8 +283,11 @@ def test_weights_on_demand_are_read_one_layer_at_a_time(tmp_path):
 
     tokens = tokens_for(model)
     sparse, leaves = sparsify(
-        loaded.model(), watched_params, narrow(model), tokens, fit=fit, distill_steps=0
-    )
+        loaded.model(), watched_params, narrow(model), tokens, fit=fit, distill_steps=0,
+        work_dir=tmp_path / "partial" if kept else None,
+    )  # fmt: skip
+    new = jax.tree.leaves([layer["mlp"] for layer in layers_of(model, leaves)])
+    assert all(isinstance(leaf, Tensor) == kept for leaf in new)
     # The second layer is not read before the first one is fitted, and the head never is.
     assert fitted_after[0] == 0 < fitted_after[1]
     assert not any("lm_head" in path for path in reads)
