@@ -65,13 +65,8 @@ class Moments:
                 # The means of one chunk are near those of all: sums of squares around them lose no
                 # digits to a large mean.
                 shifts = [jnp.mean(part, 0) * centred for part in (x, y)]
-            sums = _sums(x, y, *shifts)
-            totals = totals or [np.zeros(part.shape) for part in sums]
-            for total, part in zip(totals, sums, strict=True):
-                total += np.asarray(part)
+            totals = _added(totals, _sums(x, y, *shifts))
             n += len(x)
-            # They are as large as the totals, and the next ones need not find them in memory.
-            del sums, part
         assert shifts is not None
         trim_heap()
         for total in totals:
@@ -119,6 +114,14 @@ class Moments:
         xy = self.xy[i] - self.xx[i, given] @ weight
         y_mean = self.y_mean - self.x_mean[given] @ weight
         return Moments(self.xx[i, i], xy, self.x_mean[i], y_mean)
+
+
+def _added(totals: list[np.ndarray], sums: Sequence[Array]) -> list[np.ndarray]:
+    """Adds one chunk's sums in place; they are as large as the totals, and no copy is made."""
+    totals = totals or [np.zeros(part.shape) for part in sums]
+    for total, part in zip(totals, sums, strict=True):
+        total += np.asarray(part)
+    return totals
 
 
 @jax.jit
