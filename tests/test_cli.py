@@ -380,7 +380,7 @@ def test_wrong_use_is_refused(folder, sparse, tmp_path, capfd, argv, message):
     assert fingerprint(folder) == before
 
 
-def test_a_stopped_convert_goes_on_where_it_was(folder, sparse, monkeypatch):
+def test_a_stopped_convert_goes_on_where_it_was(folder, sparse, monkeypatch, capfd):
     @contextlib.contextmanager
     def interrupted(*_):
         def count(done, total):
@@ -398,6 +398,7 @@ def test_a_stopped_convert_goes_on_where_it_was(folder, sparse, monkeypatch):
             run(*command)
     assert stop.value.code == 130
     partial = folder / "stopped.partial"
+    assert f"{partial} keeps the converted layers" in capfd.readouterr().err.replace("\n", "")
     assert len(list(partial.glob("layer-*.safetensors"))) == 1
     assert not (folder / "stopped").exists()
     run(*command)
@@ -410,9 +411,15 @@ def test_a_convert_with_other_settings_leaves_what_a_stopped_one_has(folder, cap
     partial = folder / "other.partial"
     partial.mkdir()
     (partial / "settings.json").write_text("{}")
-    error = refused(capfd, "convert", "--model", folder / "dense", "--out", folder / "other",
-                    "--text", folder / "corpus.txt", "--calibration-tokens", 1024)  # fmt: skip
+    command = (
+        *("convert", "--model", folder / "dense", "--out", folder / "other"),
+        *("--text", folder / "corpus.txt", "--calibration-tokens", 1024),
+    )
+    error = refused(capfd, *command)
     assert "holds a stopped conversion with other settings" in error
+    (partial / "settings.json").write_text("{")
+    error = refused(capfd, *command)
+    assert f"delete {partial} to begin the conversion anew" in error
     assert [path.name for path in partial.iterdir()] == ["settings.json"]
 
 

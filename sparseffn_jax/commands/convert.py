@@ -1,7 +1,9 @@
 """The command ``sparseffn convert``."""
 
+import contextlib
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ class Convert:
         chosen = order[: max(1, self.calibration_tokens // window)]
         # Beside --out, so that it is on the same disk and is found by the same command.
         work_dir = self.out.with_name(self.out.name + ".partial")
-        with counter("converting layer", console) as count:
+        with self._stoppable(work_dir), counter("converting layer", console) as count:
 
             def on_layer(layer: ConvertedLayer) -> None:
                 count(layer.layer + 1, dense.spec.n_layer)
@@ -100,6 +102,16 @@ class Convert:
         save_pretrained(self.out, model, params, tokenizer=tokenizer, overwrite=self.overwrite)
         shutil.rmtree(work_dir)
         console.print(f"wrote {self.out}; recover its quality with: sparseffn finetune")
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _stoppable(work_dir: Path) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped; {work_dir} keeps the converted layers, and the same command goes on"
+            ) from None
 
     def _configs(self, dense: Pretrained) -> Any:
         if self.config is None:

@@ -16,6 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sparseffn_jax.checkpoints.errors import CheckpointError
+from sparseffn_jax.checkpoints.untrusted import read_json
 from sparseffn_jax.checkpoints.weights import open_file
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.measure.records import make_folder, write_json
@@ -34,6 +36,7 @@ class PartialConversion:
           settings: all that decides the result but the dense weights; JSON values.
 
         Raises:
+          CheckpointError: if the settings of the conversion in the folder are damaged.
           ValueError: if the folder holds a conversion with other settings, or something else.
         """
         self.folder = folder
@@ -48,7 +51,12 @@ class PartialConversion:
                 )
             write_json(file, settings)
             return
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            stored = read_json(file)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}: delete {folder} to begin the conversion anew"
+            ) from None
         names = sorted(stored.keys() | settings.keys())
         if differing := [name for name in names if stored.get(name) != settings.get(name)]:
             raise ValueError(
