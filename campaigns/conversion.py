@@ -7,7 +7,6 @@ in which a low-rank bypass takes the place of some of the units.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import numpy as np
 from rich.console import Console
 
 import sparseffn_jax as sf
+from sparseffn_jax.bench.peers import narrow
 from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.progress import stage
 from sparseffn_jax.sparsify.sizing import size_model
 
-_KINDS = ("default", "narrow")
+_KINDS = {"default": size_model, "narrow": narrow}
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     rows = {"dense, nats a token": f"{dense_loss:.4f}"}
     for kind in arguments.ffn:
         for flops in arguments.flops:
-            ffn = _ffn(dense.spec, kind, flops)
+            ffn = _KINDS[kind](dense.spec, flops)
             for repair in arguments.repair:
                 name = f"{kind} {flops_ratio(ffn):.3f}, repair {repair}"
                 with stage(name, console):
@@ -69,14 +69,6 @@ def main() -> None:
                 console.print(f"{name}: {rows[name]}")
     settings = {name: str(value) for name, value in vars(arguments).items()}
     campaign.finish("Loss over dense after conversion", rows, [], arguments.out, settings)
-
-
-def _ffn(spec: Any, kind: str, flops: float) -> sf.SparseFFNConfig:
-    config = size_model(spec, flops)
-    if kind == "default":
-        return config
-    core = sf.MicroRefinementConfig(sf.CoreConfig(int(flops * spec.d_ff) // 16 * 16))
-    return dataclasses.replace(config, spectral=None, micro=core)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.fit import as_float32, fit_core
 from sparseffn_jax.sparsify.selection import choose_units, score_units
@@ -31,8 +31,12 @@ def select_layer(
       ValueError: if the layer has other parts.
     """
     bypass, core = config.spectral, config.micro and config.micro.core
-    if core is None or config.polynomial is not None or (bypass and not bypass.is_bypass):
-        raise ValueError("plain selection is for a core, alone or beside a bypass")
+    whole_units = core is not None and config.micro == MicroRefinementConfig(CoreConfig(core.width))
+    thin = bypass is None or (bypass.is_bypass and bypass.transform == "low_rank")
+    if core is None or not (whole_units and thin):
+        raise ValueError(
+            "plain selection is for an unmasked core, alone or beside a low-rank bypass"
+        )
     scores = score_units(dense, activations, centred=config.bias)
     units = choose_units(scores, core.width, 0).core
     kept = fit_core(dense, config, core, None, units)

@@ -204,11 +204,6 @@ class MonarchMethod:
         )
 
 
-def default(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
-    """Shares the budget out as :func:`size_model` does, which is what users get."""
-    return size_model(spec, flops_ratio)
-
-
 def all_units(
     spec: DecoderSpec, flops_ratio: float, polynomial: PolynomialConfig | None = None
 ) -> SparseFFNConfig:
@@ -384,7 +379,7 @@ def _sparse_ffn(spec: DecoderSpec, **parts: Any) -> SparseFFNConfig:
 _QUARTIC = PolynomialConfig(4)
 SPARSE: Mapping[str, Method | Searched] = MappingProxyType(
     {
-        "SparseFFN": SparseMethod(default),
+        "SparseFFN": SparseMethod(size_model),
         "SparseFFN-low-rank": SparseMethod(functools.partial(all_units, polynomial=_QUARTIC)),
         "SparseFFN-searched": Searched(
             {

@@ -17,7 +17,6 @@ import scipy.linalg
 from jaxtyping import Array, Float, Int
 
 from sparseffn_jax.config import PolynomialConfig
-from sparseffn_jax.measure.memory import trim_heap
 from sparseffn_jax.ops import polynomial
 from sparseffn_jax.ops.fourier import complex_frequencies, dft_basis
 from sparseffn_jax.ops.masks import BlockMask
@@ -68,7 +67,6 @@ class Moments:
             totals = _added(totals, _sums(x, y, *shifts))
             n += len(x)
         assert shifts is not None
-        trim_heap()
         for total in totals:
             total /= n
         xx, xy, x_sum, y_sum = totals
@@ -149,7 +147,7 @@ def ridge_inverse(xx: Float[np.ndarray, "i i"]) -> Float[np.ndarray, "i i"]:
 
 
 def _ridged(xx: np.ndarray, ridge: float) -> np.ndarray:
-    """Returns a copy in LAPACK's order, so that it can be overwritten: there is no second one."""
+    """Returns ``xx + ridge * mean(diag(xx)) I``, in LAPACK's order and free to be overwritten."""
     system = np.array(xx, order="F")
     scale = max(float(np.trace(xx).real) / len(xx), np.finfo(np.float64).tiny)
     system.flat[:: len(xx) + 1] += ridge * scale

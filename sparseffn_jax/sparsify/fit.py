@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparseffn_jax.config import CoreConfig, PolynomialConfig, SparseFFNConfig, SpectralConfig
+from sparseffn_jax.measure.memory import trim_heap
 from sparseffn_jax.ops import polynomial
 from sparseffn_jax.ops.fourier import circulant_matrix
 from sparseffn_jax.ops.masks import BlockMask
@@ -332,6 +333,8 @@ def _choose_features(
     )
     if core is None:
         return bypass, None, moments
+    # The choice needs blocks of other sizes than the chunks that are gone.
+    trim_heap()
     units = _units_beside(branch, moments, given, core.width)
     kept = fit_core(dense, config, core, None, units)
     return bypass, kept, moments.select(np.append(np.arange(given), given + units))
