@@ -1,5 +1,7 @@
 """What long work shows while it runs: on a terminal something that moves, elsewhere lines."""
 
+import datetime
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Where there is no terminal, a counter writes a line no more often than this, in seconds.
-_PAUSE = 5.0
+# Where there is no terminal, work is never silent for longer than this, in seconds.
+_PAUSE = 4.0
 
 
 def messages() -> Console:
@@ -38,7 +40,9 @@ def stage(what: str, console: Console | None = None) -> Iterator[None]:
             yield
     else:
         console.print(what)
-        yield
+        started = time.perf_counter()
+        with heartbeat(console, lambda: f"{what}, {duration(time.perf_counter() - started)}"):
+            yield
 
 
 @contextmanager
@@ -62,18 +66,60 @@ def counter(what: str, console: Console | None = None) -> Iterator[Callable[[int
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    is_terminal = console.is_terminal
-    last = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not is_terminal) as progress:
+    if not console.is_terminal:
+        console.print(what)
+        counts: list[tuple[float, int, int]] = []
+        with heartbeat(console, lambda: what + _gone_and_left(counts)):
+            yield lambda done, total: counts.append((time.perf_counter(), done, total))
+        return
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
-        if not is_terminal:
-            console.print(what)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
-        def count(done: int, total: int) -> None:
-            nonlocal last
-            progress.update(task, completed=done, total=total)
-            if not is_terminal and time.perf_counter() - last > _PAUSE:
-                console.print(f"{what} {done}/{total}")
-                last = time.perf_counter()
 
-        yield count
+@contextmanager
+def heartbeat(console: Console, line: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Prints a line whenever nothing has been said for a few seconds, until the block ends.
+
+    Args:
+      console: where to print it.
+      line: function that returns the line; it is called in a thread of its own.
+
+    Yields:
+      The function to call when something else has been said.
+    """
+    last, ended = time.perf_counter(), threading.Event()
+
+    def said() -> None:
+        nonlocal last
+        last = time.perf_counter()
+
+    def beat() -> None:
+        while not ended.wait(max(0.0, last + _PAUSE - time.perf_counter())):
+            if time.perf_counter() - last >= _PAUSE:
+                console.print(line())
+                said()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield said
+    finally:
+        ended.set()
+        thread.join()
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration in the form 1:02:03."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _gone_and_left(counts: list[tuple[float, int, int]]) -> str:
+    """Returns how much is done and, by the pace since the first count, how long the rest takes."""
+    if not counts:
+        return ""
+    (started, first, _), (now, done, total) = counts[0], counts[-1]
+    text = f" {done}/{total}"
+    if done > first:
+        text += f", {duration((now - started) / (done - first) * (total - done))} left"
+    return text

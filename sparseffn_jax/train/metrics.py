@@ -1,6 +1,6 @@
 """A run's log: metrics.jsonl, TensorBoard events, and progress on the terminal."""
 
-import datetime
+import contextlib
 import json
 import os
 import time
@@ -20,7 +20,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar, text
 
-from sparseffn_jax.progress import messages
+from sparseffn_jax.progress import duration, heartbeat, messages
 
 Record = dict[str, Any]
 _FLUSH_SECONDS = 30.0
@@ -58,6 +58,8 @@ class MetricsLog:
         )
         self._task = self._progress.add_task("", total=steps, completed=first_step, status="")
         self._first_step, self._steps = first_step, steps
+        self._step, self._status = first_step, ""
+        self._beats, self._said = contextlib.ExitStack(), lambda: None
         self._started = self._flushed = time.perf_counter()
         self._warned = False
         self._events: EventsWriter | None = None
@@ -65,23 +67,28 @@ class MetricsLog:
 
     def __enter__(self) -> Self:
         self._progress.start()
+        if self._writes and not self._console.is_terminal:
+            self._said = self._beats.enter_context(heartbeat(self._console, self._standing))
         return self
 
     def __exit__(self, *_):
         self._progress.stop()
+        self._beats.close()
         if self._events is not None:
             self._attempt(self._events.close)
 
     def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Moves the progress bar to a step, and shows its loss in nats a token and the pace."""
-        status = f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s"
-        self._progress.update(self._task, completed=step, status=status)
+        self._step = step
+        self._status = f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s"
+        self._progress.update(self._task, completed=step, status=self._status)
 
     def record(self, record: Record) -> None:
         """Writes one step's numbers; where there is no terminal, also prints them as a line."""
         self._write(record, [scalar(name, x) for name, x in record.items() if name != "step"])
         if self._writes and not self._console.is_terminal:
             self._console.print(self._line(record))
+            self._said()
 
     def event(self, record: Record, message: str) -> None:
         """Writes a record of something that happened, named by its ``"event"``, and shows it."""
@@ -143,13 +150,21 @@ class MetricsLog:
                 self.say(f"cannot write the log to {self._path.parent}: {error.strerror}")
 
     def _line(self, record: Record) -> str:
-        step = record["step"]
-        pace = (time.perf_counter() - self._started) / (step - self._first_step)
-        left = datetime.timedelta(seconds=round(pace * (self._steps - step)))
-        line = f"step {step}/{self._steps}  loss {record['loss']:.4f}"
+        line = f"step {record['step']}/{self._steps}  loss {record['loss']:.4f}"
         if "validation_loss" in record:
             line += f"  validation {record['validation_loss']:.4f}"
+        left = self._left(record["step"])
         return f"{line}  {record['tokens_per_second']:.0f} tokens/s  {left} left"
+
+    def _standing(self) -> str:
+        """Returns a line of what is known between two records."""
+        if self._step == self._first_step:
+            return f"step {self._step + 1}/{self._steps}"
+        return f"step {self._step}/{self._steps}  {self._status}  {self._left(self._step)} left"
+
+    def _left(self, step: int) -> str:
+        pace = (time.perf_counter() - self._started) / (step - self._first_step)
+        return duration(pace * (self._steps - step))
 
 
 def _read_records(path: Path, last_step: int) -> list[Record]:
