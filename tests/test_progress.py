@@ -60,6 +60,6 @@ def test_what_is_said_puts_the_next_line_off(console):
 
 def test_a_run_says_where_it_stands_between_two_records(console, tmp_path):
     with MetricsLog(tmp_path, 2, 6) as log:
-        wait_for(console, "step 3/6\n")
+        wait_for(console, "step 3/6, 0:00:00\n")
         log.advance(4, 1.25, 1000.0)
         wait_for(console, "step 4/6  loss 1.2500  1000 tokens/s  0:00:00 left\n")

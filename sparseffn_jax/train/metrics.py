@@ -159,7 +159,8 @@ class MetricsLog:
     def _standing(self) -> str:
         """Returns a line of what is known between two records."""
         if self._step == self._first_step:
-            return f"step {self._step + 1}/{self._steps}"
+            gone = duration(time.perf_counter() - self._started)
+            return f"step {self._step + 1}/{self._steps}, {gone}"
         return f"step {self._step}/{self._steps}  {self._status}  {self._left(self._step)} left"
 
     def _left(self, step: int) -> str:

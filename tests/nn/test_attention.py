@@ -69,12 +69,23 @@ def test_rows_of_padding_stay_finite_and_gradients_are_those_of_one_block(monkey
         np.testing.assert_allclose(blocks, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_no_weights_are_stored_for_the_backward_pass():
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_reduced_precision_computes_in_float32(dtype):
+    arrays = [jnp.asarray(x, dtype) for x in draw()]
+    exact = reference(*(np.asarray(x, np.float64) for x in arrays), np.tri(T, dtype=bool), K**-0.5)
+    got = attend(*arrays)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_no_weights_are_stored_for_the_backward_pass(dtype):
     shapes = [(1, 512, heads, 8) for heads in (2, 1, 1)]
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
 
     def residuals(*arrays):
         return jax.vjp(lambda *a: attend(*a), *arrays)[1]
 
     saved = jax.tree.leaves(jax.eval_shape(residuals, *arrays))
-    assert max(leaf.size for leaf in saved if leaf.dtype == jnp.float32) <= 2 * 512 * 8
+    floats = [leaf.size for leaf in saved if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert max(floats) <= 2 * 512 * 8
