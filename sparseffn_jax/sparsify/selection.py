@@ -5,6 +5,8 @@ units whose loss would cost most go to the core.
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +78,40 @@ def _unit_sums(hidden, slopes):
 def eliminate(moments: Moments, kept: int, groups: int = 64) -> Int[np.ndarray, " k"]:
     """Chooses the units whose outputs, with their output weights refitted, serve the targets best.
 
+    Args:
+      moments: moments of all units' outputs and the targets.
+      kept: number of units that stay.
+      groups: as in :func:`elimination_path`.
+
+    Returns:
+      The numbers of the units that stay, ascending.
+    """
+    path = elimination_path(moments, [kept], groups)
+    # The path lets go of them as soon as it can.
+    del moments
+    return next(path).units
+
+
+class Selection(NamedTuple):
+    """The units that stay at one width.
+
+    Attributes:
+      units: their numbers, ascending.
+      weight: their refitted output weights.
+      error: by how much the loss of the others raises the squared error of a token, summed over the
+        targets' channels.
+    """
+
+    units: Int[np.ndarray, " k"]
+    weight: Float[np.ndarray, "k o"]
+    error: float
+
+
+def elimination_path(
+    moments: Moments, widths: Sequence[int], groups: int = 64
+) -> Iterator[Selection]:
+    """Yields the units that stay at each of several widths, from one path.
+
     Units leave in small groups: those whose loss costs least when the weights of all the others
     make up for it, which for one unit is ``|W_j|^2 / [G^-1]_jj``. G is the units' Gram matrix and W
     their refitted output weights; both are brought up to date after every group. This is the
@@ -84,28 +120,30 @@ def eliminate(moments: Moments, kept: int, groups: int = 64) -> Int[np.ndarray, 
 
     Args:
       moments: moments of all units' outputs and the targets.
-      kept: number of units that stay.
+      widths: numbers of units that stay, from the largest to the smallest.
       groups: a group is that part of the units that are left, and one unit at least: the larger,
         the nearer to leaving one by one.
-
-    Returns:
-      The numbers of the units that stay, ascending.
     """
     left, inverse = np.arange(len(moments.xx)), ridge_inverse(moments.xx)
     weight = inverse @ moments.xy
     del moments
-    while len(left) > kept:
-        count = min(len(left) - kept, max(1, len(left) // groups))
-        cost = np.square(weight).sum(1) / np.diag(inverse)
-        ranking = np.argsort(cost, kind="stable")
-        out, stay = np.sort(ranking[:count]), np.sort(ranking[count:])
-        lost = np.linalg.solve(inverse[np.ix_(out, out)], np.hstack([inverse[out], weight[out]]))
-        left_to_lost = inverse[np.ix_(stay, out)]
-        weight = weight[stay] - left_to_lost @ lost[:, len(left) :]
-        inverse = inverse[np.ix_(stay, stay)]
-        inverse -= left_to_lost @ lost[:, stay]
-        left = left[stay]
-    return left
+    error = 0.0
+    for width in widths:
+        while len(left) > width:
+            count = min(len(left) - width, max(1, len(left) // groups))
+            cost = np.square(weight).sum(1) / np.diag(inverse)
+            ranking = np.argsort(cost, kind="stable")
+            out, stay = np.sort(ranking[:count]), np.sort(ranking[count:])
+            lost = np.linalg.solve(
+                inverse[np.ix_(out, out)], np.hstack([inverse[out], weight[out]])
+            )
+            error += float(np.sum(weight[out] * lost[:, len(left) :]))
+            left_to_lost = inverse[np.ix_(stay, out)]
+            weight = weight[stay] - left_to_lost @ lost[:, len(left) :]
+            inverse = inverse[np.ix_(stay, stay)]
+            inverse -= left_to_lost @ lost[:, stay]
+            left = left[stay]
+        yield Selection(left, weight, error)
 
 
 def choose_units(

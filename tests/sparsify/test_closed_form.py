@@ -13,7 +13,7 @@ from sparseffn_jax.sparsify.closed_form import (
     ridge_solve,
     whitened_svd,
 )
-from sparseffn_jax.sparsify.selection import eliminate
+from sparseffn_jax.sparsify.selection import eliminate, elimination_path
 
 N = 4000
 
@@ -155,7 +155,12 @@ def test_elimination_removes_what_the_others_can_make_up_for(seed):
         weight = np.linalg.solve(gram[np.ix_(units, units)], moments.xy[units])
         return -np.sum(weight * moments.xy[units])
 
-    left = list(range(10))
-    for kept in range(9, 2, -1):
+    left, widths = list(range(10)), list(range(9, 2, -1))
+    whole = error(left)
+    path = dict(zip(widths, elimination_path(moments, widths), strict=True))
+    for kept in widths:
         left = min(([j for j in left if j != i] for i in left), key=error)
         np.testing.assert_array_equal(eliminate(moments, kept), left)
+        units, raised = path[kept]
+        np.testing.assert_array_equal(units, left)
+        np.testing.assert_allclose(raised, error(left) - whole, rtol=1e-6)

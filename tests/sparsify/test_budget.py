@@ -1,0 +1,68 @@
+"""The choice of one candidate a layer, against all choices that there are."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig
+from sparseffn_jax.sparsify.budget import Candidate, choose
+
+CONFIGS = [
+    None,
+    *(SparseFFNConfig(8, 32, micro=MicroRefinementConfig(CoreConfig(k))) for k in (4, 8, 16)),
+]
+
+
+def draw(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return [
+        [Candidate(config, scale * rng.uniform(1, 9), rng.exponential()) for config in CONFIGS]
+        for _ in range(4)
+    ]
+
+
+def best(layers, value, allowed):
+    return min(
+        (choice for choice in itertools.product(*layers) if allowed(choice)),
+        key=lambda choice: sum(getattr(c, value) for c in choice),
+    )
+
+
+def total(choice, value):
+    return sum(getattr(candidate, value) for candidate in choice)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e12])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("most_shapes", [None, 1, 2])
+def test_the_least_damage_within_a_budget(seed, scale, most_shapes):
+    layers = draw(seed, scale)
+    budget = 26.0 * scale
+
+    def allowed(choice):
+        few = most_shapes is None or len({c.config for c in choice}) <= most_shapes
+        return few and total(choice, "cost") <= budget
+
+    chosen = choose(layers, budget=budget, most_shapes=most_shapes)
+    assert tuple(chosen) == best(layers, "damage", allowed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_least_cost_within_a_loss(seed):
+    layers = draw(seed)
+    chosen = choose(layers, most_damage=2.0)
+    assert tuple(chosen) == best(layers, "cost", lambda c: total(c, "damage") <= 2.0)
+
+
+def test_limits_out_of_reach_are_refused():
+    layers = draw(0)
+    least = sum(min(c.cost for c in layer) for layer in layers)
+    with pytest.raises(ValueError, match=rf"budget=1 is out of reach: {least:.6g}"):
+        choose(layers, budget=1.0)
+    with pytest.raises(ValueError, match="most_damage=-1 is out of reach"):
+        choose(layers, most_damage=-1.0)
+    with pytest.raises(ValueError, match="most_shapes=1"):
+        choose(layers, budget=least * 1.001, most_shapes=1)
+    with pytest.raises(ValueError, match="not both"):
+        choose(layers)
