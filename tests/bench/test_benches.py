@@ -175,6 +175,7 @@ def test_the_gpu_campaign_asks_for_what_the_benches_have(monkeypatch, tmp_path):
     for name, body in (
         ("nvidia-smi", "echo NVIDIA H100"),
         ("sparseffn", f'echo "$@" >> {calls}'),
+        ("python", "exit 0"),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
