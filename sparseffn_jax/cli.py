@@ -1,4 +1,4 @@
-"""The command line, ``sparseffn``: demo, convert, finetune, evaluate, generate, inspect, bench."""
+"""The command line, ``sparseffn``: one class a command, each of which says what it does."""
 
 import dataclasses
 import os
@@ -15,6 +15,7 @@ from sparseffn_jax.commands.evaluate import Evaluate
 from sparseffn_jax.commands.finetune import Finetune
 from sparseffn_jax.commands.generate import Generate
 from sparseffn_jax.commands.inspect import Inspect
+from sparseffn_jax.commands.plan import Plan
 from sparseffn_jax.demo import DemoSettings, run_demo
 from sparseffn_jax.measure.records import make_folder
 from sparseffn_jax.ops.plans.choice import using
@@ -57,6 +58,7 @@ class Bench:
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]

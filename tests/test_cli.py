@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import sparseffn_jax as sf
+from sparseffn_jax.bench.clock import FFNClock, ModelClock
 from sparseffn_jax.cli import main
 from sparseffn_jax.measure import memory
 from sparseffn_jax.train.run_lock import hold_run_folder
@@ -348,6 +349,12 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("convert --model {dense} --out {dense} --text {corpus}", "overwrite"),
         ("convert --model {dense} --out {dir}/out --flops 0 --text {corpus}", "ratio"),
         ("convert --model {dense} --out {dir}/out --text {empty}", "empty"),
+        ("plan --model {dense} --out {dir}/plan --text {corpus}", "give one of --flops"),
+        ("plan --model {dense} --out {dir}/plan --flops 0.4 --speedup 1.5", "2 are given"),
+        ("plan --model {dense} --out {dir}/plan --ffn-speedup 0.5", "1 or more"),
+        ("plan --model {dense} --out {dir}/plan --flops 0.4 --train", "needs --ffn-speedup"),
+        ("plan --model {sparse} --out {dir}/plan --flops 0.4", "already"),
+        ("plan --model {dense} --out {dir}/plan --flops 0.001 --text {corpus}", "out of reach"),
         ("finetune --model {dense} --out {short}/run --text {corpus}", "cannot write"),
         ("finetune --model {dense} --out {dir}/run --text {corpus} --recipe magic", "magic"),
         ("finetune --model {dense} --out {dir}/run --text {corpus} --steps 0", "steps=0"),
@@ -378,6 +385,64 @@ def test_wrong_use_is_refused(folder, sparse, tmp_path, capfd, argv, message):
     err = refused(capfd, *argv.format(**places).split())
     assert message in err
     assert fingerprint(folder) == before
+
+
+PLAN = ("--calibration-tokens", 2048, "--trials", 1)
+
+
+def test_a_plan_keeps_to_its_budget_and_is_what_convert_reads(folder, tmp_path):
+    text = "--text", folder / "corpus.txt"
+    run("plan", "--model", folder / "dense", "--out", tmp_path, "--flops", 0.5, *text, *PLAN)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [layer["layer"] for layer in report["layers"]] == list(range(LAYERS))
+    assert sum(layer["flops"] for layer in report["layers"]) <= 0.5 * LAYERS
+    assert report["totals"]["flops"] <= 0.5
+    assert report["totals"]["predicted_damage"] > 0.0
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+    # Another budget starts from the same estimates, whole or not, and ends with the same plan.
+    estimates = tmp_path / "estimates.json"
+    whole = json.loads(estimates.read_text())
+    estimates.write_text(json.dumps(whole | {"damages": whole["damages"][:1]}))
+    plan = (tmp_path / "plan.json").read_bytes()
+    run("plan", "--model", folder / "dense", "--out", tmp_path, "--flops", 0.5, *text, *PLAN)
+    assert (tmp_path / "plan.json").read_bytes() == plan
+    assert json.loads(estimates.read_text()) == whole
+    run("convert", "--model", folder / "dense", "--out", tmp_path / "sparse", *text, "--config",
+        tmp_path / "plan.json", "--distill-steps", 0, "--calibration-tokens", 2048)  # fmt: skip
+    ffns = sf.load_pretrained(tmp_path / "sparse").ffns
+    assert [(ffn.micro.core.width, ffn.spectral.rank if ffn.spectral else 0) for ffn in ffns] == [
+        (layer["width"], layer["rank"]) for layer in report["layers"]
+    ]
+
+
+@pytest.mark.parametrize("option", ["--ffn-speedup", "--speedup"])
+def test_a_plan_aims_higher_until_the_clock_shows_the_speedup(
+    folder, tmp_path, monkeypatch, option
+):
+    """On this clock FFNs together are a tenth slower than one by one, and all of the model."""
+
+    def speedup(clock, configs):
+        return 0.9 * LAYERS / sum(clock_ratio(clock, config) for config in configs)
+
+    def clock_ratio(clock, config):
+        return 1.0 if config is None else sf.flops_ratio(config)
+
+    monkeypatch.setattr(FFNClock, "ratio", clock_ratio)
+    monkeypatch.setattr(FFNClock, "speedup", speedup)
+    monkeypatch.setattr(ModelClock, "ffn_budget", lambda _, target, __: LAYERS / target)
+    monkeypatch.setattr(ModelClock, "speedup", speedup)
+    argv = "plan", "--model", folder / "dense", "--text", folder / "corpus.txt", *PLAN
+    run(*argv, "--out", tmp_path / "plan", option, 2)
+    totals = json.loads((tmp_path / "plan" / "report.json").read_text())["totals"]
+    assert 1.96 <= totals[option[2:].replace("-", "_")] < 2.3
+    assert totals["flops"] < 0.47
+
+    monkeypatch.setattr(FFNClock, "speedup", lambda *_: 1.0)
+    monkeypatch.setattr(ModelClock, "speedup", lambda *_: 1.0)
+    with pytest.raises(SystemExit):
+        run(*argv, "--out", tmp_path / "never", option, 1.1)
+    assert not (tmp_path / "never" / "plan.json").exists()
 
 
 def test_a_stopped_convert_goes_on_where_it_was(folder, sparse, monkeypatch, capfd):

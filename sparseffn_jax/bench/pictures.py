@@ -91,6 +91,32 @@ def plot_masks(path: Path, configs: Sequence[SparseFFNConfig | None]) -> None:
     _save(figure, path)
 
 
+def plot_plan(path: Path, layers: Sequence[Mapping[str, float]]) -> None:
+    """Draws what a plan keeps of each layer, and the loss that it predicts.
+
+    Args:
+      path: PNG file to write.
+      layers: for each layer its ``width``, ``rank``, ``flops`` (dense = 1) and ``damage`` (nats).
+    """
+    columns = {
+        "width": ("units kept", _SPARSE),
+        "rank": ("bypass rank", _ACCENT),
+        "damage": ("predicted loss (nats)", _DENSE),
+    }
+    figure = Figure(figsize=(7, 5.6), layout="constrained")
+    for axes, (name, (label, colour)) in zip(
+        figure.subplots(len(columns), sharex=True), columns.items(), strict=True
+    ):
+        _decorate(axes)
+        values = [layer[name] for layer in layers]
+        axes.bar(np.arange(len(layers)), values, color=colour, width=0.7)
+        axes.set_ylabel(label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("layer")
+    figure.suptitle("What the plan keeps of each layer, and what that costs", fontsize=11)
+    _save(figure, path)
+
+
 def plot_quality(
     path: Path,
     points: Sequence[Mapping[str, float]],

@@ -13,7 +13,9 @@ from sparseffn_jax.models.decoder import Decoder, ffn_module, layers_of
 Stack = Callable[[Float[Array, "t d"]], Any]
 
 
-def ffn_stack(model: Decoder, params: Any, *, train: bool = False) -> Stack:
+def ffn_stack(
+    model: Decoder, params: Any, *, train: bool = False, count: int | None = None
+) -> Stack:
     """Returns the model's FFNs, one after the other, as one jitted function of the activations.
 
     Nothing else of the model is in it, so that what replacing the FFNs gains is seen undiluted.
@@ -23,9 +25,11 @@ def ffn_stack(model: Decoder, params: Any, *, train: bool = False) -> Stack:
       params: parameters of the model, or of its FFNs alone as :func:`fresh_ffns` returns them.
       train: whether the function returns the gradients of the sum of squared outputs by the
         parameters and the activations, instead of the outputs.
+      count: number of layers to take, the first ones; ``None`` takes all.
     """
-    modules = [ffn_module(model, i) for i in range(model.spec.n_layer)]
-    layers = [layer["mlp"] for layer in layers_of(model, params)]
+    n_layer = model.spec.n_layer
+    modules = [ffn_module(model, i) for i in range(min(count or n_layer, n_layer))]
+    layers = [layer["mlp"] for layer in layers_of(model, params)[: len(modules)]]
 
     def forward(layers: Any, x: Any) -> Any:
         for module, leaves in zip(modules, layers, strict=True):
@@ -52,9 +56,9 @@ def fresh_ffns(model: Decoder, seed: int = 0) -> dict[str, Any]:
     x = jnp.zeros((1, model.spec.d_model), model.dtype)
     inits, layers = {}, {}
     for i, key in enumerate(jax.random.split(jax.random.key(seed), model.spec.n_layer)):
-        module = ffn_module(model, i)
+        kind = model.ffns[i] if model.ffns else None
         # Layers of one kind are compiled once.
-        init = inits.setdefault(module, jax.jit(module.init))
+        init = inits.setdefault(kind, jax.jit(ffn_module(model, i).init))
         layers[str(i)] = {"mlp": init(key, x)["params"]}
     body, collection = model.layer_path
     return {body: {collection: layers}}

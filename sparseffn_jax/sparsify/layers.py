@@ -89,7 +89,7 @@ def convert_layers(
         raise ValueError(f"repair={repair} must be between 0 and 1")
     streams = Streams(
         model,
-        _outer_params(model, params),
+        outer_params(model, params),
         calibration,
         batch_size=batch_size,
         dtype=stream_dtype,
@@ -130,7 +130,7 @@ def convert_layers(
     return model.clone(ffns=tuple(ffns)), replace_ffns(model, params, replaced)
 
 
-def _outer_params(model: Decoder, params: Mapping[str, Any]) -> dict[str, Any]:
+def outer_params(model: Decoder, params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters of the body that are no layer's: what embeds tokens, and the norm."""
     body, collection = model.layer_path
     outer = {name: leaves for name, leaves in params[body].items() if name != collection}

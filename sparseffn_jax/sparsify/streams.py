@@ -135,6 +135,25 @@ class Streams:
         d_model = x.shape[-1]
         return LayerActivations(x.reshape(-1, d_model), target.reshape(-1, d_model), self._place)
 
+    def observe(self, layer: int, params: Any) -> LayerActivations:
+        """Takes the dense stream past a layer while nothing has been replaced.
+
+        Args:
+          layer: the layer's number; every earlier layer has been left behind.
+          params: the layer's parameters.
+
+        Returns:
+          What its FFN receives and returns.
+        """
+        run = self._run(layer)
+        x, y = np.empty_like(self._dense), np.empty_like(self._dense)
+        for rows in self._batches:
+            self._dense[rows], x[rows], y[rows] = run(
+                params, self._place(self._dense[rows]), self._table
+            )
+        d_model = x.shape[-1]
+        return LayerActivations(x.reshape(-1, d_model), y.reshape(-1, d_model), self._place)
+
     def leave(
         self,
         activations: LayerActivations,

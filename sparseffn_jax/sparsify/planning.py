@@ -1,0 +1,405 @@
+"""A plan says what each layer's FFN becomes, so that a budget costs as little loss as possible.
+
+Every layer gets a list of candidates: cores of many widths, beside bypasses of several ranks, and
+the dense FFN. One elimination path a rank gives the damage of all widths, in nats, by the Fisher
+matrix of the layer's outputs. A mixed integer programme then takes one candidate a layer.
+
+Damages that are estimated layer by layer on the dense model do not add up, because each converted
+layer also repairs what those before it have lost. A trial conversion measures how much of it every
+layer leaves; damages of early layers count for that much less. The idea of a library of candidates
+and an integer programme is that of Puzzle (Bercovich et al. 2024, 2411.19146).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparseffn_jax.checkpoints.weights import read_leaves
+from sparseffn_jax.config import (
+    CoreConfig,
+    MicroRefinementConfig,
+    SparseFFNConfig,
+    SpectralConfig,
+)
+from sparseffn_jax.models.decoder import FFN_NAME, Decoder, ffn_module, layers_of
+from sparseffn_jax.models.spec import DecoderSpec
+from sparseffn_jax.sparsify.budget import Candidate, choose
+from sparseffn_jax.sparsify.closed_form import Moments, reduced_rank_regression, ridge_solve
+from sparseffn_jax.sparsify.dense import DenseFFN
+from sparseffn_jax.sparsify.fit import fit_layer
+from sparseffn_jax.sparsify.layers import REPAIR, convert_layers, outer_params
+from sparseffn_jax.sparsify.selection import elimination_path
+from sparseffn_jax.sparsify.streams import LayerActivations, Streams
+
+# Widths are multiples of this share of d_ff, and ranks of this share of d_model, and of the step
+# with which products are fast; a plan needs no finer ones.
+_WIDTH_SHARE, _RANK_SHARE, _STEP = 1 / 24, 1 / 9, 16
+_MOST_RANKS = 5
+# Directions that the loss does not feel on the text still count as much as this share of the mean.
+_FISHER_FLOOR = 1e-3
+# Share of the calibration text that layers are fitted on; the rest shows what they are worth.
+_FIT_SHARE = 0.75
+# A layer may well add to what it could not repair, but a trial's noise must not add up.
+_MOST_LEFT = 1.2
+
+Size = tuple[int, int]
+
+
+class Grid(NamedTuple):
+    """The sizes that a layer may have beside the dense FFN.
+
+    Attributes:
+      widths: numbers of units in the core, descending; the first is all of them.
+      ranks: ranks of the bypass, ascending; 0 stands for none.
+    """
+
+    widths: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+def size_grid(spec: DecoderSpec) -> Grid:
+    """Returns the sizes that are considered for a model's layers.
+
+    Args:
+      spec: sizes of the model.
+    """
+
+    def multiples(whole: int, share: float) -> range:
+        unit = _STEP if whole >= 16 * _STEP else 1
+        step = max(1, round(whole * share / unit)) * unit
+        return range(step, whole, step)
+
+    widths = (spec.d_ff, *reversed(multiples(spec.d_ff, _WIDTH_SHARE)))
+    return Grid(widths, (0, *multiples(spec.d_model, _RANK_SHARE)[: _MOST_RANKS - 1]))
+
+
+def config_of(spec: DecoderSpec, size: Size) -> SparseFFNConfig | None:
+    """Returns the configuration of a core beside a bypass; ``None`` for the dense FFN.
+
+    Args:
+      spec: sizes of the model.
+      size: width of the core and rank of the bypass.
+    """
+    width, rank = size
+    if size == (spec.d_ff, 0):
+        return None
+    return SparseFFNConfig(
+        spec.d_model,
+        spec.d_ff,
+        spec.activation,
+        spectral=SpectralConfig("low_rank", rank=rank) if rank else None,
+        micro=MicroRefinementConfig(CoreConfig(width)),
+        gated=spec.gated,
+        bias=spec.ffn_bias,
+    )
+
+
+def size_of(config: SparseFFNConfig | None, spec: DecoderSpec) -> Size:
+    """Returns the size of which :func:`config_of` made a configuration."""
+    if config is None:
+        return spec.d_ff, 0
+    assert config.micro is not None
+    assert config.micro.core is not None
+    return config.micro.core.width, config.spectral.rank if config.spectral else 0
+
+
+def estimate_damages(
+    dense: DenseFFN,
+    activations: LayerActivations,
+    fisher: Float[np.ndarray, "d d"],
+    grid: Grid,
+    *,
+    centred: bool,
+) -> dict[Size, float]:
+    """Estimates by how much each size of one layer alone raises the loss, in nats a token.
+
+    Units and weights are chosen on one part of the text, and their error is that on the other: on
+    the text that it was fitted to, a layer looks several times as good as it is.
+
+    Args:
+      dense: the layer's dense FFN.
+      activations: what it receives, and returns, on calibration text.
+      fisher: Fisher matrix of its outputs.
+      grid: the sizes.
+      centred: whether the layer has a bias, which makes up for means.
+    """
+    # Errors of outputs multiplied by a root of the matrix are squared errors in nats.
+    root, d_model = _root(fisher), fisher.shape[0]
+    fitted, check = (
+        _with_targets(Moments.of(_features_and_outputs(dense, part), centred=centred), root)
+        for part in _parts(activations)
+    )
+    # What the dense FFN returns is linear in its units.
+    down, hidden = dense.down.weight @ root, check.xx[d_model:, d_model:]
+    variance = float(np.sum(down * (hidden @ down)))
+    beside = _beside_half(fitted, d_model)
+    damages: dict[Size, float] = {}
+    for rank in grid.ranks:
+        axes = reduced_rank_regression(beside, rank)[0] if rank else np.zeros((d_model, 0))
+        seen, unseen = _on_axes(fitted, axes), _on_axes(check, axes)
+        given, units = slice(0, rank), slice(rank, None)
+        left = seen.without(units, given) if rank else seen
+        for kept in elimination_path(left, grid.widths):
+            rows = np.append(np.arange(rank), rank + kept.units)
+            weight = kept.weight
+            if rank:
+                unexplained = seen.select(rows).residual(given, units, weight)
+                weight = np.vstack([ridge_solve(unexplained.xx, unexplained.xy), weight])
+            error = variance + _error(seen.select(rows), unseen.select(rows), weight)
+            damages[len(kept.units), rank] = 0.5 * max(error, 0.0)
+    # With all units there is nothing that a bypass could add.
+    whole = grid.widths[0]
+    damages = {size: x for size, x in damages.items() if size[0] < whole}
+    return {(whole, 0): 0.0, **damages}
+
+
+def _error(seen: Moments, unseen: Moments, weight: Float[np.ndarray, "i o"]) -> float:
+    """Returns the squared error on unseen text of what was fitted to seen text.
+
+    The targets' own variance, which no weight changes, is left out.
+    """
+    products = weight * (unseen.xx @ weight - 2.0 * unseen.xy)
+    shift = unseen.y_mean - seen.y_mean - (unseen.x_mean - seen.x_mean) @ weight
+    return float(np.sum(products) + np.sum(np.square(shift)))
+
+
+def _parts(activations: LayerActivations) -> tuple[LayerActivations, LayerActivations]:
+    """Splits what is known of a layer into a part to fit on and a part to check on."""
+    split = round(_FIT_SHARE * len(activations.x))
+    first, second = (
+        dataclasses.replace(activations, x=activations.x[rows], target=activations.target[rows])
+        for rows in (slice(None, split), slice(split, None))
+    )
+    return first, second
+
+
+def _features_and_outputs(
+    dense: DenseFFN, activations: LayerActivations
+) -> Iterator[tuple[Array, Array]]:
+    for x, y in activations.chunks():
+        hidden, _ = dense.hidden([up(x) for up in dense.up_maps])
+        yield jnp.concatenate([x, hidden], axis=1), y
+
+
+def _with_targets(moments: Moments, root: Float[np.ndarray, "d d"]) -> Moments:
+    """Returns the moments of other targets, ``y @ root``."""
+    return dataclasses.replace(moments, xy=moments.xy @ root, y_mean=moments.y_mean @ root)
+
+
+def _on_axes(moments: Moments, axes: Float[np.ndarray, "d r"]) -> Moments:
+    """Returns the moments of the inputs' components and of the units behind them."""
+    inputs, units = slice(0, len(axes)), slice(len(axes), None)
+    across = axes.T @ moments.xx[inputs, units]
+    return Moments(
+        np.block(
+            [
+                [axes.T @ moments.xx[inputs, inputs] @ axes, across],
+                [across.T, moments.xx[units, units]],
+            ]
+        ),
+        np.vstack([axes.T @ moments.xy[inputs], moments.xy[units]]),
+        np.append(moments.x_mean[inputs] @ axes, moments.x_mean[units]),
+        moments.y_mean,
+    )
+
+
+def _beside_half(moments: Moments, given: int) -> Moments:
+    """Returns the moments of a bypass beside half of the units, chosen given any linear map."""
+    inputs, hidden = slice(0, given), slice(given, None)
+    half = (len(moments.xx) - given) // 2
+    (kept,) = elimination_path(moments.without(hidden, inputs), [half])
+    both = np.append(np.arange(given), given + kept.units)
+    return moments.select(both).without(inputs, hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What each layer of a model becomes.
+
+    Attributes:
+      layers: the chosen candidate of each layer; its damage is what is predicted to be left of it
+        after the repair by later layers.
+    """
+
+    layers: tuple[Candidate, ...]
+
+    @property
+    def configs(self) -> tuple[SparseFFNConfig | None, ...]:
+        """The configuration of each layer; ``None`` keeps it dense."""
+        return tuple(layer.config for layer in self.layers)
+
+    @property
+    def cost(self) -> float:
+        """What all layers cost together, in the unit of the budget."""
+        return sum(layer.cost for layer in self.layers)
+
+    @property
+    def damage(self) -> float:
+        """The predicted rise of the loss, in nats a token."""
+        return sum(layer.damage for layer in self.layers)
+
+
+class Planner:
+    """Chooses what each layer becomes, and learns from trial conversions.
+
+    Args:
+      model: a decoder whose layers are all dense.
+      params: its parameters, in memory or loaded on demand.
+      tokens: token ids (n, t) of calibration text.
+      fisher: Fisher matrix of each layer's outputs.
+      damages: what :func:`estimate_layers` yields.
+      batch_size: number of windows in one forward pass; it changes the result by rounding alone.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Mapping[str, Any],
+        tokens: Int[np.ndarray, "n t"],
+        fisher: Sequence[Float[np.ndarray, "d d"]],
+        damages: Sequence[Mapping[Size, float]],
+        *,
+        batch_size: int = 4,
+    ):
+        self._model, self._params, self._tokens = model, params, tokens
+        self._fisher, self._damages, self._batch_size = fisher, damages, batch_size
+        # Until a trial says otherwise, what a layer loses is lost.
+        self._left = np.ones(model.spec.n_layer)
+
+    @property
+    def configs(self) -> list[SparseFFNConfig | None]:
+        """The configurations among which a plan chooses; ``None`` is the dense FFN."""
+        return [config_of(self._model.spec, size) for size in self._damages[0]]
+
+    def plan(self, cost: Callable[[SparseFFNConfig | None], float], **limits: Any) -> Plan:
+        """Chooses what each layer becomes.
+
+        Args:
+          cost: what a layer of this configuration costs.
+          **limits: limits of :func:`sparseffn_jax.sparsify.budget.choose`.
+
+        Raises:
+          ValueError: if no plan keeps to the limits.
+        """
+        configs = self.configs
+        costs = [cost(config) for config in configs]
+        layers = [
+            [
+                Candidate(config, price, weight * damage)
+                for config, price, damage in zip(configs, costs, damages.values(), strict=True)
+            ]
+            for weight, damages in zip(self.weights, self._damages, strict=True)
+        ]
+        return Plan(tuple(choose(layers, **limits)))
+
+    @property
+    def weights(self) -> Float[np.ndarray, " n"]:
+        """For each layer the share of its damage that the layers behind it leave."""
+        return np.append(np.cumprod(self._left[:0:-1])[::-1], 1.0)
+
+    def try_out(
+        self,
+        configs: Sequence[SparseFFNConfig | None],
+        repair: float = REPAIR,
+        on_layer: Callable[[int, int], None] | None = None,
+    ) -> float:
+        """Converts the model in closed form, and learns how much each layer repairs.
+
+        Nothing is learnt of layers that stay dense.
+
+        Args:
+          configs: the configuration of each layer.
+          repair: share of earlier losses that a layer makes up for, above 0.
+          on_layer: function that is called with the numbers of layers done and to be done.
+
+        Returns:
+          The damage that the last replaced layer sees, in nats a token.
+        """
+        model, seen, before = self._model, 0.0, 0.0
+        ffns = tuple(configs)
+
+        def fit(layer: int, dense: DenseFFN, activations: LayerActivations) -> Any:
+            nonlocal before, seen
+            config = ffns[layer]
+            assert config is not None
+            seen_part, check = _parts(activations)
+            fitted, leaves = fit_layer(dense, config, seen_part)
+            module = ffn_module(model.clone(ffns=(fitted,) * len(ffns), dtype=jnp.float32), layer)
+            run = functools.partial(jax.jit(module.clone(name=None).apply), {"params": leaves})
+            seen = _damage_left(dense, run, check, self._fisher[layer], repair)
+            if before > 0.0:
+                own = self._damages[layer][size_of(config, model.spec)]
+                self._left[layer] = np.clip((seen - own) / before, 0.0, _MOST_LEFT)
+            before = seen
+            return fitted, leaves
+
+        layers = [i for i, config in enumerate(ffns) if config is not None]
+        convert_layers(
+            model,
+            self._params,
+            layers,
+            fit,
+            self._tokens,
+            repair=repair,
+            batch_size=self._batch_size,
+            on_layer=on_layer and (lambda layer: on_layer(layer.layer + 1, len(ffns))),
+        )
+        return seen
+
+
+def estimate_layers(
+    model: Decoder,
+    params: Mapping[str, Any],
+    tokens: Int[np.ndarray, "n t"],
+    fisher: Sequence[Float[np.ndarray, "d d"]],
+    grid: Grid,
+    *,
+    batch_size: int = 4,
+    first: int = 0,
+) -> Iterator[dict[Size, float]]:
+    """Yields, layer by layer, what each size of it alone does to the loss, in nats a token.
+
+    Args:
+      model: a decoder whose layers are all dense.
+      params: its parameters, in memory or loaded on demand.
+      tokens: token ids (n, t) of calibration text.
+      fisher: Fisher matrix of each layer's outputs.
+      grid: the sizes.
+      batch_size: number of windows in one forward pass; it changes the result by rounding alone.
+      first: number of the first layer that is wanted.
+    """
+    spec = model.spec
+    streams = Streams(model, outer_params(model, params), tokens, batch_size=batch_size)
+    for i, unread in enumerate(layers_of(model, params)):
+        layer = read_leaves(unread)
+        activations = streams.observe(i, layer)
+        if i >= first:
+            dense = DenseFFN.from_params(layer[FFN_NAME], model.ffn_layout, spec.activation)
+            yield estimate_damages(dense, activations, fisher[i], grid, centred=spec.ffn_bias)
+
+
+def _damage_left(
+    dense: DenseFFN,
+    sparse: Callable[[Array], Array],
+    activations: LayerActivations,
+    fisher: Float[np.ndarray, "d d"],
+    repair: float,
+) -> float:
+    """Returns the damage, in nats a token, that the residual stream has behind a layer."""
+    root, total = jnp.asarray(_root(fisher), jnp.float32), 0.0
+    for x, target in activations.chunks():
+        y = dense(x)
+        lost = (target - y) / repair + y - sparse(x)
+        total += float(jnp.sum(jnp.square(lost @ root)))
+    return 0.5 * total / len(activations.x)
+
+
+def _root(fisher: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+    values, vectors = np.linalg.eigh(fisher)
+    return vectors * np.sqrt(np.maximum(values, _FISHER_FLOOR * values.mean()))

@@ -1,0 +1,164 @@
+"""Plans: estimates of damage against NumPy on unseen text, and what trials teach."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import VOCAB, make_model
+
+import sparseffn_jax as sf
+from sparseffn_jax.measure.costs import flops_ratio
+from sparseffn_jax.sparsify.dense import DenseFFN, Linear
+from sparseffn_jax.sparsify.fisher import output_fisher
+from sparseffn_jax.sparsify.planning import (
+    Grid,
+    Planner,
+    config_of,
+    estimate_damages,
+    estimate_layers,
+    size_grid,
+    size_of,
+)
+from sparseffn_jax.sparsify.streams import LayerActivations
+
+TOKENS, D, M = 1200, 6, 20
+
+
+def draw_layer(bias, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def linear(i, o):
+        b = rng.standard_normal(o) if bias else np.zeros(o)
+        return Linear(*(np.float32(part) for part in (rng.standard_normal((i, o)), b)))
+
+    dense = DenseFFN((linear(D, M),), linear(M, D), "gelu_new")
+    x = np.float32(rng.standard_normal((TOKENS, D)) + bias)
+    half = rng.standard_normal((D, D))
+    return dense, LayerActivations(x, np.asarray(dense(x))), half @ half.T
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_damage_is_the_error_on_unseen_tokens(bias):
+    dense, activations, fisher = draw_layer(bias)
+    grid = Grid((M, 15, 8, 2), (0, 2, D))
+    damages = estimate_damages(dense, activations, fisher, grid, centred=bias)
+    x, y = (np.float64(part) for part in (activations.x, activations.target))
+    hidden = np.float64(dense.hidden([dense.up_maps[0](activations.x)])[0])
+    seen, unseen = slice(0, 900), slice(900, None)
+
+    def error(features):
+        features = np.hstack([features, np.ones((TOKENS, int(bias)))])
+        weight = np.linalg.lstsq(features[seen], y[seen], rcond=None)[0]
+        lost = y[unseen] - features[unseen] @ weight
+        return 0.5 * np.einsum("no,op,np->", lost, fisher, lost) / len(lost)
+
+    def fewer(units, bypass):
+        """Leaves out one unit after the other, in the metric of the loss."""
+        root = np.linalg.cholesky(fisher)
+        while True:
+            yield units, error(np.hstack([bypass, hidden[:, units]]))
+            costs = []
+            for unit in units:
+                rest = [i for i in units if i != unit]
+                features = np.hstack([bypass, hidden[:, rest], np.ones((TOKENS, int(bias)))])[seen]
+                fit = np.linalg.lstsq(features, y[seen] @ root, rcond=None)
+                costs.append(np.sum(np.square(y[seen] @ root - features @ fit[0])))
+            units = [i for i in units if i != units[int(np.argmin(costs))]]
+
+    # Without a bypass, and beside one of full rank, it is known what the layers are made of.
+    for rank, bypass in ((0, x[:, :0]), (D, x)):
+        for units, wanted in fewer(list(range(M)), bypass):
+            if len(units) in grid.widths[1:]:
+                assert damages[len(units), rank] == pytest.approx(wanted, rel=0.02)
+            if len(units) == 2:
+                break
+    assert damages[M, 0] == 0.0
+    assert damages.keys() == {(M, 0), *((w, r) for w in grid.widths[1:] for r in grid.ranks)}
+    for width in grid.widths[1:]:
+        assert damages[width, D] < damages[width, 2] < damages[width, 0]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def planner(request):
+    model, params = make_model(request.param)
+    windows = np.random.default_rng(0).integers(VOCAB, size=(60, 21))
+    fisher = output_fisher(model, params, windows, batch_size=20)
+    grid = size_grid(model.spec)
+    args = model, params, windows[:, :-1], fisher, grid
+    damages = list(estimate_layers(*args, batch_size=20))
+    assert list(estimate_layers(*args, batch_size=20, first=1)) == damages[1:]
+    return model, Planner(model, params, windows[:, :-1], fisher, damages, batch_size=20)
+
+
+def cost(config):
+    return 1.0 if config is None else flops_ratio(config)
+
+
+def test_a_plan_keeps_to_its_budget_and_converts(planner):
+    model, plans = planner
+    plan = plans.plan(cost, budget=1.0)
+    assert plan.cost <= 1.0
+    assert plan.damage == sum(layer.damage for layer in plan.layers) > 0.0
+    for config in plan.configs:
+        assert config_of(model.spec, size_of(config, model.spec)) == config
+    assert plans.plan(cost, budget=2.0).configs == (None, None)
+    assert len(set(plans.plan(cost, budget=1.2, most_shapes=1).configs)) == 1
+    with pytest.raises(ValueError, match=r"budget=0\.01 is out of reach"):
+        plans.plan(cost, budget=0.01)
+
+
+def test_a_trial_teaches_what_later_layers_repair(planner):
+    _, plans = planner
+    seen = []
+    before = plans.plan(cost, budget=1.0)
+    np.testing.assert_array_equal(plans.weights, [1.0, 1.0])
+    left = plans.try_out(before.configs, on_layer=lambda *counts: seen.append(counts))
+    assert seen == [(1, 2), (2, 2)]
+    assert left > 0.0
+    weight, last = plans.weights
+    assert last == 1.0
+    assert 0.0 <= weight <= 1.2
+    first = plans.plan(cost, budget=1.0).layers[0]
+    own = next(d for d in before.layers if d.config == before.layers[0].config).damage
+    if first.config == before.layers[0].config:
+        assert first.damage == pytest.approx(weight * own)
+
+
+def test_what_is_repaired_gets_fewer_units(planner):
+    _, plans = planner
+    usual = plans._left.copy()
+    try:
+        plans._left[:] = 1.0
+        even = [cost(config) for config in plans.plan(cost, budget=1.0).configs]
+        plans._left[1] = 0.01
+        shifted = [cost(config) for config in plans.plan(cost, budget=1.0).configs]
+    finally:
+        plans._left[:] = usual
+    assert shifted[0] < even[0]
+    assert shifted[1] > even[1]
+
+
+def test_the_damage_left_by_a_trial_is_that_of_the_converted_stream():
+    """Of one replaced layer, the damage behind it is that of its own error on unseen tokens."""
+    model, params = make_model("gpt2")
+    windows = np.random.default_rng(1).integers(VOCAB, size=(80, 21))
+    fisher = output_fisher(model, params, windows, batch_size=20)
+    size = (64, 8)
+    config = config_of(model.spec, size)
+    damages = [{(model.spec.d_ff, 0): 0.0, size: 0.0}] * 2
+    plans = Planner(model, params, windows[:, :-1], fisher, damages, batch_size=20)
+    left = plans.try_out([None, config])
+    tokens = windows[:, :-1]
+    first, second = tokens[:60], tokens[60:]
+    sparse, leaves = sf.sparsify(model, params, [None, config], first, distill_steps=0)
+
+    def stream(model, params):
+        _, state = model.apply(
+            {"params": params}, second, capture_intermediates=lambda m, _: m.name == "1"
+        )
+        (x,) = {leaf.shape: leaf for leaf in jax.tree.leaves(state)}.values()
+        return x
+
+    streams = stream(model, params), stream(sparse, leaves)
+    lost = np.float64(streams[0] - streams[1]).reshape(-1, model.spec.d_model)
+    wanted = 0.5 * np.einsum("no,op,np->", lost, fisher[1], lost) / len(lost)
+    assert left == pytest.approx(wanted, rel=1e-2)
