@@ -45,8 +45,10 @@ _MOST_RANKS = 5
 _FISHER_FLOOR = 1e-3
 # Share of the calibration text that layers are fitted on; the rest shows what they are worth.
 _FIT_SHARE = 0.75
-# A layer may well add to what it could not repair, but a trial's noise must not add up.
-_MOST_LEFT = 1.2
+# A layer that is cut much further than in the trial is repaired less than the trial shows. On
+# SmolLM2 at 0.4 of the FLOPs the loss rises by 0.471 nats with a plan that expects no repair, by
+# 0.490 with the shares of a trial as they are, and by 0.453 with their square roots.
+_TRUST = 0.5
 
 Size = tuple[int, int]
 
@@ -335,7 +337,7 @@ class Planner:
             seen = _damage_left(dense, run, check, self._fisher[layer], repair)
             if before > 0.0:
                 own = self._damages[layer][size_of(config, model.spec)]
-                self._left[layer] = np.clip((seen - own) / before, 0.0, _MOST_LEFT)
+                self._left[layer] = np.clip((seen - own) / before, 0.0, 1.0) ** _TRUST
             before = seen
             return fitted, leaves
 
