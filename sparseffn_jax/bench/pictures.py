@@ -104,15 +104,14 @@ def plot_plan(path: Path, layers: Sequence[Mapping[str, float]]) -> None:
         "damage": ("predicted loss (nats)", _DENSE),
     }
     figure = Figure(figsize=(7, 5.6), layout="constrained")
-    for axes, (name, (label, colour)) in zip(
-        figure.subplots(len(columns), sharex=True), columns.items(), strict=True
-    ):
+    panels = figure.subplots(len(columns), sharex=True)
+    for axes, (name, (label, colour)) in zip(panels, columns.items(), strict=True):
         _decorate(axes)
         values = [layer[name] for layer in layers]
         axes.bar(np.arange(len(layers)), values, color=colour, width=0.7)
         axes.set_ylabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("layer")
+    panels[-1].set_xlabel("layer")
     figure.suptitle("What the plan keeps of each layer, and what that costs", fontsize=11)
     _save(figure, path)
 
