@@ -161,6 +161,7 @@ def test_elimination_removes_what_the_others_can_make_up_for(seed):
     for kept in widths:
         left = min(([j for j in left if j != i] for i in left), key=error)
         np.testing.assert_array_equal(eliminate(moments, kept), left)
-        units, raised = path[kept]
-        np.testing.assert_array_equal(units, left)
-        np.testing.assert_allclose(raised, error(left) - whole, rtol=1e-6)
+        np.testing.assert_array_equal(path[kept].units, left)
+        np.testing.assert_allclose(path[kept].error, error(left) - whole, rtol=1e-6)
+        refitted = np.linalg.solve(gram[np.ix_(left, left)], moments.xy[left])
+        np.testing.assert_allclose(path[kept].weight, refitted, rtol=1e-6)
