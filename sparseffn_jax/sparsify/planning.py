@@ -155,10 +155,13 @@ def estimate_damages(
                 weight = np.vstack([ridge_solve(unexplained.xx, unexplained.xy), weight])
             error = variance + _error(seen.select(rows), unseen.select(rows), weight)
             damages[len(kept.units), rank] = 0.5 * max(error, 0.0)
-    # With all units there is nothing that a bypass could add.
-    whole = grid.widths[0]
-    damages = {size: x for size, x in damages.items() if size[0] < whole}
-    return {(whole, 0): 0.0, **damages}
+    # A component of the bypass has two vectors, a unit one for each map. What costs as much as the
+    # dense FFN is no candidate: it would only be taken where the clock erred.
+    whole, maps = grid.widths[0], len(dense.up_maps) + 1
+    smaller = {
+        (width, rank): x for (width, rank), x in damages.items() if width + 2 * rank / maps < whole
+    }
+    return {(whole, 0): 0.0, **smaller}
 
 
 def _error(seen: Moments, unseen: Moments, weight: Float[np.ndarray, "i o"]) -> float:
