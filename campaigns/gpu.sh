@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole GPU campaign in one command, within nine minutes on one H100 or H200:
 #   bash campaigns/gpu.sh
-# It measures layers of GPT-2's and LLaMA's sizes, a grid of layers of d_model 1024, 2048 and 4096, all
-# in bfloat16, forward, in training and decoding, and the whole GPT-2 small, and writes to
-# campaigns/results/DATE-DEVICE/.
+# It measures layers of GPT-2's and LLaMA's sizes and a grid of layers of d_model 1024, 2048 and
+# 4096, all in bfloat16, forward, in training and decoding, and the whole GPT-2 small, and writes
+# to campaigns/results/DATE-DEVICE/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -cs 'A-Za-z0-9' '-' |

@@ -66,21 +66,23 @@ def measure(config: sf.SparseFFNConfig, tokens: int, mode: str) -> tuple[float, 
     def forward(params: Any, x: Any) -> Any:
         return ffn.apply({"params": params}, x)
 
-    def training(params: Any, x: Any) -> Any:
+    def training(params: Any, x: Any, g: Any) -> Any:
         return jax.vjp(forward, params, x)[1](g)
 
-    programs: Mapping[str, tuple[Callable[..., Any], int, int]] = {
-        "forward": (forward, _QUEUED, 1),
-        "training": (training, _QUEUED, 1),
-        "decoding": (chained(forward, _DECODED), 3, _DECODED),
+    programs: Mapping[str, tuple[Callable[..., Any], Any, int, int]] = {
+        "forward": (forward, (params, x), _QUEUED, 1),
+        "training": (training, (params, x, g), _QUEUED, 1),
+        "decoding": (chained(forward, _DECODED), (params, x), 3, _DECODED),
     }
-    function, queued, calls = programs[mode]
-    program = jax.jit(function).lower(params, x).compile()
-    jax.block_until_ready(program(params, x))
+    function, operands, queued, calls = programs[mode]
+    program = jax.jit(function).lower(*operands).compile()
+    result = jax.block_until_ready(program(*operands))
     seconds = []
     for _ in range(_ROUNDS):
         started = time.perf_counter()
-        jax.block_until_ready([program(params, x) for _ in range(queued)][-1])
+        for _ in range(queued):
+            result = program(*operands)
+        jax.block_until_ready(result)
         seconds.append((time.perf_counter() - started) / queued / calls)
     return float(np.median(seconds)), memory_of(program).temporary
 

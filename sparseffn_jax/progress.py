@@ -68,9 +68,15 @@ def counter(what: str, console: Console | None = None) -> Iterator[Callable[[int
     )
     if not console.is_terminal:
         console.print(what)
-        counts: list[tuple[float, int, int]] = []
-        with heartbeat(console, lambda: what + _gone_and_left(counts)):
-            yield lambda done, total: counts.append((time.perf_counter(), done, total))
+        first = last = None
+
+        def note(done: int, total: int) -> None:
+            nonlocal first, last
+            last = time.perf_counter(), done, total
+            first = first or last
+
+        with heartbeat(console, lambda: what + _gone_and_left(first, last)):
+            yield note
         return
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
@@ -114,12 +120,14 @@ def duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _gone_and_left(counts: list[tuple[float, int, int]]) -> str:
+def _gone_and_left(
+    first: tuple[float, int, int] | None, last: tuple[float, int, int] | None
+) -> str:
     """Returns how much is done and, by the pace since the first count, how long the rest takes."""
-    if not counts:
+    if first is None or last is None:
         return ""
-    (started, first, _), (now, done, total) = counts[0], counts[-1]
+    (started, before, _), (now, done, total) = first, last
     text = f" {done}/{total}"
-    if done > first:
-        text += f", {duration((now - started) / (done - first) * (total - done))} left"
+    if done > before:
+        text += f", {duration((now - started) / (done - before) * (total - done))} left"
     return text

@@ -430,7 +430,7 @@ def test_a_plan_aims_higher_until_the_clock_shows_the_speedup(
 
     monkeypatch.setattr(FFNClock, "ratio", clock_ratio)
     monkeypatch.setattr(FFNClock, "speedup", speedup)
-    monkeypatch.setattr(ModelClock, "ffn_budget", lambda _, target, __: LAYERS / target)
+    monkeypatch.setattr(ModelClock, "ffn_budget", lambda _, target: LAYERS / target)
     monkeypatch.setattr(ModelClock, "speedup", speedup)
     argv = "plan", "--model", folder / "dense", "--text", folder / "corpus.txt", *PLAN
     run(*argv, "--out", tmp_path / "plan", option, 2)

@@ -64,7 +64,7 @@ class FFNClock:
         self, configs: tuple[SparseFFNConfig | None, ...], count: int | None = None
     ) -> Stack:
         model = self._model.clone(ffns=configs)
-        return ffn_stack(model, fresh_ffns(model), train=self._train, count=count)
+        return ffn_stack(model, fresh_ffns(model, count=count), train=self._train)
 
 
 class ModelClock:
@@ -74,31 +74,38 @@ class ModelClock:
       model: a decoder whose layers are all dense, in the precision to measure in.
       params: its parameters.
       windows: token ids (n, t + 1), which are evaluated at once.
+      clock: measures FFNs on equally many tokens.
       repeats: runs of each program; medians count.
     """
 
     def __init__(
-        self, model: Decoder, params: Any, windows: Int[np.ndarray, "n w"], *, repeats: int = 5
+        self,
+        model: Decoder,
+        params: Any,
+        windows: Int[np.ndarray, "n w"],
+        clock: FFNClock,
+        *,
+        repeats: int = 5,
     ):
         self._model, self._params, self._windows = model, params, windows
         self._repeats = repeats
         self._dense = self._run(model, params)
+        (times,) = time_in_turn([self._dense], repeats=repeats)
+        # In units of what one dense FFN takes.
+        self._whole = float(np.median(times)) / clock.dense_seconds()
 
-    def ffn_budget(self, speedup: float, clock: FFNClock) -> float:
+    def ffn_budget(self, speedup: float) -> float:
         """Returns what all FFNs may take for a speed-up of the model; one dense FFN takes 1.
 
         Args:
           speedup: time of the dense model over that of the sparse one.
-          clock: measures FFNs on equally many tokens.
 
         Raises:
           ValueError: if what is no FFN takes too long for it.
         """
-        (times,) = time_in_turn([self._dense], repeats=self._repeats)
-        whole = float(np.median(times)) / clock.dense_seconds()
-        budget = self._model.spec.n_layer - whole * (1.0 - 1.0 / speedup)
+        budget = self._model.spec.n_layer - self._whole * (1.0 - 1.0 / speedup)
         if budget <= 0.0:
-            most = whole / (whole - self._model.spec.n_layer)
+            most = self._whole / (self._whole - self._model.spec.n_layer)
             raise ValueError(
                 f"speedup={speedup:g} is out of reach: without any FFN the model would be "
                 f"{most:.2f} times as fast"

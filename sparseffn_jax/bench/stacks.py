@@ -8,28 +8,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseffn_jax.measure.timing import PairedTimes, time_pair
-from sparseffn_jax.models.decoder import Decoder, ffn_module, layers_of
+from sparseffn_jax.models.decoder import Decoder, ffn_module
 
 Stack = Callable[[Float[Array, "t d"]], Any]
 
 
-def ffn_stack(
-    model: Decoder, params: Any, *, train: bool = False, count: int | None = None
-) -> Stack:
+def ffn_stack(model: Decoder, params: Any, *, train: bool = False) -> Stack:
     """Returns the model's FFNs, one after the other, as one jitted function of the activations.
 
     Nothing else of the model is in it, so that what replacing the FFNs gains is seen undiluted.
 
     Args:
       model: a decoder.
-      params: parameters of the model, or of its FFNs alone as :func:`fresh_ffns` returns them.
+      params: parameters of the model, or of its FFNs alone as :func:`fresh_ffns` returns them; the
+        stack has as many layers as they have.
       train: whether the function returns the gradients of the sum of squared outputs by the
         parameters and the activations, instead of the outputs.
-      count: number of layers to take, the first ones; ``None`` takes all.
     """
-    n_layer = model.spec.n_layer
-    modules = [ffn_module(model, i) for i in range(min(count or n_layer, n_layer))]
-    layers = [layer["mlp"] for layer in layers_of(model, params)[: len(modules)]]
+    body, collection = model.layer_path
+    tree = params[body][collection]
+    modules = [ffn_module(model, i) for i in range(len(tree))]
+    layers = [tree[str(i)]["mlp"] for i in range(len(tree))]
 
     def forward(layers: Any, x: Any) -> Any:
         for module, leaves in zip(modules, layers, strict=True):
@@ -43,7 +42,7 @@ def ffn_stack(
     return lambda x: run(layers, x)
 
 
-def fresh_ffns(model: Decoder, seed: int = 0) -> dict[str, Any]:
+def fresh_ffns(model: Decoder, seed: int = 0, count: int | None = None) -> dict[str, Any]:
     """Returns newly drawn parameters of the FFNs alone, at their places in the model's tree.
 
     How long a layer takes does not depend on its weights, so that a configuration can be timed
@@ -52,10 +51,11 @@ def fresh_ffns(model: Decoder, seed: int = 0) -> dict[str, Any]:
     Args:
       model: a decoder.
       seed: seed of the parameters.
+      count: number of layers to draw, the first ones, if there are so many; ``None`` draws all.
     """
     x = jnp.zeros((1, model.spec.d_model), model.dtype)
     inits, layers = {}, {}
-    for i, key in enumerate(jax.random.split(jax.random.key(seed), model.spec.n_layer)):
+    for i, key in enumerate(jax.random.split(jax.random.key(seed), model.spec.n_layer)[:count]):
         kind = model.ffns[i] if model.ffns else None
         # Layers of one kind are compiled once.
         init = inits.setdefault(kind, jax.jit(ffn_module(model, i).init))

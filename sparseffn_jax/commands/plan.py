@@ -24,8 +24,17 @@ from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.measure.records import make_folder, versions, write_json
 from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.progress import counter, stage
+from sparseffn_jax.sparsify.calibration import check_calibration
 from sparseffn_jax.sparsify.fisher import output_fisher
-from sparseffn_jax.sparsify.planning import Grid, Planner, Size, estimate_layers, size_grid, size_of
+from sparseffn_jax.sparsify.planning import (
+    Grid,
+    Planner,
+    Size,
+    config_of,
+    estimate_layers,
+    size_grid,
+    size_of,
+)
 from sparseffn_jax.sparsify.planning import Plan as ModelPlan
 from sparseffn_jax.train.data import STDLIB, load_windows
 
@@ -95,11 +104,17 @@ class Plan:
         order = np.random.default_rng(self.seed).permutation(len(windows))
         chosen = windows[order[: max(1, self.calibration_tokens // window)]]
         model, tokens = dense.model(), chosen[:, :-1]
-        with stage("measuring what the loss feels", console):
-            fisher = output_fisher(model, dense.params, chosen)
         grid = size_grid(dense.spec)
         if self.narrow:
             grid = grid._replace(ranks=(0,))
+        smallest = config_of(dense.spec, (grid.widths[-1], 0))
+        check_calibration(model, [smallest], tokens)
+        if self.flops is not None and self.flops < (least := _flops(smallest)):
+            raise ValueError(
+                f"flops={self.flops:g} is out of reach: the smallest layers have {least:.3g}"
+            )
+        with stage("measuring what the loss feels", console):
+            fisher = output_fisher(model, dense.params, chosen)
         known = _Estimates(self.out / "estimates.json", fisher, grid)
         with counter("estimating layer", console) as count:
             rest = estimate_layers(
@@ -165,10 +180,10 @@ class Plan:
                 lambda aim: choose(clock.ratio, budget=n_layer / (aim * target)),
                 lambda plan: {"ffn_speedup": clock.speedup(plan.configs)},
             )
-        whole, speedup = ModelClock(model, dense.params, windows[:count]), self.speedup
+        whole, speedup = ModelClock(model, dense.params, windows[:count], clock), self.speedup
         assert speedup is not None
         return (
-            lambda aim: choose(clock.ratio, budget=whole.ffn_budget(aim * speedup, clock)),
+            lambda aim: choose(clock.ratio, budget=whole.ffn_budget(aim * speedup)),
             lambda plan: {
                 "speedup": whole.speedup(plan.configs),
                 "ffn_speedup": clock.speedup(plan.configs),

@@ -240,11 +240,6 @@ class Plan:
         return tuple(layer.config for layer in self.layers)
 
     @property
-    def cost(self) -> float:
-        """What all layers cost together, in the unit of the budget."""
-        return sum(layer.cost for layer in self.layers)
-
-    @property
     def damage(self) -> float:
         """The predicted rise of the loss, in nats a token."""
         return sum(layer.damage for layer in self.layers)

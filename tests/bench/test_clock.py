@@ -40,14 +40,14 @@ def test_every_size_is_timed_once_beside_dense_on_the_same_tokens(model, monkeyp
 
 def test_what_is_left_to_the_ffns_of_a_faster_model(model, monkeypatch):
     windows = np.zeros((2, 13), np.int32)
-    whole = ModelClock(*model, windows)
     clock = FFNClock(model[0], 24)
     monkeypatch.setattr(clock, "dense_seconds", lambda: 2.0)
     monkeypatch.setattr(clocks, "time_in_turn", lambda *_, **__: [(9.0, 10.0, 11.0)])
+    whole = ModelClock(*model, windows, clock)
     # The whole takes 5 dense FFNs, 2 of which are the FFNs.
-    assert whole.ffn_budget(1.25, clock) == pytest.approx(1.0)
+    assert whole.ffn_budget(1.25) == pytest.approx(1.0)
     with pytest.raises(ValueError, match=r"without any FFN the model would be 1\.67 times"):
-        whole.ffn_budget(1.7, clock)
+        whole.ffn_budget(1.7)
 
 
 def test_a_planned_model_is_timed_with_its_own_ffns(model, monkeypatch):
@@ -59,7 +59,8 @@ def test_a_planned_model_is_timed_with_its_own_ffns(model, monkeypatch):
         return PairedTimes((3.0,), (2.0,))
 
     monkeypatch.setattr(clocks, "time_pair", time_pair)
-    assert ModelClock(*model, windows).speedup([None, CONFIG]) == 1.5
+    clock = FFNClock(model[0], 24, repeats=1)
+    assert ModelClock(*model, windows, clock).speedup([None, CONFIG]) == 1.5
     dense, sparse = losses
     assert dense == pytest.approx(sf.evaluate_loss(*model, windows, batch_size=2))
     assert sparse != dense
