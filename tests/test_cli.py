@@ -16,6 +16,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 import sparseffn_jax as sf
 from sparseffn_jax.bench.clock import FFNClock, ModelClock
 from sparseffn_jax.cli import main
+from sparseffn_jax.commands import convert
 from sparseffn_jax.measure import memory
 from sparseffn_jax.train.run_lock import hold_run_folder
 
@@ -347,12 +348,19 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("inspect --model {dense} --tokens 0", "tokens=0"),
         ("convert --model {sparse} --out {dir}/out --text {corpus}", "already sparse"),
         ("convert --model {dense} --out {dense} --text {corpus}", "overwrite"),
-        ("convert --model {dense} --out {dir}/out --flops 0 --text {corpus}", "ratio"),
+        ("convert --model {dense} --out {dir}/out --flops 0 --text {corpus}", "flops=0.0"),
         ("convert --model {dense} --out {dir}/out --text {empty}", "empty"),
         ("plan --model {dense} --out {dir}/plan --text {corpus}", "give one of --flops"),
         ("plan --model {dense} --out {dir}/plan --flops 0.4 --speedup 1.5", "2 are given"),
         ("plan --model {dense} --out {dir}/plan --ffn-speedup 0.5", "1 or more"),
-        ("plan --model {dense} --out {dir}/plan --flops 0.4 --train", "needs --ffn-speedup"),
+        ("plan --model {dense} --out {dir}/plan --flops 0.4 --timed-pass training",
+         "timed_pass says what is timed"),
+        ("plan --model {dense} --out {dir}/plan --parameters 0.001 --text {corpus}",
+         "the smallest layers have"),
+        ("convert --model {dense} --out {dir}/out --speedup 2 --max-loss 1", "2 are given"),
+        ("convert --model {dense} --out {dir}/out --planned", "0 are given"),
+        ("convert --model {dense} --out {dir}/out --flops 0.4 --config {dir}/plan.json",
+         "takes no budget"),
         ("plan --model {sparse} --out {dir}/plan --flops 0.4", "already"),
         ("plan --model {dense} --out {dir}/plan --flops 0.001 --text {corpus}", "out of reach"),
         ("finetune --model {dense} --out {short}/run --text {corpus}", "cannot write"),
@@ -416,33 +424,70 @@ def test_a_plan_keeps_to_its_budget_and_is_what_convert_reads(folder, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("option", ["--ffn-speedup", "--speedup"])
-def test_a_plan_aims_higher_until_the_clock_shows_the_speedup(
-    folder, tmp_path, monkeypatch, option
-):
-    """On this clock FFNs together are a tenth slower than one by one, and all of the model."""
+@pytest.fixture
+def flops_clock(monkeypatch):
+    """A clock on which FFNs together are a tenth slower than one by one, and all of the model."""
 
-    def speedup(clock, configs):
-        return 0.9 * LAYERS / sum(clock_ratio(clock, config) for config in configs)
+    def prices(_, configs, on_size):
+        on_size(1, 1)
+        return {config: 1.0 if config is None else sf.flops_ratio(config) for config in configs}
 
-    def clock_ratio(clock, config):
-        return 1.0 if config is None else sf.flops_ratio(config)
+    def speedup(_, configs):
+        return 0.9 * LAYERS / sum(prices(_, configs, lambda *_: None)[c] for c in configs)
 
-    monkeypatch.setattr(FFNClock, "ratio", clock_ratio)
+    monkeypatch.setattr(FFNClock, "prices", prices)
     monkeypatch.setattr(FFNClock, "speedup", speedup)
     monkeypatch.setattr(ModelClock, "ffn_budget", lambda _, target: LAYERS / target)
     monkeypatch.setattr(ModelClock, "speedup", speedup)
+
+
+@pytest.mark.parametrize("option", ["--ffn-speedup", "--speedup"])
+def test_a_plan_is_made_again_until_the_clock_shows_the_speedup(
+    folder, tmp_path, monkeypatch, flops_clock, option
+):
     argv = "plan", "--model", folder / "dense", "--text", folder / "corpus.txt", *PLAN
     run(*argv, "--out", tmp_path / "plan", option, 2)
     totals = json.loads((tmp_path / "plan" / "report.json").read_text())["totals"]
     assert 1.96 <= totals[option[2:].replace("-", "_")] < 2.3
     assert totals["flops"] < 0.47
 
+    # Where FFNs together are faster than one by one, less is cut than the first plan does.
+    monkeypatch.setattr(FFNClock, "speedup", fast := lambda _, configs: 1.5 * LAYERS / sum(
+        1.0 if config is None else sf.flops_ratio(config) for config in configs))  # fmt: skip
+    monkeypatch.setattr(ModelClock, "speedup", fast)
+    run(*argv, "--out", tmp_path / "plan", option, 2)
+    totals = json.loads((tmp_path / "plan" / "report.json").read_text())["totals"]
+    assert 1.96 <= totals[option[2:].replace("-", "_")] < 2.3
+    assert totals["flops"] > 0.65
+
     monkeypatch.setattr(FFNClock, "speedup", lambda *_: 1.0)
     monkeypatch.setattr(ModelClock, "speedup", lambda *_: 1.0)
     with pytest.raises(SystemExit):
         run(*argv, "--out", tmp_path / "never", option, 1.1)
     assert not (tmp_path / "never" / "plan.json").exists()
+
+
+def test_convert_plans_for_a_budget_once(folder, tmp_path, monkeypatch, flops_clock):
+    argv = ("convert", "--model", folder / "dense", "--out", tmp_path / "sparse", "--text",
+            folder / "corpus.txt", "--ffn-speedup", 1.5, "--calibration-tokens", 2048,
+            "--distill-steps", 0)  # fmt: skip
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    # Stopped at its end, it goes on by the plan that it has, whatever the clock says now.
+    monkeypatch.setattr(convert, "save_pretrained", stop)
+    with pytest.raises(SystemExit, match="130"):
+        run(*argv)
+    planned = (tmp_path / "sparse.plan" / "plan.json").read_bytes()
+    monkeypatch.undo()
+    monkeypatch.setattr(FFNClock, "prices", stop)
+    run(*argv)
+    assert (tmp_path / "sparse.plan" / "plan.json").read_bytes() == planned
+    ffns = sf.load_pretrained(tmp_path / "sparse").ffns
+    assert list(ffns) == list(sf.SparseFFNConfig.layers_from_json(planned.decode()))
+    ratios = [1.0 if ffn is None else sf.flops_ratio(ffn) for ffn in ffns]
+    assert 0.5 * LAYERS < sum(ratios) < 0.62 * LAYERS
 
 
 def test_a_stopped_convert_goes_on_where_it_was(folder, sparse, monkeypatch, capfd):

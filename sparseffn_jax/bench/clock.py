@@ -1,20 +1,29 @@
 """What FFNs cost on this machine's clock: the prices that a plan is made with."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
+from scipy.optimize import nnls
 
 from sparseffn_jax.bench.stacks import Stack, ffn_stack, fresh_ffns, time_stacks
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.losses import make_evaluator
 from sparseffn_jax.measure.timing import time_in_turn, time_pair
 from sparseffn_jax.models.decoder import Decoder, layers_of, replace_ffns
+from sparseffn_jax.sparsify.planning import Size, size_of
+from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.step import init_state, make_stage, make_step
+from sparseffn_jax.train.strategies import STEP_SCALARS
 
 # Layers in one program: so many that their weights leave the caches between two of its runs.
 _LAYERS = 6
+# Number of widths beside which each rank of a bypass is timed.
+_WIDTHS_A_RANK = 3
 
 
 class FFNClock:
@@ -46,6 +55,31 @@ class FFNClock:
             self._ratios[config] = 1.0 / pair.speedup
         return self._ratios[config]
 
+    def prices(
+        self,
+        configs: Sequence[SparseFFNConfig | None],
+        on_size: Callable[[int, int], None] | None = None,
+    ) -> dict[SparseFFNConfig | None, float]:
+        """Returns the time of each layer over that of the dense FFN.
+
+        Every width is timed without a bypass, and every rank beside a few widths. The prices are
+        those that fit all these times best (:func:`smooth_prices`): a plan is drawn to the sizes
+        whose times came out too low.
+
+        Args:
+          configs: layers of a core beside a bypass; ``None`` stands for the dense FFN.
+          on_size: function that is called with the numbers of sizes timed and to be timed.
+        """
+        spec = self._model.spec
+        of_size = {size_of(config, spec): config for config in configs if config is not None}
+        timed, measured = _sizes_to_time(list(of_size)), {}
+        for i, size in enumerate(timed):
+            measured[size] = self.ratio(of_size[size])
+            if on_size is not None:
+                on_size(i + 1, len(timed))
+        smooth = smooth_prices(measured, list(of_size))
+        return {None: 1.0} | {of_size[size]: price for size, price in smooth.items()}
+
     def dense_seconds(self) -> float:
         """Returns what one dense FFN takes, in seconds."""
         (times,) = time_in_turn([lambda: self._dense(self._x)], repeats=self._repeats)
@@ -67,14 +101,90 @@ class FFNClock:
         return ffn_stack(model, fresh_ffns(model, count=count), train=self._train)
 
 
+def _sizes_to_time(sizes: Sequence[Size]) -> list[Size]:
+    """Returns all sizes without a bypass, and for each rank some, narrow to wide."""
+    chosen = []
+    for rank in sorted({rank for _, rank in sizes}):
+        widths = sorted(width for width, other in sizes if other == rank)
+        places = np.linspace(0, len(widths) - 1, _WIDTHS_A_RANK).round().astype(int)
+        some = widths if rank == 0 else [widths[i] for i in np.unique(places)]
+        chosen += [(width, rank) for width in some]
+    return chosen
+
+
+def smooth_prices(measured: Mapping[Size, float], sizes: Sequence[Size]) -> dict[Size, float]:
+    """Returns prices that are free of the clock's noise: those of a line through all times.
+
+    A price is that of a start, of so many units, of having a bypass, and of so many components of
+    it, none of which is negative; the line has the smallest relative squares. Prices that are free
+    to have steps, as in isotonic regression, were twice as far from the truth where it has none.
+
+    Args:
+      measured: times of some sizes.
+      sizes: the sizes whose prices are wanted.
+    """
+
+    def terms(size: Size) -> list[float]:
+        width, rank = size
+        return [1.0, width, rank > 0, rank]
+
+    times = np.array(list(measured.values()))
+    weights, _ = nnls(np.array([terms(size) for size in measured]) / times[:, None], times / times)
+    return {size: float(weights @ terms(size)) for size in sizes}
+
+
+def step_config(batch_size: int) -> TrainConfig:
+    """Returns the settings of the training step that is timed: all parameters, AdamW."""
+    return TrainConfig(steps=1000, batch_size=batch_size, recipe="full")
+
+
+class TrainingStep:
+    """A model's training step of all parameters, compiled.
+
+    Args:
+      model: a decoder.
+      batch_size: windows in a batch.
+      window: tokens in a window.
+
+    Attributes:
+      compile_seconds: how long it took to trace and compile the step.
+    """
+
+    def __init__(self, model: Decoder, batch_size: int, window: int):
+        config = step_config(batch_size)
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))[
+            "params"
+        ]
+        self._stage = make_stage(config, params, 0)
+        state, frozen = jax.eval_shape(lambda p: init_state(self._stage, p), params)
+        batch = jax.ShapeDtypeStruct((batch_size, window + 1), jnp.int32)
+        step = make_step(model, self._stage, config)
+        started = time.perf_counter()
+        self._run = step.lower(state, frozen, None, batch, *STEP_SCALARS).compile()
+        self.compile_seconds = time.perf_counter() - started
+
+    def on(self, params: Any, windows: Int[np.ndarray, "n w"]) -> Callable[[], Any]:
+        """Returns a function that makes the next step from these parameters on."""
+        state, frozen = init_state(self._stage, params)
+
+        def run() -> Any:
+            nonlocal state
+            # The state is donated: each step goes on from the one before.
+            state, metrics = self._run(state, frozen, None, windows, *STEP_SCALARS)
+            return metrics
+
+        return run
+
+
 class ModelClock:
-    """Measures what a whole model takes to evaluate some text.
+    """Measures what a whole model takes to evaluate some text, or for a training step on it.
 
     Args:
       model: a decoder whose layers are all dense, in the precision to measure in.
       params: its parameters.
-      windows: token ids (n, t + 1), which are evaluated at once.
-      clock: measures FFNs on equally many tokens.
+      windows: token ids (n, t + 1), which make one batch.
+      clock: measures FFNs on equally many tokens, and in the same passes.
+      train: whether to measure a training step of all parameters instead of the evaluation.
       repeats: runs of each program; medians count.
     """
 
@@ -85,10 +195,11 @@ class ModelClock:
         windows: Int[np.ndarray, "n w"],
         clock: FFNClock,
         *,
+        train: bool = False,
         repeats: int = 5,
     ):
         self._model, self._params, self._windows = model, params, windows
-        self._repeats = repeats
+        self._train, self._repeats = train, repeats
         self._dense = self._run(model, params)
         (times,) = time_in_turn([self._dense], repeats=repeats)
         # In units of what one dense FFN takes.
@@ -125,5 +236,8 @@ class ModelClock:
         return time_pair(self._dense, sparse, repeats=2 * self._repeats).speedup
 
     def _run(self, model: Decoder, params: Any) -> Callable[[], Any]:
+        if self._train:
+            count, length = self._windows.shape
+            return TrainingStep(model, count, length - 1).on(params, self._windows)
         evaluate, params = make_evaluator(model), jax.device_put(params)
         return lambda: evaluate(params, self._windows, len(self._windows))

@@ -5,7 +5,6 @@ Beside ours runs the dense model of Hugging Face's PyTorch, on the same batches.
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config
 
+from sparseffn_jax.bench.clock import TrainingStep, step_config
 from sparseffn_jax.bench.comparison import load_dense
 from sparseffn_jax.bench.external import torch_refusal
 from sparseffn_jax.bench.fairness import token_hash
@@ -36,9 +36,6 @@ from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.progress import stage
 from sparseffn_jax.sparsify.sizing import size_model
-from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.step import init_state, make_stage, make_step
-from sparseffn_jax.train.strategies import STEP_SCALARS
 
 _SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16)}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -135,7 +132,7 @@ def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str,
     # What an earlier process has compiled would be taken for compiled in no time.
     with stage("compiling the training step", console), _without_compilation_cache():
         steps = {
-            name: _Step(model, settings)
+            name: TrainingStep(model, settings.batch_size, settings.window)
             for name, model in (models | _unequal(dense, settings)).items()
         }
     result["compile_seconds"] = {name: step.compile_seconds for name, step in steps.items()}
@@ -236,37 +233,6 @@ def _fresh(model: Decoder) -> Any:
     return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
-def _train_config(settings: ModelBenchSettings) -> TrainConfig:
-    return TrainConfig(steps=1000, batch_size=settings.batch_size, recipe="full")
-
-
-class _Step:
-    """A model's training step, compiled, and how long it took to trace and compile."""
-
-    def __init__(self, model: Decoder, settings: ModelBenchSettings):
-        config = _train_config(settings)
-        params = jax.eval_shape(lambda: _fresh(model))
-        self._stage = make_stage(config, params, 0)
-        state, frozen = jax.eval_shape(lambda p: init_state(self._stage, p), params)
-        batch = jax.ShapeDtypeStruct((settings.batch_size, settings.window + 1), jnp.int32)
-        step = make_step(model, self._stage, config)
-        started = time.perf_counter()
-        self._run = step.lower(state, frozen, None, batch, *STEP_SCALARS).compile()
-        self.compile_seconds = time.perf_counter() - started
-
-    def on(self, params: Any, tokens: Tokens) -> Callable[[], Any]:
-        """Returns a function that makes the next step from these parameters on."""
-        state, frozen = init_state(self._stage, params)
-
-        def run() -> Any:
-            nonlocal state
-            # The state is donated: each step goes on from the one before.
-            state, metrics = self._run(state, frozen, None, tokens, *STEP_SCALARS)
-            return metrics
-
-        return run
-
-
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
     enabled = jax.config.jax_enable_compilation_cache
@@ -290,7 +256,7 @@ def _evaluation(
 
 
 def _training_steps(
-    steps: Mapping[str, _Step], params: Mapping[str, Any], tokens: Tokens
+    steps: Mapping[str, TrainingStep], params: Mapping[str, Any], tokens: Tokens
 ) -> list[Callable[[], Any]]:
     return [steps[name].on(leaves, tokens) for name, leaves in params.items()]
 
@@ -312,7 +278,7 @@ def _prompt(tokens: Tokens, settings: ModelBenchSettings) -> Tokens:
 _PYTORCH: Mapping[str, Callable[[PyTorchModel, Tokens, ModelBenchSettings], Callable[[], Any]]] = {
     "evaluation": lambda model, tokens, settings: model.evaluation(tokens),
     "training step": lambda model, tokens, settings: model.training_step(
-        tokens, _train_config(settings)
+        tokens, step_config(settings.batch_size)
     ),
     "generation": lambda model, tokens, settings: model.generation(
         _prompt(tokens, settings), settings.decoded

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from rich.console import Console
 
 from sparseffn_jax.checkpoints.folders import check_replaceable
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
 from sparseffn_jax.commands.common import check_at_least, matching_tokenizer
+from sparseffn_jax.commands.plan import Budget, Plan
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.progress import counter, stage
@@ -20,6 +22,9 @@ from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.layers import REPAIR, ConvertedLayer
 from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.train.data import STDLIB, load_windows, read_text
+
+# FFN FLOPs over the dense ones, where nothing else is asked for.
+_FLOPS = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +35,17 @@ class Convert:
     "finetune"). The result is a folder in Hugging Face format. The same command goes on where it
     stopped; until then --out with ".partial" behind it holds the layers so far.
 
+    Without a budget or a --config every layer keeps 0.4 of its FLOPs. --flops alone makes all
+    layers alike too; with --planned, and with every other budget, a plan shares the budget out
+    among them, and --out with ".plan" behind it keeps the plan: see "plan".
+
     Attributes:
       model: Folder, GGUF file or hub name of a dense model.
       out: Folder to write.
+      budget: What the layers may cost together.
+      planned: Share --flops out among the layers by a plan.
       config: JSON file of one SparseFFNConfig for every layer, or a list with one (or null, to
-        keep the layer dense) for each; see "inspect". Without it --flops decides.
-      flops: FFN FLOPs over the dense ones, where no --config is given.
+        keep the layer dense) for each; see "inspect".
       text: Calibration text; see "demo".
       calibration_tokens: Tokens of it to use; ten for each hidden unit of a layer or more.
       window: Tokens in a window; default the smaller of n_positions and 1024.
@@ -49,8 +59,9 @@ class Convert:
 
     model: str
     out: Path
+    budget: tyro.conf.OmitArgPrefixes[Budget]
+    planned: bool = False
     config: Path | None = None
-    flops: float = 0.4
     text: str = STDLIB
     calibration_tokens: int = 65536
     window: int | None = None
@@ -66,7 +77,10 @@ class Convert:
         check_at_least("calibration_tokens", self.calibration_tokens, 1)
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("distill_steps", self.distill_steps, 0)
+        self._check_budget()
         check_replaceable(self.out, self.overwrite)
+        if self._plan is not None:
+            self._make_plan(self._plan, console)
         with stage("loading the model", console):
             dense = load_pretrained(self.model, param_dtype=None, on_demand=True)
             configs = self._configs(dense)
@@ -76,9 +90,7 @@ class Convert:
             windows = load_windows(self.text, tokenizer, window).train
         order = np.random.default_rng(self.seed).permutation(len(windows))
         chosen = order[: max(1, self.calibration_tokens // window)]
-        # Beside --out, so that it is on the same disk and is found by the same command.
-        work_dir = self.out.with_name(self.out.name + ".partial")
-        with self._stoppable(work_dir), counter("converting layer", console) as count:
+        with self._stoppable(), counter("converting layer", console) as count:
 
             def on_layer(layer: ConvertedLayer) -> None:
                 count(layer.layer + 1, dense.spec.n_layer)
@@ -96,24 +108,59 @@ class Convert:
                 repair=self.repair,
                 batch_size=self.batch_size,
                 seed=self.seed,
-                work_dir=work_dir,
+                work_dir=self._work_dir,
                 on_layer=on_layer,
             )
         save_pretrained(self.out, model, params, tokenizer=tokenizer, overwrite=self.overwrite)
-        shutil.rmtree(work_dir)
+        shutil.rmtree(self._work_dir)
         console.print(f"wrote {self.out}; recover its quality with: sparseffn finetune")
 
-    @staticmethod
+    @property
+    def _work_dir(self) -> Path:
+        # Beside --out, so that it is on the same disk and is found by the same command.
+        return self.out.with_name(self.out.name + ".partial")
+
+    @property
+    def _plan(self) -> Plan | None:
+        if not self.planned and self.budget.given.keys() <= {"flops"}:
+            return None
+        return Plan(
+            self.model,
+            self.out.with_name(self.out.name + ".plan"),
+            self.budget,
+            text=self.text,
+            calibration_tokens=min(self.calibration_tokens, Plan.calibration_tokens),
+            window=self.window,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def _check_budget(self) -> None:
+        if self.config is not None and (self.budget.given or self.planned):
+            raise ValueError(
+                "--config says what the layers are: it takes no budget and no --planned"
+            )
+        if self._plan is not None or self.budget.given:
+            self.budget.check()
+
+    def _make_plan(self, plan: Plan, console: Console) -> None:
+        # Times differ from run to run: what has been converted by a plan goes on by that plan.
+        if not (self._work_dir.exists() and plan.is_made):
+            plan.run(console)
+
     @contextlib.contextmanager
-    def _stoppable(work_dir: Path) -> Iterator[None]:
+    def _stoppable(self) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"stopped; {work_dir} keeps the converted layers, and the same command goes on"
+                f"stopped; {self._work_dir} keeps the converted layers, and the same command goes "
+                "on"
             ) from None
 
     def _configs(self, dense: Pretrained) -> Any:
-        if self.config is None:
-            return size_model(dense.spec, self.flops)
-        return SparseFFNConfig.layers_from_json(read_text(self.config))
+        if self._plan is not None:
+            return SparseFFNConfig.layers_from_json(read_text(self._plan.plan_file))
+        if self.config is not None:
+            return SparseFFNConfig.layers_from_json(read_text(self.config))
+        return size_model(dense.spec, self.budget.given.get("flops", _FLOPS))

@@ -1,14 +1,13 @@
 """The command ``sparseffn plan``."""
 
 import dataclasses
-import functools
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +19,7 @@ from sparseffn_jax.checkpoints.untrusted import read_json
 from sparseffn_jax.commands.common import DTYPES, check_at_least, matching_tokenizer
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
-from sparseffn_jax.measure.costs import flops_ratio
+from sparseffn_jax.measure.costs import flops_ratio, parameters_ratio
 from sparseffn_jax.measure.records import make_folder, versions, write_json
 from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.progress import counter, stage
@@ -38,32 +37,82 @@ from sparseffn_jax.sparsify.planning import (
 from sparseffn_jax.sparsify.planning import Plan as ModelPlan
 from sparseffn_jax.train.data import STDLIB, load_windows
 
-# A plan whose measured speed-up falls short of the one asked for by more than this is made again.
-_TOLERANCE = 0.02
+# A plan whose measured speed-up falls short of the one asked for by more than the first share, or
+# exceeds it by more than the second, is made again.
+_SHORT, _BEYOND = 0.02, 0.05
 _MOST_TURNS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What the layers may cost together: give one of the first five.
+
+    Attributes:
+      flops: FFN FLOPs of all layers over the dense ones.
+      parameters: FFN parameters of all layers over the dense ones.
+      ffn_speedup: Speed-up of the FFNs, measured here.
+      speedup: Speed-up of the whole model, measured here.
+      max_loss: Predicted rise of the loss, in nats a token, at as few FLOPs as it allows.
+      timed_pass: What is timed for a speed-up: evaluation, or training.
+      timed_tokens: Tokens in the passes that are timed, rounded to whole windows.
+      timed_dtype: Precision of the computation that is timed.
+    """
+
+    flops: float | None = None
+    parameters: float | None = None
+    ffn_speedup: float | None = None
+    speedup: float | None = None
+    max_loss: float | None = None
+    timed_pass: Literal["forward", "training"] = "forward"
+    timed_tokens: int = 1024
+    timed_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits that are given, by name."""
+        limits = ("flops", "parameters", "ffn_speedup", "speedup", "max_loss")
+        return {name: value for name in limits if (value := getattr(self, name)) is not None}
+
+    @property
+    def speedup_wanted(self) -> tuple[str, float] | None:
+        """The speed-up that is asked for, and what of; ``None`` if none is."""
+        return next((item for item in self.given.items() if "speedup" in item[0]), None)
+
+    def check(self) -> None:
+        """Checks that there is one limit, and that it can be met.
+
+        Raises:
+          ValueError: if not.
+        """
+        if len(self.given) != 1:
+            names = ", ".join("--" + f.name.replace("_", "-") for f in dataclasses.fields(self)[:5])
+            raise ValueError(f"give one of {names}: {len(self.given)} are given")
+        ((name, value),) = self.given.items()
+        if not value > 0.0:
+            raise ValueError(f"{name}={value} must be above 0")
+        if self.speedup_wanted and value < 1.0:
+            raise ValueError(f"{name}={value} must be 1 or more")
+        if self.timed_pass == "training" and not self.speedup_wanted:
+            raise ValueError("timed_pass says what is timed for --speedup or --ffn-speedup")
+        check_at_least("timed_tokens", self.timed_tokens, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Choose what each layer's FFN becomes, so that a budget costs as little loss as possible.
 
-    Give one of --flops, --ffn-speedup, --speedup and --max-loss. --out gets plan.json, which
-    "convert --config" reads, and report.json and plan.png, which show what was chosen and why.
+    Give one of --flops, --parameters, --ffn-speedup, --speedup and --max-loss. --out gets
+    plan.json, which "convert --config" reads, and report.json and plan.png, which show what was
+    chosen and why. "convert" makes such a plan itself, if it is given such a budget.
 
     Attributes:
       model: Folder, GGUF file or hub name of a dense model.
       out: Folder to write. It keeps the estimates too: the same command goes on where it
         stopped, and one with another budget starts from them.
-      flops: FFN FLOPs of all layers over the dense ones.
-      ffn_speedup: Speed-up of the FFNs, measured here.
-      speedup: Speed-up of the whole model, measured here.
-      max_loss: Predicted rise of the loss, in nats a token, at as few FLOPs as it allows.
+      budget: What the layers may cost together.
       most_shapes: Number of different layers, dense ones included; default any number.
       narrow: Plan with narrower FFNs alone, without bypasses, to compare.
       trials: Conversions that show how much of a loss later layers repair.
-      tokens: Tokens in the passes that are timed, rounded to whole windows.
-      train: Time the FFNs' forward and backward pass together; only with --ffn-speedup.
-      dtype: Of the computation that is timed.
       text: Calibration text; see "demo".
       calibration_tokens: Tokens of it to use.
       window: Tokens in a window; default the smaller of n_positions and 1024.
@@ -73,16 +122,10 @@ class Plan:
 
     model: str
     out: Path
-    flops: float | None = None
-    ffn_speedup: float | None = None
-    speedup: float | None = None
-    max_loss: float | None = None
+    budget: tyro.conf.OmitArgPrefixes[Budget]
     most_shapes: int | None = None
     narrow: bool = False
     trials: int = 1
-    tokens: int = 1024
-    train: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     text: str = STDLIB
     calibration_tokens: int = 32768
     window: int | None = None
@@ -109,10 +152,12 @@ class Plan:
             grid = grid._replace(ranks=(0,))
         smallest = config_of(dense.spec, (grid.widths[-1], 0))
         check_calibration(model, [smallest], tokens)
-        if self.flops is not None and self.flops < (least := _flops(smallest)):
-            raise ValueError(
-                f"flops={self.flops:g} is out of reach: the smallest layers have {least:.3g}"
-            )
+        for name, price in (("flops", _flops), ("parameters", _parameters)):
+            limit = self.budget.given.get(name)
+            if limit is not None and limit < (least := price(smallest)):
+                raise ValueError(
+                    f"{name}={limit:g} is out of reach: the smallest layers have {least:.3g}"
+                )
         with stage("measuring what the loss feels", console):
             fisher = output_fisher(model, dense.params, chosen)
         known = _Estimates(self.out / "estimates.json", fisher, grid)
@@ -132,60 +177,78 @@ class Plan:
         planner = Planner(
             model, dense.params, tokens, fisher, known.damages, batch_size=self.batch_size
         )
-        make, measure = self._budget(planner, dense, chosen, console)
+        prices = self._prices(planner, dense, chosen, console)
+
+        def make(aim: float) -> ModelPlan:
+            limits = prices.limits(aim)
+            return planner.plan(prices.cost, most_shapes=self.most_shapes, **limits)
+
+        _, target = self.budget.speedup_wanted or ("", 1.0)
         for _ in range(self.trials):
             with counter("trying out layer", console) as count:
-                planner.try_out(make(1.0).configs, on_layer=count)
-        plan, measured = self._met(make, measure, console)
+                planner.try_out(make(target).configs, on_layer=count)
+        if prices.measure is None:
+            plan, measured = make(target), {}
+        else:
+            plan, measured = self._met(make, prices.measure, console)
         self._write(plan, measured, dense.spec, console)
 
+    @property
+    def plan_file(self) -> Path:
+        """The file that the plan is written to: what each layer becomes."""
+        return self.out / "plan.json"
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the folder holds a plan with these settings."""
+        try:
+            made = read_json(self.out / "report.json").get("settings")
+        except (FileNotFoundError, CheckpointError, AttributeError):
+            return False
+        return made == self.settings and self.plan_file.exists()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings, in a form fit for JSON."""
+        return dataclasses.asdict(self) | {"out": str(self.out)}
+
     def _check(self) -> None:
-        limits = ("flops", "ffn_speedup", "speedup", "max_loss")
-        given = [name for name in limits if getattr(self, name) is not None]
-        if len(given) != 1:
-            names = ", ".join("--" + name.replace("_", "-") for name in limits)
-            raise ValueError(f"give one of {names}: {len(given)} are given")
-        if not (value := getattr(self, given[0])) > 0.0:
-            raise ValueError(f"{given[0]}={value} must be above 0")
-        for name in ("ffn_speedup", "speedup"):
-            if (value := getattr(self, name)) is not None and value < 1.0:
-                raise ValueError(f"{name}={value} must be 1 or more")
-        if self.train and self.ffn_speedup is None:
-            raise ValueError("--train says which passes are timed: it needs --ffn-speedup")
-        for name in ("calibration_tokens", "batch_size", "tokens"):
+        self.budget.check()
+        for name in ("calibration_tokens", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("trials", self.trials, 0)
         if self.most_shapes is not None:
             check_at_least("most_shapes", self.most_shapes, 1)
 
-    def _budget(
+    def _prices(
         self, planner: Planner, dense: Pretrained, windows: np.ndarray, console: Console
-    ) -> tuple[Callable[[float], ModelPlan], Callable[[ModelPlan], dict[str, float]] | None]:
-        """Returns what makes a plan, given how far to aim, and what measures it, if it is timed."""
+    ) -> "_Prices":
+        ((name, limit),) = self.budget.given.items()
         n_layer = dense.spec.n_layer
-        choose = functools.partial(planner.plan, most_shapes=self.most_shapes)
-        if self.max_loss is not None:
-            return lambda _: choose(_flops, most_damage=self.max_loss), None
-        if (flops := self.flops) is not None:
-            return lambda _: choose(_flops, budget=flops * n_layer), None
-        model = dense.model(DTYPES[self.dtype])
-        count = max(1, self.tokens // (windows.shape[1] - 1))
-        clock = FFNClock(model, count * (windows.shape[1] - 1), train=self.train)
-        with counter("timing size", console) as counted:
-            for i, config in enumerate(planner.configs):
-                clock.ratio(config)
-                counted(i + 1, len(planner.configs))
-        if (target := self.ffn_speedup) is not None:
-            return (
-                lambda aim: choose(clock.ratio, budget=n_layer / (aim * target)),
-                lambda plan: {"ffn_speedup": clock.speedup(plan.configs)},
+        if name == "max_loss":
+            return _Prices(_flops, lambda _: {"most_damage": limit})
+        if self.budget.speedup_wanted is None:
+            cost = _flops if name == "flops" else _parameters
+            return _Prices(cost, lambda _: {"budget": limit * n_layer})
+        model = dense.model(DTYPES[self.budget.timed_dtype])
+        length, train = windows.shape[1] - 1, self.budget.timed_pass == "training"
+        batch = windows[: max(1, self.budget.timed_tokens // length)]
+        clock = FFNClock(model, len(batch) * length, train=train)
+        with counter("timing size", console) as count:
+            cost = clock.prices(planner.configs, count).__getitem__
+        if name == "ffn_speedup":
+            return _Prices(
+                cost,
+                lambda aim: {"budget": n_layer / aim},
+                lambda plan: {name: clock.speedup(plan.configs)},
             )
-        whole, speedup = ModelClock(model, dense.params, windows[:count], clock), self.speedup
-        assert speedup is not None
-        return (
-            lambda aim: choose(clock.ratio, budget=whole.ffn_budget(aim * speedup)),
+        with stage("timing the model", console):
+            whole = ModelClock(model, dense.params, batch, clock, train=train)
+        return _Prices(
+            cost,
+            lambda aim: {"budget": whole.ffn_budget(aim)},
             lambda plan: {
-                "speedup": whole.speedup(plan.configs),
+                name: whole.speedup(plan.configs),
                 "ffn_speedup": clock.speedup(plan.configs),
             },
         )
@@ -193,32 +256,38 @@ class Plan:
     def _met(
         self,
         make: Callable[[float], ModelPlan],
-        measure: Callable[[ModelPlan], dict[str, float]] | None,
+        measure: Callable[[ModelPlan], dict[str, float]],
         console: Console,
     ) -> tuple[ModelPlan, dict[str, float]]:
-        """Makes the plan, and makes it again for more as long as the clock shows too little."""
-        target = self.speedup or self.ffn_speedup
-        if measure is None or target is None:
-            return make(1.0), {}
-        aim, name = 1.0, "ffn_speedup" if self.speedup is None else "speedup"
+        """Makes plans until one is about as fast as is wanted, and takes the best fast one."""
+        assert self.budget.speedup_wanted is not None
+        name, target = self.budget.speedup_wanted
+        aim, best = target, None
         for _ in range(_MOST_TURNS):
             plan = make(aim)
             with stage("measuring the plan", console):
                 measured = measure(plan)
-            if measured[name] >= target * (1.0 - _TOLERANCE):
-                return plan, measured
-            console.print(f"measured {measured[name]:.2f}x of {target:.2f}x: planning for more")
-            aim *= target / measured[name]
-        raise ValueError(
-            f"{name}={target:g} was not reached in {_MOST_TURNS} plans: the clock is unsteady, or "
-            "the target is out of reach"
-        )
+            reached = measured[name]
+            if reached >= target * (1.0 - _SHORT):
+                if best is None or plan.damage < best[0].damage:
+                    best = plan, measured
+                if reached <= target * (1.0 + _BEYOND) or not any(plan.configs):
+                    return best
+            console.print(f"measured {reached:.2f}x of {target:.2f}x: planning again")
+            aim = max(1.0, aim * target / reached)
+        if best is None:
+            raise ValueError(
+                f"{name}={target:g} was not reached in {_MOST_TURNS} plans: the clock is unsteady, "
+                "or the target is out of reach"
+            )
+        return best
 
     def _write(
         self, plan: ModelPlan, measured: dict[str, float], spec: DecoderSpec, console: Console
     ) -> None:
         layers = [None if config is None else config.to_dict() for config in plan.configs]
-        (self.out / "plan.json").write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
+        # The report is written last: it says that the plan is whole.
+        write_json(self.plan_file, layers)
         rows = [
             {
                 "layer": i,
@@ -230,16 +299,16 @@ class Plan:
             for i, candidate in enumerate(plan.layers)
             for size in [size_of(candidate.config, spec)]
         ]
-        settings = {
-            field.name: value if isinstance(value, int | float | None) else str(value)
-            for field in dataclasses.fields(self)
-            for value in [getattr(self, field.name)]
-        }
         flops = float(np.mean([row["flops"] for row in rows]))
         totals = {"flops": flops, "predicted_damage": plan.damage, **measured}
-        report = {"settings": settings, "versions": versions(), "totals": totals, "layers": rows}
-        write_json(self.out / "report.json", report)
+        report = {
+            "settings": self.settings,
+            "versions": versions(),
+            "totals": totals,
+            "layers": rows,
+        }
         plot_plan(self.out / "plan.png", rows)
+        write_json(self.out / "report.json", report)
         table = Table(title=f"{self.model}: FFN FLOPs {flops:.3f} of the dense ones")
         for name in ("layer", "units", "bypass rank", "FLOPs", "predicted loss"):
             table.add_column(name, justify="right")
@@ -254,7 +323,21 @@ class Plan:
             )
         table.caption = ", ".join(f"{name.replace('_', ' ')} {x:.3f}" for name, x in totals.items())
         console.print(table)
-        console.print(f"wrote {self.out}; convert by it: --config {self.out / 'plan.json'}")
+        console.print(f"wrote {self.out}; convert by it: --config {self.plan_file}")
+
+
+class _Prices(NamedTuple):
+    """What plans are made and measured with.
+
+    Attributes:
+      cost: what a layer costs.
+      limits: limits of a plan that aims at a speed-up; the argument is unused where none is wanted.
+      measure: measures speed-ups of a plan, by name; ``None`` if nothing is timed.
+    """
+
+    cost: Callable[[SparseFFNConfig | None], float]
+    limits: Callable[[float], dict[str, float]]
+    measure: Callable[[ModelPlan], dict[str, float]] | None = None
 
 
 class _Estimates:
@@ -278,6 +361,10 @@ class _Estimates:
         self.damages.append(damages)
         rows = [[[*size, x] for size, x in layer.items()] for layer in self.damages]
         write_json(self._path, {"of": self._of, "damages": rows})
+
+
+def _parameters(config: SparseFFNConfig | None) -> float:
+    return 1.0 if config is None else parameters_ratio(config)
 
 
 def _flops(config: SparseFFNConfig | None) -> float:

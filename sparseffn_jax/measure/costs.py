@@ -187,6 +187,17 @@ def count_numbers(config: SparseFFNConfig) -> Numbers:
     return Numbers(weights, between)
 
 
+def parameters_ratio(config: SparseFFNConfig) -> float:
+    """Returns a layer's number of stored parameters over that of the dense FFN.
+
+    Args:
+      config: configuration of the layer.
+    """
+    kernels = dense_flops(config.d_model, config.d_ff, config.gated) // 2
+    biases = len(config.up_maps) * config.d_ff + config.d_model if config.bias else 0
+    return count_numbers(config).weights / (kernels + biases)
+
+
 def _low_rank_weights(config: SparseFFNConfig, branch: SpectralConfig) -> int:
     return sum(_ranks(config, branch)) * (config.d_model + (branch.width or config.d_model))
 

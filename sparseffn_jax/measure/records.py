@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; give another") from error
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
     """Writes indented JSON to ``path``; the file is written whole or not at all."""
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
