@@ -131,8 +131,7 @@ def estimate_damages(
       grid: the sizes.
       centred: whether the layer has a bias, which makes up for means.
     """
-    # Errors of outputs multiplied by a root of the matrix are squared errors in nats.
-    root, d_model = _root(fisher), fisher.shape[0]
+    root, d_model = root_of(fisher), fisher.shape[0]
     fitted, check = (
         _with_targets(Moments.of(_features_and_outputs(dense, part), centred=centred), root)
         for part in _parts(activations)
@@ -392,7 +391,7 @@ def _damage_left(
     repair: float,
 ) -> float:
     """Returns the damage, in nats a token, that the residual stream has behind a layer."""
-    root, total = jnp.asarray(_root(fisher), jnp.float32), 0.0
+    root, total = jnp.asarray(root_of(fisher), jnp.float32), 0.0
     for x, target in activations.chunks():
         y = dense(x)
         lost = (target - y) / repair + y - sparse(x)
@@ -400,6 +399,13 @@ def _damage_left(
     return 0.5 * total / len(activations.x)
 
 
-def _root(fisher: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+def root_of(fisher: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+    """Returns a root R of a Fisher matrix R R': errors times R are squared errors in nats.
+
+    Directions that the loss does not feel on the text get a small weight all the same.
+
+    Args:
+      fisher: Fisher matrix of a layer's outputs.
+    """
     values, vectors = np.linalg.eigh(fisher)
     return vectors * np.sqrt(np.maximum(values, _FISHER_FLOOR * values.mean()))

@@ -1,0 +1,156 @@
+"""What each part of a conversion without gradient steps gains, on text that it did not see.
+
+python campaigns/ablation.py MODEL TEXT --flops 0.4 --plan planned=plan/plan.json
+
+The first row is narrow FFNs whose units are kept by importance and refitted; each row below has one
+part more, and those of --plan share the same budget out among the layers. "Fisher" stands for units
+and bypasses that are chosen in the metric of the loss instead of that of the outputs.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import campaign
+import numpy as np
+from rich.console import Console
+
+import sparseffn_jax as sf
+from sparseffn_jax.bench.peers import narrow
+from sparseffn_jax.progress import counter
+from sparseffn_jax.sparsify.closed_form import Moments
+from sparseffn_jax.sparsify.dense import DenseFFN, Linear
+from sparseffn_jax.sparsify.fisher import output_fisher
+from sparseffn_jax.sparsify.fit import fit_core, fit_layer, fit_outputs
+from sparseffn_jax.sparsify.layers import REPAIR, convert_layers
+from sparseffn_jax.sparsify.planning import root_of
+from sparseffn_jax.sparsify.selection import choose_units, score_units
+from sparseffn_jax.sparsify.sizing import size_model
+from sparseffn_jax.sparsify.streams import LayerActivations
+
+
+class Row(NamedTuple):
+    """A way to convert the model.
+
+    Attributes:
+      configs: the configuration of each layer.
+      fit: how a layer is fitted: by ``"importance"``, ``"elimination"`` or ``"fisher"``.
+      repair: share of earlier losses that a layer makes up for.
+    """
+
+    configs: Any
+    fit: str
+    repair: float
+
+
+def fit_by_importance(
+    dense: DenseFFN, config: sf.SparseFFNConfig, activations: LayerActivations
+) -> tuple[sf.SparseFFNConfig, Any]:
+    """Keeps the units of the largest importance, and refits their output weights."""
+    assert config.micro is not None
+    core = config.micro.core
+    assert core is not None
+    scores = score_units(dense, activations, centred=config.bias)
+    kept = fit_core(dense, config, core, None, choose_units(scores, core.width, 0).core)
+    features = ((kept.features(x), target) for x, target in activations.chunks())
+    outputs = fit_outputs(config, Moments.of(features, centred=config.bias), None, kept)
+    leaves: Any = {"core": kept.leaves | {"down": {"kernel": outputs.core}}}
+    return config, leaves | ({"bias": outputs.bias} if config.bias else {})
+
+
+def fit_in_metric(
+    dense: DenseFFN,
+    config: sf.SparseFFNConfig,
+    activations: LayerActivations,
+    root: np.ndarray,
+) -> tuple[sf.SparseFFNConfig, Any]:
+    """Fits a layer of a core and a bypass whose outputs are multiplied by ``root`` meanwhile."""
+    back = np.linalg.inv(root)
+    down = Linear(dense.down.weight @ root, dense.down.bias @ root)
+    config, leaves = fit_layer(
+        dataclasses.replace(dense, down=down),
+        config,
+        dataclasses.replace(activations, target=activations.target @ np.float32(root)),
+    )
+    if "bypass" in leaves.get("spectral", {}):
+        leaves["spectral"]["bypass"]["filter"] @= back
+    leaves["core"]["down"]["kernel"] @= back
+    if config.bias:
+        leaves["bias"] @= back
+    return config, leaves
+
+
+def main() -> None:
+    """Runs the campaign."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("model", help="folder, GGUF file or hub name of a dense model")
+    parser.add_argument("text", help="a text file; its validation part is kept for the loss")
+    parser.add_argument("--flops", type=float, default=0.4)
+    parser.add_argument("--plan", nargs="*", default=[], help="NAME=FILE as sparseffn plan writes")
+    parser.add_argument("--rows", type=int, nargs="*", help="numbers of the rows; default all")
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--validation-windows", type=int, default=12)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation.json"))
+    arguments = parser.parse_args()
+    dense = sf.load_pretrained(arguments.model)
+    model, spec = dense.model(), dense.spec
+    windows = sf.load_windows(arguments.text, sf.load_tokenizer(arguments.model), arguments.window)
+    order = np.random.default_rng(0).permutation(len(windows.train))
+    chosen = windows.train[order[: arguments.calibration_tokens // arguments.window]]
+    held_out = windows.validation[: arguments.validation_windows]
+    console = Console(soft_wrap=True)
+    fisher = output_fisher(model, dense.params, chosen)
+
+    def loss(*model_and_params: Any) -> float:
+        return sf.evaluate_loss(*model_and_params, held_out, batch_size=2)
+
+    def convert(row: Row) -> float:
+        def fit(layer: int, dense: DenseFFN, activations: LayerActivations) -> tuple[Any, Any]:
+            config = row.configs[layer]
+            if row.fit == "importance":
+                return fit_by_importance(dense, config, activations)
+            if row.fit == "fisher":
+                return fit_in_metric(dense, config, activations, root_of(fisher[layer]))
+            return fit_layer(dense, config, activations)
+
+        with counter("converting layer", console) as count:
+            return loss(
+                *convert_layers(
+                    model,
+                    dense.params,
+                    [i for i, config in enumerate(row.configs) if config is not None],
+                    fit,
+                    chosen[:, :-1],
+                    repair=row.repair,
+                    batch_size=4,
+                    on_layer=lambda layer: count(layer.layer + 1, spec.n_layer),
+                )
+            )
+
+    every = (narrow(spec, arguments.flops),) * spec.n_layer
+    default = (size_model(spec, arguments.flops),) * spec.n_layer
+    rows = {
+        "narrow by importance, refitted": Row(every, "importance", 0.0),
+        "by elimination": Row(every, "elimination", 0.0),
+        "and repair": Row(every, "elimination", REPAIR),
+        "and a bypass (the default)": Row(default, "elimination", REPAIR),
+        "and Fisher": Row(default, "fisher", REPAIR),
+    }
+    for name, file in (given.split("=", 1) for given in arguments.plan):
+        configs = sf.SparseFFNConfig.layers_from_json(Path(file).read_text(encoding="utf-8"))
+        rows[f"{name}: plan"] = Row(configs, "elimination", REPAIR)
+        rows[f"{name}: plan and Fisher"] = Row(configs, "fisher", REPAIR)
+    taken = [row for i, row in enumerate(rows) if arguments.rows is None or i in arguments.rows]
+    dense_loss = loss(model, dense.params)
+    results = {"dense, nats a token": f"{dense_loss:.4f}"}
+    for name in taken:
+        results[name] = f"{convert(rows[name]) - dense_loss:+.4f}"
+        console.print(f"{name}: {results[name]}")
+    settings = {name: str(value) for name, value in vars(arguments).items()}
+    campaign.finish("Loss over dense after conversion", results, [], arguments.out, settings)
+
+
+if __name__ == "__main__":
+    main()
