@@ -63,16 +63,18 @@ def measure(config: sf.SparseFFNConfig, tokens: int, mode: str) -> tuple[float, 
         lambda leaf: 0.02 * jax.random.normal(keys[2], leaf.shape, jnp.bfloat16), shapes
     )
 
-    def forward(params: Any, x: Any) -> Any:
-        return ffn.apply({"params": params}, x)
+    variables: Any = {"params": params}
+    if mode == "decoding":
+        # As in generation: weights do not change, and are packed once.
+        variables = ffn.pack(variables, tokens)
 
-    def training(params: Any, x: Any, g: Any) -> Any:
-        return jax.vjp(forward, params, x)[1](g)
+    def training(variables: Any, x: Any, g: Any) -> Any:
+        return jax.vjp(ffn.apply, variables, x)[1](g)
 
     programs: Mapping[str, tuple[Callable[..., Any], Any, int, int]] = {
-        "forward": (forward, (params, x), _QUEUED, 1),
-        "training": (training, (params, x, g), _QUEUED, 1),
-        "decoding": (chained(forward, _DECODED), (params, x), 3, _DECODED),
+        "forward": (ffn.apply, (variables, x), _QUEUED, 1),
+        "training": (training, (variables, x, g), _QUEUED, 1),
+        "decoding": (chained(ffn.apply, _DECODED), (variables, x), 3, _DECODED),
     }
     function, operands, queued, calls = programs[mode]
     program = jax.jit(function).lower(*operands).compile()

@@ -22,6 +22,7 @@ PARTS = (
     "spectral_down",
     "spectral_bypass",
     "core",
+    "core_and_bypass",
     "corrections",
 )
 OTHER = "other"

@@ -6,7 +6,7 @@ program is compiled for. Weights are packed for that plan in every call, unless
 same plan find them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from sparseffn_jax.config import CoreConfig, PolynomialConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.nn.maps import BlockSparseMap, CirculantMap, LowRankMap, bias_of
-from sparseffn_jax.ops import block_circulant, block_sparse, low_rank
+from sparseffn_jax.ops import block_circulant, block_sparse, core_and_bypass, low_rank
 from sparseffn_jax.ops.hidden import Activate, Channels, HiddenMaps, Packed
 from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.ops.plans.choice import platform_of
@@ -29,6 +29,8 @@ Dtype = Any
 PACKED = "packed"
 # The layout of a dense core's weights.
 _DENSE = "dense"
+# What a core and a bypass that run as one are called among packed weights.
+_CORE_AND_BYPASS = "core_and_bypass"
 
 
 class _Part(nn.Module):
@@ -59,7 +61,8 @@ class _Branch(_Part):
         up = tuple(getattr(self, name).weights() for name in self.config.up_maps)
         return HiddenMaps(up, self.down.weights())
 
-    def _biases(self) -> tuple[Array, ...]:
+    def biases(self) -> tuple[Array, ...]:
+        """Returns the biases of the maps into the hidden units, if they have any, in ``dtype``."""
         if not self.config.bias:
             return ()
         biases = [getattr(self, name).bias for name in self.config.up_maps]
@@ -109,7 +112,7 @@ class SpectralBranch(_Spectral, _Branch):
             if polynomial.groups > 1:
                 by_group = jnp.repeat(by_group, branch.width // polynomial.groups, axis=0)
             coefficients = by_group.T
-        channels = Channels(self._biases(), coefficients)
+        channels = Channels(self.biases(), coefficients)
         settings: Any = {"implementation": branch.implementation, "packed": self._packed()}
         if branch.transform == "low_rank":
             return low_rank.hidden_layer(x, self.weights(), activate, channels, **settings)
@@ -148,17 +151,21 @@ class Bypass(_Spectral):
         else:
             self.bypass = CirculantMap(*sides, blocks=self.blocks, **dtypes)
 
+    def weights(self) -> Any:
+        """Returns the weights of the map in ``dtype``."""
+        return self.bypass.weights()
+
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         settings: Any = {"implementation": self.branch.implementation, "packed": self._packed()}
         with jax.named_scope("spectral_bypass"):
-            weights: Any = self.bypass.weights()
+            weights = self.weights()
             if self.branch.transform == "low_rank":
                 return low_rank.low_rank_matmul(x, weights, **settings)
             return block_circulant.block_circulant_matmul(x, weights, self.blocks, **settings)
 
     def packed(self, tokens: int, platform: Platform) -> Packed:
         """Returns the weights packed for calls of some tokens, by the name of their layout."""
-        weights: Any = self.bypass.weights()
+        weights = self.weights()
         forced = self.branch.implementation
         if self.branch.transform == "low_rank":
             plan = low_rank.choose_map(tokens, weights, platform, forced)
@@ -203,7 +210,7 @@ class Core(_Branch):
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         weights, activate = self.weights(), Activate(self.config.activation)
-        channels, packed = Channels(self._biases()), self._packed()
+        channels, packed = Channels(self.biases()), self._packed()
         if self.is_dense:
             up, down = packed.get(_DENSE, weights)
             return activate([x @ kernel for kernel in up], channels) @ down
@@ -320,13 +327,16 @@ class SparseFFN(nn.Module):
         if x.shape[-1] != config.d_model:
             raise ValueError(f"x has {x.shape[-1]} channels, but d_model={config.d_model}")
         (x,) = promote_dtype(x, dtype=self.dtype)
-        parts = []
-        if config.spectral is not None:
-            parts.append(self.spectral(x))
-        if config.micro is not None and config.micro.core is not None:
-            with jax.named_scope("core"):
-                parts.append(self.core(x))
-        y = sum(parts[1:], parts[0])
+        if self._core_is_beside_bypass:
+            y = self._core_and_bypass(x)
+        else:
+            parts = []
+            if config.spectral is not None:
+                parts.append(self.spectral(x))
+            if config.micro is not None and config.micro.core is not None:
+                with jax.named_scope("core"):
+                    parts.append(self.core(x))
+            y = sum(parts[1:], parts[0])
         if config.bias:
             y = y + promote_dtype(self.bias, dtype=self.dtype)[0]
         for correction in self._corrections():
@@ -361,17 +371,52 @@ class SparseFFN(nn.Module):
 
     def packed(self, tokens: Sequence[int], platform: Platform) -> dict[str, Any]:
         """Returns the collection ``packed`` of a bound layer, as :meth:`pack` describes it."""
-        branches: dict[str, Any] = {}
-        if self.config.spectral is not None:
-            branches["spectral"] = self.spectral
-        if self.config.micro is not None and self.config.micro.core is not None:
-            branches["core"] = self.core
-        branches |= {f"correction_{i}": each for i, each in enumerate(self._corrections())}
+        branches: dict[str, Callable[[int, Platform], Packed]] = {}
+        if self._core_is_beside_bypass:
+            branches[_CORE_AND_BYPASS] = self._packed_core_and_bypass
+        else:
+            if self.config.spectral is not None:
+                branches["spectral"] = self.spectral.packed
+            if self.config.micro is not None and self.config.micro.core is not None:
+                branches["core"] = self.core.packed
+        for i, correction in enumerate(self._corrections()):
+            branches[f"correction_{i}"] = correction.packed
         collection: dict[str, Any] = {name: {} for name in branches}
-        for name, branch in branches.items():
+        for name, packed in branches.items():
             for count in tokens:
-                collection[name] |= branch.packed(count, platform)
+                collection[name] |= packed(count, platform)
         return collection
+
+    @property
+    def _core_is_beside_bypass(self) -> bool:
+        """Whether there are a dense core and a low-rank bypass, which then run as one operator."""
+        branch, micro = self.config.spectral, self.config.micro
+        return (
+            branch is not None
+            and branch.is_bypass
+            and branch.transform == "low_rank"
+            and micro is not None
+            and micro.core is not None
+            and micro.core.up_mask is None
+            and micro.core.down_mask is None
+        )
+
+    def _core_and_bypass(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        assert self.config.spectral is not None
+        return core_and_bypass.layer(
+            *(x, self._weights(), Activate(self.config.activation), Channels(self.core.biases())),
+            implementation=self.config.spectral.implementation,
+            packed=self.variables.get(PACKED, {}).get(_CORE_AND_BYPASS),
+        )
+
+    def _packed_core_and_bypass(self, tokens: int, platform: Platform) -> Packed:
+        assert self.config.spectral is not None
+        weights, forced = self._weights(), self.config.spectral.implementation
+        plan = core_and_bypass.choose(tokens, weights, platform, forced, is_packed=True)
+        return {plan.layout: core_and_bypass.pack(weights, plan)}
+
+    def _weights(self) -> core_and_bypass.Weights:
+        return core_and_bypass.Weights(self.core.weights(), self.spectral.weights())
 
     def _corrections(self) -> Sequence[Correction]:
         return self.correction if self.config.micro is not None else ()

@@ -16,6 +16,8 @@ from sparseffn_jax.models.spec import DecoderSpec
 _RANK_SHARE = 0.4
 _LEAST_RANK_SHARE = 0.1
 _BYPASS_SHARE = 0.6
+# What of the rank and of the units may be given away for sizes that fill a GPU's tiles.
+_RANK_LOSS, _UNITS_LOSS = 1 / 8, 1 / 16
 
 
 def size_ffn(
@@ -49,7 +51,7 @@ def size_ffn(
       >>> import sparseffn_jax as sf
       >>> config = sf.size_ffn(768, 3072, 0.4)
       >>> config.micro.core.width, config.spectral.rank
-      (1040, 176)
+      (1024, 176)
     """
     if not 0.0 < flops_ratio <= 1.0:
         raise ValueError(f"flops_ratio={flops_ratio} must lie above 0 and not above 1")
@@ -62,7 +64,7 @@ def size_ffn(
     bypass, share = None, _RANK_SHARE * (1.0 - flops_ratio)
     # Two vectors of d_model weights make a component; two make a hidden unit too, or three.
     component = dense_flops(1, 1, gated=False) / dense_flops(1, 1, gated)
-    rank = _multiple(min(share * d_model, _BYPASS_SHARE * units / component))
+    rank = _multiple(min(share * d_model, _BYPASS_SHARE * units / component), _RANK_LOSS)
     if share >= _LEAST_RANK_SHARE and rank and units - rank * component >= 1.0:
         bypass = SpectralConfig("low_rank", rank=rank)
         units -= rank * component
@@ -71,7 +73,9 @@ def size_ffn(
         d_ff,
         activation,
         spectral=bypass,
-        micro=MicroRefinementConfig(CoreConfig(d_ff if flops_ratio == 1.0 else _multiple(units))),
+        micro=MicroRefinementConfig(
+            CoreConfig(d_ff if flops_ratio == 1.0 else _multiple(units, _UNITS_LOSS))
+        ),
         gated=gated,
         bias=bias,
     )
@@ -97,7 +101,14 @@ def size_model(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
     )
 
 
-def _multiple(value: float) -> int:
-    """Rounds down to a multiple of 16, with which GEMMs are fast, or of less in a small layer."""
-    step = next(step for step in (16, 8, 4, 2, 1) if value >= 4 * step or step == 1)
+def _multiple(value: float, loss: float) -> int:
+    """Rounds down to a multiple of 128 or 64, the sides of a GPU's tiles, or of a power below.
+
+    Args:
+      value: the number.
+      loss: the largest share of it that may be lost; multiples of 16 and less may lose a quarter.
+    """
+    tiles = [step for step in (128, 64) if step <= loss * value]
+    steps = [step for step in (16, 8, 4, 2) if 4 * step <= value]
+    step = (*tiles, *steps, 1)[0]
     return int(value) // step * step

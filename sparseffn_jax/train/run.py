@@ -303,9 +303,10 @@ class Run:
         self._tokens, self._seconds = 0, 0.0
         if evaluates:
             microbatch = config.batch_size // config.accumulate_steps
-            metrics["validation_loss"] = self._evaluate(
-                self.model_params(), self._windows.validation, microbatch
-            )
+            with self._strategy.tracing():
+                metrics["validation_loss"] = self._evaluate(
+                    self.model_params(), self._windows.validation, microbatch
+                )
         log.record({"step": step} | metrics)
 
 

@@ -5,6 +5,7 @@ their shapes are always those that the model knows. All strategies give the same
 same global batches, but for rounding and dropout.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from sparseffn_jax.measure.memory import check_fits
+from sparseffn_jax.ops import core_and_bypass
 from sparseffn_jax.train import sharding
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.step import Stage, TrainState, compiler_options, init_state
@@ -94,6 +96,10 @@ class SingleDevice:
         step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options(state))
         return _compiled(step, state, frozen, teacher, batch)
 
+    def tracing(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which programs for placed parameters are to be traced."""
+        return contextlib.nullcontext()
+
     def report(self, placed: Any) -> str | None:
         """Returns a text on what a user should know about the placement, or ``None``."""
         return None
@@ -116,6 +122,7 @@ class MeshSharding(SingleDevice):
         self.mesh = sharding.make_mesh(sizes, devices)
         self.batch_shards = sizes["data"] * sizes["fsdp"]
         self._is_split = sizes["fsdp"] * sizes["tensor"] > 1
+        self._divides_hidden_units = sizes["tensor"] > 1
 
     def init_state(self, stage, params):
         state, frozen = init_state(stage, self.place(params), self._jit_sharded)
@@ -168,7 +175,11 @@ class MeshSharding(SingleDevice):
             compiler_options=compiler_options(state),
             out_shardings=(sharding.shardings(self.mesh, state), everywhere),
         )
-        return _compiled(step, state, frozen, teacher, batch)
+        with self.tracing():
+            return _compiled(step, state, frozen, teacher, batch)
+
+    def tracing(self):
+        return core_and_bypass.divided() if self._divides_hidden_units else super().tracing()
 
     def report(self, placed):
         whole = sharding.replicated_leaves(placed) if self._is_split else []

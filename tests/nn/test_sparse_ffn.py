@@ -357,6 +357,7 @@ FORCED = pytest.mark.parametrize(
         ("structured core", None, "slice"),
         ("structured core", None, "masked"),
         ("core", None, None),
+        ("low rank bypass", "joined", None),
         ("low rank bypass", "two_gemms", None),
         ("low rank bypass", "merged", None),
         *(("circulant bypass", plan, None) for plan in ("fft", "dft", "split", "dense")),

@@ -100,6 +100,36 @@ def losses_under_pmap():
     return losses
 
 
+def plans_by_mesh():
+    """Returns the plans of a core beside a bypass in the step that each mesh compiles."""
+    from train_models import SPARSE_FFN, make_model, make_windows
+
+    import sparseffn_jax as sf
+    from sparseffn_jax.ops.plans.choice import recorded
+    from sparseffn_jax.train.step import make_stage, make_update
+    from sparseffn_jax.train.strategies import make_strategy
+
+    ffn = sf.SparseFFNConfig(
+        SPARSE_FFN.d_model,
+        SPARSE_FFN.d_ff,
+        spectral=sf.SpectralConfig("low_rank", rank=4),
+        micro=sf.MicroRefinementConfig(sf.CoreConfig(16)),
+    )
+    model, params = make_model((ffn, None))
+    _, _, config = model_params_config()
+    plans = {}
+    for mesh in ("data=8", "fsdp=8", "data=4,tensor=2"):
+        strategy = make_strategy("mesh", mesh)
+        stage = make_stage(config, params, 0)
+        state, frozen = strategy.init_state(stage, params)
+        update = make_update(model, stage, config, gather=strategy.gather)
+        shape = config.batch_size, make_windows().train.shape[1]
+        with recorded() as picked:
+            strategy.compile(update, state, frozen, None, shape)
+        plans[mesh] = sorted({choice.plan for choice in picked})
+    return plans
+
+
 def one_process(out):
     import jax
     import numpy as np
@@ -134,6 +164,7 @@ def one_process(out):
         flat = {"/".join(path): np.asarray(x) for path, x in flatten_dict(params).items()}
         np.savez(out / f"mesh_on_{name}.npz", **flat)
     seen["under_pmap"] = losses_under_pmap()
+    seen["plans"] = plans_by_mesh()
     seen["communication"] = communication(bytes_sent)
     (out / "seen.json").write_text(json.dumps(seen))
 

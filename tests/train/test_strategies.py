@@ -128,6 +128,14 @@ def test_the_mesh_splits_what_the_table_says(eight):
     assert not any(path.endswith(("kernel", "embedding")) for path in seen["replicated"])
 
 
+def test_weights_are_joined_unless_hidden_units_are_divided(eight):
+    assert eight[0]["plans"] == {
+        "data=8": ["joined"],
+        "fsdp=8": ["joined"],
+        "data=4,tensor=2": ["two_gemms"],
+    }
+
+
 def test_communication_is_what_the_formulas_say(eight):
     seen = eight[0]["communication"]
     sent, parameters = seen["sent"], seen["parameters"]

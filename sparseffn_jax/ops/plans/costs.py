@@ -20,6 +20,8 @@ _COPIED = 40.0
 # What it costs to add one product of a block row to others, to copy one activation beside others
 # for a block column's GEMM, and to put one weight into its place among the zeros of a dense matrix.
 _ADDED, _GATHERED, _SCATTERED = 32.0, 120.0, 120.0
+# What it costs to read or write one number that lies in memory.
+_MOVED = {"cpu": 20.0, "gpu": 200.0}
 # What any operation costs: a task for the CPU's thread pool, a kernel's launch on a GPU.
 _CALL = {"cpu": 2.4e5, "gpu": 1e9}
 # Bytes of hidden activations that a tile of tokens may have on CPU: what the cores' own caches hold
@@ -40,6 +42,41 @@ def low_rank_costs(tokens: int, d_in: int, rank: int, d_out: int) -> dict[str, f
         "two_gemms": tokens * rank * (d_in + d_out),
         "merged": (tokens + rank) * d_in * d_out,
     }
+
+
+def core_and_bypass_costs(
+    tokens: int,
+    d_in: int,
+    maps: int,
+    width: int,
+    rank: int,
+    d_out: int,
+    *,
+    is_packed: bool,
+    platform: Platform,
+) -> dict[str, float]:
+    """Estimates the cost of each plan of a core beside a low-rank bypass, in multiply-adds.
+
+    Args:
+      tokens: number of rows of the input.
+      d_in: number of input channels.
+      maps: number of maps into the hidden units.
+      width: number of hidden units.
+      rank: number of components of the bypass.
+      d_out: number of output channels.
+      is_packed: whether the weights are brought into the plan's form before the call.
+      platform: the platform that the program is compiled for.
+    """
+    moved = _MOVED[platform]
+    core = tokens * width * (maps * d_in + d_out)
+    bypass = low_rank_costs(tokens, d_in, rank, d_out)
+    # The inputs are read once more; one part's outputs are written, and read beside the other's for
+    # the sum.
+    apart = core + moved * tokens * (d_in + 3 * d_out) + 2 * _CALL[platform]
+    weights = width * (maps * d_in + d_out) + rank * (d_in + d_out)
+    copied = 0 if is_packed else 2 * weights
+    joined = core + bypass["two_gemms"] + moved * (copied + 2 * tokens * rank)
+    return {"joined": joined, **{name: cost + apart for name, cost in bypass.items()}}
 
 
 def block_circulant_costs(

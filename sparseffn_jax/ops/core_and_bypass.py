@@ -1,0 +1,192 @@
+"""A dense core beside a low-rank bypass of the same inputs, whose outputs add up.
+
+Both read x, and both write outputs that are added. Joined, they are two products instead of five:
+one by all maps of x side by side, one of hidden units and components side by side by all maps out
+of them. Neither the inputs nor the sum then goes to memory more often than in a dense FFN. To put
+the weights side by side costs a copy of them, which a call of few tokens saves only if
+:func:`pack` has made it.
+
+:func:`choose` picks a plan, :func:`pack` brings weights into the form that the plan multiplies by,
+and :func:`apply` runs the layer.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseffn_jax.ops import low_rank
+from sparseffn_jax.ops.hidden import Activate, Channels, HiddenMaps, MapPlan, Packed, by_platform
+from sparseffn_jax.ops.plans import costs
+from sparseffn_jax.ops.plans.choice import pick
+from sparseffn_jax.ops.plans.costs import Platform
+
+_JOINED = "joined"
+_divided: contextvars.ContextVar[bool] = contextvars.ContextVar("divided", default=False)
+
+
+class Weights(NamedTuple):
+    """The weights of both, or what a plan has made of them.
+
+    Attributes:
+      core: the kernel (d_in, width) of each map into the hidden units, and the kernel (width,
+        d_out) out of them.
+      bypass: the factors of the bypass.
+    """
+
+    core: HiddenMaps
+    bypass: low_rank.Factors
+
+
+class Joined(NamedTuple):
+    """Weights side by side.
+
+    Attributes:
+      first: kernels into the hidden units, and the bypass's axes: (d_in, maps * width + rank).
+      second: the kernel out of the hidden units above the bypass's filter: (width + rank, d_out).
+    """
+
+    first: Float[Array, "i s"]
+    second: Float[Array, "m o"]
+
+
+def layer(
+    x: Float[Array, "*batch i"],
+    weights: Weights,
+    activate: Activate,
+    channels: Channels,
+    *,
+    implementation: str | None = None,
+    packed: Packed | None = None,
+) -> Float[Array, "*batch o"]:
+    """Runs a core beside a bypass, with a plan for each platform.
+
+    Args:
+      x: inputs (..., d_in).
+      weights: the weights, in the dtype of ``x``.
+      activate: the elementwise function that is applied to the hidden units.
+      channels: biases and coefficients of ``activate``.
+      implementation: name of the plan to run, or ``None``; :func:`choose` lists the names.
+      packed: weights that :func:`pack` returned earlier, by the layout of their plan. Joined ones
+        cost nothing any more: they are used whatever would be the cheapest plan without them.
+
+    Returns:
+      The outputs (..., d_out), in the dtype of ``x``, accumulated in float32.
+
+    Raises:
+      ValueError: if there is no such plan.
+    """
+    packed = packed or {}
+
+    def run(plan: MapPlan, x: Array, weights: Weights, channels: Channels) -> Array:
+        ready = packed.get(plan.layout)
+        matrices = pack(weights, plan) if ready is None else ready
+        return apply(x, matrices, weights.bypass.axes.shape[1], activate, channels)
+
+    if implementation is None and _JOINED in packed:
+        return run(MapPlan(_JOINED), x, weights, channels)
+    return by_platform(
+        lambda platform: choose(math.prod(x.shape[:-1]), weights, platform, implementation),
+        run,
+        *(x, weights, channels),
+    )
+
+
+def choose(
+    tokens: int,
+    weights: Weights,
+    platform: Platform,
+    implementation: str | None = None,
+    *,
+    is_packed: bool = False,
+) -> MapPlan:
+    """Picks the plan.
+
+    Args:
+      tokens: number of rows of the input.
+      weights: the weights, or arrays of the same shapes and dtype.
+      platform: the platform that the program is compiled for.
+      implementation: name of the plan to force: ``"joined"`` multiplies by both parts' weights side
+        by side, ``"two_gemms"`` and ``"merged"`` run the bypass by itself, by one factor after the
+        other or by their product. ``None`` takes the cheapest.
+      is_packed: whether the weights are packed before the call, which need not pay for it.
+
+    Raises:
+      ValueError: if there is no such plan.
+    """
+    (d_in, rank), d_out = weights.bypass.axes.shape, weights.bypass.filter.shape[1]
+    width, maps = len(weights.core.down), len(weights.core.up)
+    problem = (tokens, d_in, maps, width, rank, d_out, weights.bypass.axes.dtype.name)
+    estimates = costs.core_and_bypass_costs(
+        *(tokens, d_in, maps, width, rank, d_out), is_packed=is_packed, platform=platform
+    )
+    refused = {}
+    if _divided.get():
+        del estimates[_JOINED]
+        refused[_JOINED] = "the hidden units are divided among devices"
+    return MapPlan(pick("core_and_bypass", implementation, estimates, refused, problem, platform))
+
+
+def pack(weights: Weights, plan: MapPlan) -> Any:
+    """Returns the matrices that ``plan`` multiplies by.
+
+    Args:
+      weights: the weights.
+      plan: a plan that :func:`choose` picked.
+    """
+    (up, down), (axes, filter) = weights
+    if plan.name == _JOINED:
+        return Joined(jnp.concatenate([*up, axes], axis=1), jnp.concatenate([down, filter]))
+    return HiddenMaps(up, down), low_rank.pack_map(weights.bypass, plan.name)
+
+
+def apply(
+    x: Float[Array, "*batch i"], packed: Any, rank: int, activate: Activate, channels: Channels
+) -> Float[Array, "*batch o"]:
+    """Applies a core and a bypass, and adds their outputs.
+
+    Args:
+      x: inputs (..., d_in).
+      packed: weights that :func:`pack` returned.
+      rank: number of components of the bypass.
+      activate: the elementwise function that is applied to the hidden units.
+      channels: biases and coefficients of ``activate``.
+
+    Returns:
+      The outputs (..., d_out), in the dtype of ``x``, accumulated in float32.
+    """
+    if isinstance(packed, Joined):
+        return _joined(x, packed, rank, activate, channels)
+    core, bypass = packed
+    with jax.named_scope("spectral_bypass"):
+        y = low_rank.multiply(x, bypass)
+    with jax.named_scope("core"):
+        return y + activate([x @ kernel for kernel in core.up], channels) @ core.down
+
+
+def _joined(x: Array, packed: Joined, rank: int, activate: Activate, channels: Channels) -> Array:
+    width = len(packed.second) - rank
+    with jax.named_scope("core_and_bypass"):
+        first = x @ packed.first
+        *us, components = jnp.split(first, list(range(width, first.shape[-1], width)), axis=-1)
+        hidden = activate(us, channels)
+        return jnp.concatenate([hidden, components], axis=-1) @ packed.second
+
+
+@contextlib.contextmanager
+def divided() -> Iterator[None]:
+    """Says that the programs that are traced inside the block divide hidden units among devices.
+
+    Weights that are divided along the side at which they would be joined would have to be sent
+    around.
+    """
+    token = _divided.set(True)
+    try:
+        yield
+    finally:
+        _divided.reset(token)
