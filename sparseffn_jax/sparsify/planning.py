@@ -37,9 +37,10 @@ from sparseffn_jax.sparsify.layers import REPAIR, convert_layers, outer_params
 from sparseffn_jax.sparsify.selection import elimination_path
 from sparseffn_jax.sparsify.streams import LayerActivations, Streams
 
-# Widths are multiples of this share of d_ff, and ranks of this share of d_model, and of the step
-# with which products are fast; a plan needs no finer ones.
-_WIDTH_SHARE, _RANK_SHARE, _STEP = 1 / 24, 1 / 9, 16
+# Widths are multiples of this share of d_ff, and ranks of this share of d_model; a plan needs no
+# finer ones. They are also multiples of the largest of these steps with which that is about so:
+# the side of a GPU's tiles, or what CPUs like.
+_WIDTH_SHARE, _RANK_SHARE, _STEPS = 1 / 24, 1 / 9, (64, 16, 1)
 _MOST_RANKS = 5
 # Directions that the loss does not feel on the text still count as much as this share of the mean.
 _FISHER_FLOOR = 1e-3
@@ -73,7 +74,7 @@ def size_grid(spec: DecoderSpec) -> Grid:
     """
 
     def multiples(whole: int, share: float) -> range:
-        unit = _STEP if whole >= 16 * _STEP else 1
+        unit = next(step for step in _STEPS if whole * share >= 0.85 * step or step == 1)
         step = max(1, round(whole * share / unit)) * unit
         return range(step, whole, step)
 

@@ -19,7 +19,11 @@ def test_a_layer_uses_its_budget_and_no_more(name, ratio):
     d_model, d_ff, gated = MODELS[name]
     config = size_ffn(d_model, d_ff, ratio, gated=gated, bias=not gated)
     assert 0.92 * ratio < flops_ratio(config) <= ratio
-    assert config.micro.core.width % 16 == 0
+    width, rank = config.micro.core.width, config.spectral.rank if config.spectral else 0
+    assert width % 16 == 0
+    # Large products, in which units and components lie side by side, fill whole tiles.
+    for columns in (2 * width + rank, width + rank) if gated else (width + rank,):
+        assert columns < 1024 or columns % 64 == 0 or (gated and rank < 896)
     assert (config.spectral is None) == (ratio > 0.75)
     if config.spectral is not None:
         assert config.spectral.is_bypass
