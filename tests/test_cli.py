@@ -188,8 +188,8 @@ def test_finetune_computes_in_half_precision(folder, sparse, tmp_path, dtype):
 def test_inspect_shows_parts_and_plans_and_gives_configs(folder, sparse, tmp_path, capfd):
     run("inspect", "--model", sparse, "--json")
     out = capfd.readouterr().out
-    assert "low_rank" in out
-    assert re.search("two_gemms|merged", out)
+    assert "core_and_bypass" in out
+    assert "joined" in out
     configs = json.loads(out[out.index("\n[") :])
     assert tuple(map(sf.SparseFFNConfig.from_dict, configs)) == sf.load_pretrained(sparse).ffns
     path = tmp_path / "layers.json"
@@ -438,6 +438,7 @@ def flops_clock(monkeypatch):
     monkeypatch.setattr(FFNClock, "prices", prices)
     monkeypatch.setattr(FFNClock, "speedup", speedup)
     monkeypatch.setattr(ModelClock, "ffn_budget", lambda _, target: LAYERS / target)
+    monkeypatch.setattr(ModelClock, "expected_speedup", lambda _, ffns: LAYERS / ffns)
     monkeypatch.setattr(ModelClock, "speedup", speedup)
 
 
@@ -465,6 +466,14 @@ def test_a_plan_is_made_again_until_the_clock_shows_the_speedup(
     with pytest.raises(SystemExit):
         run(*argv, "--out", tmp_path / "never", option, 1.1)
     assert not (tmp_path / "never" / "plan.json").exists()
+
+
+@pytest.mark.parametrize("option", ["ffn-speedup", "speedup"])
+def test_a_speedup_out_of_reach_is_refused(folder, tmp_path, capfd, flops_clock, option):
+    argv = "plan", "--model", folder / "dense", "--text", folder / "corpus.txt", *PLAN
+    name = option.replace("-", "_")
+    err = refused(capfd, *argv, "--out", tmp_path, f"--{option}", 1000)
+    assert re.search(rf"{name}=1000 is out of reach: with the smallest layers it would be \d", err)
 
 
 def test_convert_plans_for_a_budget_once(folder, tmp_path, monkeypatch, flops_clock):

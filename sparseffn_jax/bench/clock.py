@@ -210,18 +210,12 @@ class ModelClock:
 
         Args:
           speedup: time of the dense model over that of the sparse one.
-
-        Raises:
-          ValueError: if what is no FFN takes too long for it.
         """
-        budget = self._model.spec.n_layer - self._whole * (1.0 - 1.0 / speedup)
-        if budget <= 0.0:
-            most = self._whole / (self._whole - self._model.spec.n_layer)
-            raise ValueError(
-                f"speedup={speedup:g} is out of reach: without any FFN the model would be "
-                f"{most:.2f} times as fast"
-            )
-        return budget
+        return self._model.spec.n_layer - self._whole * (1.0 - 1.0 / speedup)
+
+    def expected_speedup(self, ffns: float) -> float:
+        """Returns the speed-up of the model if all its FFNs take so much; one dense FFN takes 1."""
+        return self._whole / (self._whole - self._model.spec.n_layer + ffns)
 
     def speedup(self, configs: Sequence[SparseFFNConfig | None]) -> float:
         """Returns the speed-up of the whole model.

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from sparseffn_jax.checkpoints.folders import check_replaceable
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
+from sparseffn_jax.commands.budget import Budget
 from sparseffn_jax.commands.common import check_at_least, matching_tokenizer
-from sparseffn_jax.commands.plan import Budget, Plan
+from sparseffn_jax.commands.plan import Plan
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.progress import counter, stage

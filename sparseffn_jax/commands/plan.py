@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -16,6 +16,7 @@ from sparseffn_jax.bench.pictures import plot_plan
 from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from sparseffn_jax.checkpoints.untrusted import read_json
+from sparseffn_jax.commands.budget import Budget
 from sparseffn_jax.commands.common import DTYPES, check_at_least, matching_tokenizer
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
@@ -41,60 +42,6 @@ from sparseffn_jax.train.data import STDLIB, load_windows
 # exceeds it by more than the second, is made again.
 _SHORT, _BEYOND = 0.02, 0.05
 _MOST_TURNS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What the layers may cost together: give one of the first five.
-
-    Attributes:
-      flops: FFN FLOPs of all layers over the dense ones.
-      parameters: FFN parameters of all layers over the dense ones.
-      ffn_speedup: Speed-up of the FFNs, measured here.
-      speedup: Speed-up of the whole model, measured here.
-      max_loss: Predicted rise of the loss, in nats a token, at as few FLOPs as it allows.
-      timed_pass: What is timed for a speed-up: evaluation, or training.
-      timed_tokens: Tokens in the passes that are timed, rounded to whole windows.
-      timed_dtype: Precision of the computation that is timed.
-    """
-
-    flops: float | None = None
-    parameters: float | None = None
-    ffn_speedup: float | None = None
-    speedup: float | None = None
-    max_loss: float | None = None
-    timed_pass: Literal["forward", "training"] = "forward"
-    timed_tokens: int = 1024
-    timed_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-    @property
-    def given(self) -> dict[str, float]:
-        """The limits that are given, by name."""
-        limits = ("flops", "parameters", "ffn_speedup", "speedup", "max_loss")
-        return {name: value for name in limits if (value := getattr(self, name)) is not None}
-
-    @property
-    def speedup_wanted(self) -> tuple[str, float] | None:
-        """The speed-up that is asked for, and what of; ``None`` if none is."""
-        return next((item for item in self.given.items() if "speedup" in item[0]), None)
-
-    def check(self) -> None:
-        """Checks that there is one limit, and that it can be met.
-
-        Raises:
-          ValueError: if not.
-        """
-        if len(self.given) != 1:
-            names = ", ".join("--" + f.name.replace("_", "-") for f in dataclasses.fields(self)[:5])
-            raise ValueError(f"give one of {names}: {len(self.given)} are given")
-        ((name, value),) = self.given.items()
-        if not value > 0.0:
-            raise ValueError(f"{name}={value} must be above 0")
-        if self.speedup_wanted and value < 1.0:
-            raise ValueError(f"{name}={value} must be 1 or more")
-        if self.timed_pass == "training" and not self.speedup_wanted:
-            raise ValueError("timed_pass says what is timed for --speedup or --ffn-speedup")
-        check_at_least("timed_tokens", self.timed_tokens, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +182,10 @@ class Plan:
         batch = windows[: max(1, self.budget.timed_tokens // length)]
         clock = FFNClock(model, len(batch) * length, train=train)
         with counter("timing size", console) as count:
-            cost = clock.prices(planner.configs, count).__getitem__
+            prices = clock.prices(planner.configs, count)
+        cost, least = prices.__getitem__, min(prices.values())
         if name == "ffn_speedup":
+            _check_reach(name, limit, 1.0 / least)
             return _Prices(
                 cost,
                 lambda aim: {"budget": n_layer / aim},
@@ -244,6 +193,7 @@ class Plan:
             )
         with stage("timing the model", console):
             whole = ModelClock(model, dense.params, batch, clock, train=train)
+        _check_reach(name, limit, whole.expected_speedup(n_layer * least))
         return _Prices(
             cost,
             lambda aim: {"budget": whole.ffn_budget(aim)},
@@ -285,8 +235,11 @@ class Plan:
     def _write(
         self, plan: ModelPlan, measured: dict[str, float], spec: DecoderSpec, console: Console
     ) -> None:
+        # The report says that there is a whole plan with its settings: the old one goes first, and
+        # the new one comes last.
+        report_file = self.out / "report.json"
+        report_file.unlink(missing_ok=True)
         layers = [None if config is None else config.to_dict() for config in plan.configs]
-        # The report is written last: it says that the plan is whole.
         write_json(self.plan_file, layers)
         rows = [
             {
@@ -308,7 +261,7 @@ class Plan:
             "layers": rows,
         }
         plot_plan(self.out / "plan.png", rows)
-        write_json(self.out / "report.json", report)
+        write_json(report_file, report)
         table = Table(title=f"{self.model}: FFN FLOPs {flops:.3f} of the dense ones")
         for name in ("layer", "units", "bypass rank", "FLOPs", "predicted loss"):
             table.add_column(name, justify="right")
@@ -361,6 +314,13 @@ class _Estimates:
         self.damages.append(damages)
         rows = [[[*size, x] for size, x in layer.items()] for layer in self.damages]
         write_json(self._path, {"of": self._of, "damages": rows})
+
+
+def _check_reach(name: str, wanted: float, most: float) -> None:
+    if wanted > most:
+        raise ValueError(
+            f"{name}={wanted:g} is out of reach: with the smallest layers it would be {most:.2f}"
+        )
 
 
 def _parameters(config: SparseFFNConfig | None) -> float:

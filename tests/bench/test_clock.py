@@ -47,8 +47,8 @@ def test_what_is_left_to_the_ffns_of_a_faster_model(model, monkeypatch):
     whole = ModelClock(*model, windows, clock)
     # The whole takes 5 dense FFNs, 2 of which are the FFNs.
     assert whole.ffn_budget(1.25) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match=r"without any FFN the model would be 1\.67 times"):
-        whole.ffn_budget(1.7)
+    assert whole.expected_speedup(1.0) == pytest.approx(1.25)
+    assert whole.expected_speedup(2.0) == pytest.approx(1.0)
 
 
 def test_a_planned_model_is_timed_with_its_own_ffns(model, monkeypatch):
