@@ -84,27 +84,17 @@ def fit_in_metric(
 def main() -> None:
     """Runs the campaign."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("model", help="folder, GGUF file or hub name of a dense model")
-    parser.add_argument("text", help="a text file; its validation part is kept for the loss")
+    campaign.add_subject(parser, calibration_tokens=32768, window=1024, validation_windows=12)
     parser.add_argument("--flops", type=float, default=0.4)
     parser.add_argument("--plan", nargs="*", default=[], help="NAME=FILE as sparseffn plan writes")
     parser.add_argument("--rows", type=int, nargs="*", help="numbers of the rows; default all")
-    parser.add_argument("--calibration-tokens", type=int, default=32768)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--validation-windows", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation.json"))
     arguments = parser.parse_args()
-    dense = sf.load_pretrained(arguments.model)
+    subject = campaign.load_subject(arguments)
+    dense, chosen = subject.dense, subject.chosen
     model, spec = dense.model(), dense.spec
-    windows = sf.load_windows(arguments.text, sf.load_tokenizer(arguments.model), arguments.window)
-    order = np.random.default_rng(0).permutation(len(windows.train))
-    chosen = windows.train[order[: arguments.calibration_tokens // arguments.window]]
-    held_out = windows.validation[: arguments.validation_windows]
     console = Console(soft_wrap=True)
     fisher = output_fisher(model, dense.params, chosen)
-
-    def loss(*model_and_params: Any) -> float:
-        return sf.evaluate_loss(*model_and_params, held_out, batch_size=2)
 
     def convert(row: Row) -> float:
         def fit(layer: int, dense: DenseFFN, activations: LayerActivations) -> tuple[Any, Any]:
@@ -116,7 +106,7 @@ def main() -> None:
             return fit_layer(dense, config, activations)
 
         with counter("converting layer", console) as count:
-            return loss(
+            return subject.loss(
                 *convert_layers(
                     model,
                     dense.params,
@@ -143,7 +133,7 @@ def main() -> None:
         rows[f"{name}: plan"] = Row(configs, "elimination", REPAIR)
         rows[f"{name}: plan and Fisher"] = Row(configs, "fisher", REPAIR)
     taken = [row for i, row in enumerate(rows) if arguments.rows is None or i in arguments.rows]
-    dense_loss = loss(model, dense.params)
+    dense_loss = subject.loss(model, dense.params)
     results = {"dense, nats a token": f"{dense_loss:.4f}"}
     for name in taken:
         results[name] = f"{convert(rows[name]) - dense_loss:+.4f}"

@@ -1,10 +1,11 @@
-"""What the safety campaigns share: a tiny run, a table, a JSON file."""
+"""What campaigns share: a tiny run, a model with its text, a table, a JSON file."""
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,41 @@ def tiny_config(**changes: Any) -> sf.TrainConfig:
     """Returns settings of a run without evaluations or logs in between."""
     config = sf.TrainConfig(batch_size=4, recipe="full", eval_every=0, log_every=1000)
     return dataclasses.replace(config, **changes)
+
+
+class Subject(NamedTuple):
+    """What a campaign on quality converts, and on which text.
+
+    Attributes:
+      dense: the dense model.
+      chosen: windows of calibration text, each with one token more as a target.
+      held_out: windows that the loss is measured on.
+    """
+
+    dense: Any
+    chosen: np.ndarray
+    held_out: np.ndarray
+
+    def loss(self, model: Any, params: Any) -> float:
+        """Returns the loss on the windows that are held out, in nats a token."""
+        return sf.evaluate_loss(model, params, self.held_out, batch_size=2)
+
+
+def add_subject(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Adds the arguments that :func:`load_subject` reads."""
+    parser.add_argument("model", help="folder, GGUF file or hub name of a dense model")
+    parser.add_argument("text", help="a text file; its validation part is kept for the loss")
+    for name in ("calibration_tokens", "window", "validation_windows"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=defaults[name])
+
+
+def load_subject(arguments: argparse.Namespace) -> Subject:
+    """Loads a dense model and draws calibration text."""
+    dense = sf.load_pretrained(arguments.model)
+    windows = sf.load_windows(arguments.text, sf.load_tokenizer(arguments.model), arguments.window)
+    order = np.random.default_rng(0).permutation(len(windows.train))
+    chosen = windows.train[order[: arguments.calibration_tokens // arguments.window]]
+    return Subject(dense, chosen, windows.validation[: arguments.validation_windows])
 
 
 def flat(tree: Any) -> dict[str, np.ndarray]:

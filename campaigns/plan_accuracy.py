@@ -8,6 +8,7 @@ is converted without gradient steps.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import campaign
 import numpy as np
@@ -24,23 +25,14 @@ from sparseffn_jax.sparsify.planning import Planner, config_of, estimate_layers,
 def main() -> None:
     """Runs the campaign."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("model", help="folder, GGUF file or hub name of a dense model")
-    parser.add_argument("text", help="a text file; its validation part is kept for the loss")
+    campaign.add_subject(parser, calibration_tokens=16384, window=256, validation_windows=64)
     parser.add_argument("--plans", type=int, default=30)
-    parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--validation-windows", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/plan_accuracy.json"))
     arguments = parser.parse_args()
-    dense = sf.load_pretrained(arguments.model)
-    model, spec = dense.model(), dense.spec
-    windows = sf.load_windows(arguments.text, sf.load_tokenizer(arguments.model), arguments.window)
-    rng = np.random.default_rng(0)
-    order = rng.permutation(len(windows.train))
-    chosen = windows.train[order[: arguments.calibration_tokens // arguments.window]]
-    held_out = windows.validation[: arguments.validation_windows]
-    tokens = chosen[:, :-1]
-    console = Console(soft_wrap=True)
+    subject = campaign.load_subject(arguments)
+    dense, chosen = subject.dense, subject.chosen
+    model, spec, tokens = dense.model(), dense.spec, chosen[:, :-1]
+    console, rng = Console(soft_wrap=True), np.random.default_rng(0)
 
     fisher = output_fisher(model, dense.params, chosen)
     grid = size_grid(spec)
@@ -59,14 +51,14 @@ def main() -> None:
     sizes = [size for size in damages[0] if size != (spec.d_ff, 0)]
     costs = np.array([flops(config_of(spec, size)) for size in sizes])
 
-    def draw() -> list[sf.SparseFFNConfig | None]:
+    def draw() -> list[Any]:
         share = rng.uniform(0.3, 0.9)
         wanted = np.clip(share * np.exp(rng.normal(0.0, 0.35, spec.n_layer)), 0.1, 1.0)
         # One of the ten sizes nearest to what the layer may cost.
         near = np.argsort(np.abs(costs[None] - wanted[:, None]), axis=1)[:, :10]
         return [config_of(spec, sizes[rng.choice(row)]) for row in near]
 
-    dense_loss = sf.evaluate_loss(model, dense.params, held_out, batch_size=4)
+    dense_loss = subject.loss(model, dense.params)
     rows, predicted, measured = {}, [], []
     with counter("converting plan", console) as count:
         for number in range(arguments.plans):
@@ -78,8 +70,7 @@ def main() -> None:
                 layer[size_of(config, spec)] for layer, config in zip(damages, configs, strict=True)
             ]
             predicted.append([float(planner.weights @ own), sum(own)])
-            loss = sf.evaluate_loss(*converted, held_out, batch_size=4)
-            measured.append(loss - dense_loss)
+            measured.append(subject.loss(*converted) - dense_loss)
             rows[f"plan {number}: FLOPs, predicted, measured"] = (
                 f"{np.mean([flops(config) for config in configs]):.3f}, "
                 f"{predicted[-1][0]:.4f}, {measured[-1]:+.4f}"

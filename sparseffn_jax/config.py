@@ -354,6 +354,14 @@ class SparseFFNConfig:
                     f"block_size={spectral.block_size} does not divide d_model={self.d_model}"
                 )
             return
+        core = self.micro.core if self.micro is not None else None
+        if spectral.implementation == "joined" and (
+            core is None or core.up_mask is not None or core.down_mask is not None
+        ):
+            raise ValueError(
+                "implementation='joined' joins a low-rank bypass with a core that has no mask: "
+                "there is none, so leave it out"
+            )
         for name in ("rank", "down_rank"):
             rank = getattr(spectral, name)
             limit = min(self.d_model, spectral.width or self.d_model)

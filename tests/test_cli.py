@@ -354,7 +354,10 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("plan --model {dense} --out {dir}/plan --flops 0.4 --speedup 1.5", "2 are given"),
         ("plan --model {dense} --out {dir}/plan --ffn-speedup 0.5", "1 or more"),
         ("plan --model {dense} --out {dir}/plan --flops 0.4 --timed-pass training",
-         "timed_pass says what is timed"),
+         "nothing is timed"),
+        ("plan --model {dense} --out {dir}/plan --flops 1.5", "must not exceed 1"),
+        ("plan --model {dense} --out {dir}/plan --speedup inf", "finite"),
+        ("convert --model {dense} --out {dir}/out --timed-tokens 64", "0 are given"),
         ("plan --model {dense} --out {dir}/plan --parameters 0.001 --text {corpus}",
          "the smallest layers have"),
         ("convert --model {dense} --out {dir}/out --speedup 2 --max-loss 1", "2 are given"),
@@ -428,23 +431,22 @@ def test_a_plan_keeps_to_its_budget_and_is_what_convert_reads(folder, tmp_path):
 def flops_clock(monkeypatch):
     """A clock on which FFNs together are a tenth slower than one by one, and all of the model."""
 
-    def prices(_, configs, on_size):
+    def prices(_, configs, on_size=lambda *_: None):
         on_size(1, 1)
         return {config: 1.0 if config is None else sf.flops_ratio(config) for config in configs}
 
     def speedup(_, configs):
-        return 0.9 * LAYERS / sum(prices(_, configs, lambda *_: None)[c] for c in configs)
+        return 0.9 * LAYERS / sum(prices(_, configs)[c] for c in configs)
 
     monkeypatch.setattr(FFNClock, "prices", prices)
     monkeypatch.setattr(FFNClock, "speedup", speedup)
     monkeypatch.setattr(ModelClock, "ffn_budget", lambda _, target: LAYERS / target)
-    monkeypatch.setattr(ModelClock, "expected_speedup", lambda _, ffns: LAYERS / ffns)
     monkeypatch.setattr(ModelClock, "speedup", speedup)
 
 
 @pytest.mark.parametrize("option", ["--ffn-speedup", "--speedup"])
 def test_a_plan_is_made_again_until_the_clock_shows_the_speedup(
-    folder, tmp_path, monkeypatch, flops_clock, option
+    folder, tmp_path, monkeypatch, capfd, flops_clock, option
 ):
     argv = "plan", "--model", folder / "dense", "--text", folder / "corpus.txt", *PLAN
     run(*argv, "--out", tmp_path / "plan", option, 2)
@@ -461,10 +463,12 @@ def test_a_plan_is_made_again_until_the_clock_shows_the_speedup(
     assert 1.96 <= totals[option[2:].replace("-", "_")] < 2.3
     assert totals["flops"] > 0.65
 
-    monkeypatch.setattr(FFNClock, "speedup", lambda *_: 1.0)
-    monkeypatch.setattr(ModelClock, "speedup", lambda *_: 1.0)
-    with pytest.raises(SystemExit):
-        run(*argv, "--out", tmp_path / "never", option, 1.1)
+    # The smallest layers are fast enough, but no plan is.
+    speeds = iter([2.0])
+    monkeypatch.setattr(FFNClock, "speedup", slow := lambda *_: next(speeds, 1.0))
+    monkeypatch.setattr(ModelClock, "speedup", slow)
+    err = refused(capfd, *argv, "--out", tmp_path / "never", option, 1.1)
+    assert "was not reached in 4 plans" in err
     assert not (tmp_path / "never" / "plan.json").exists()
 
 
@@ -473,7 +477,8 @@ def test_a_speedup_out_of_reach_is_refused(folder, tmp_path, capfd, flops_clock,
     argv = "plan", "--model", folder / "dense", "--text", folder / "corpus.txt", *PLAN
     name = option.replace("-", "_")
     err = refused(capfd, *argv, "--out", tmp_path, f"--{option}", 1000)
-    assert re.search(rf"{name}=1000 is out of reach: with the smallest layers it would be \d", err)
+    assert re.search(rf"{name}=1000 is out of reach: with the smallest layers it is \d", err)
+    assert not (tmp_path / "estimates.json").exists()
 
 
 def test_convert_plans_for_a_budget_once(folder, tmp_path, monkeypatch, flops_clock):
@@ -497,6 +502,11 @@ def test_convert_plans_for_a_budget_once(folder, tmp_path, monkeypatch, flops_cl
     assert list(ffns) == list(sf.SparseFFNConfig.layers_from_json(planned.decode()))
     ratios = [1.0 if ffn is None else sf.flops_ratio(ffn) for ffn in ffns]
     assert 0.5 * LAYERS < sum(ratios) < 0.62 * LAYERS
+
+    # Another budget needs another plan, whatever has been converted by the old one.
+    (tmp_path / "sparse.partial").mkdir()
+    with pytest.raises(SystemExit, match="130"):
+        run(*argv, "--overwrite", "--ffn-speedup", 1.2)
 
 
 def test_a_stopped_convert_goes_on_where_it_was(folder, sparse, monkeypatch, capfd):

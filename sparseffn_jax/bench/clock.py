@@ -63,8 +63,8 @@ class FFNClock:
         """Returns the time of each layer over that of the dense FFN.
 
         Every width is timed without a bypass, and every rank beside a few widths. The prices are
-        those that fit all these times best (:func:`smooth_prices`): a plan is drawn to the sizes
-        whose times came out too low.
+        those that fit all these times best (:func:`smooth_prices`), because a plan would otherwise
+        be drawn to the sizes whose times came out too low.
 
         Args:
           configs: layers of a core beside a bypass; ``None`` stands for the dense FFN.
@@ -129,7 +129,9 @@ def smooth_prices(measured: Mapping[Size, float], sizes: Sequence[Size]) -> dict
         return [1.0, width, rank > 0, rank]
 
     times = np.array(list(measured.values()))
-    weights, _ = nnls(np.array([terms(size) for size in measured]) / times[:, None], times / times)
+    weights, _ = nnls(
+        np.array([terms(size) for size in measured]) / times[:, None], np.ones(len(times))
+    )
     return {size: float(weights @ terms(size)) for size in sizes}
 
 
@@ -212,10 +214,6 @@ class ModelClock:
           speedup: time of the dense model over that of the sparse one.
         """
         return self._model.spec.n_layer - self._whole * (1.0 - 1.0 / speedup)
-
-    def expected_speedup(self, ffns: float) -> float:
-        """Returns the speed-up of the model if all its FFNs take so much; one dense FFN takes 1."""
-        return self._whole / (self._whole - self._model.spec.n_layer + ffns)
 
     def speedup(self, configs: Sequence[SparseFFNConfig | None]) -> float:
         """Returns the speed-up of the whole model.

@@ -1,9 +1,13 @@
 """The options of commands that share a budget out among layers."""
 
 import dataclasses
+import math
 from typing import Literal
 
-from sparseffn_jax.commands.common import check_at_least
+from sparseffn_jax.commands.common import Precision, check_at_least
+
+_SHARES, _SPEEDUPS = ("flops", "parameters"), ("ffn_speedup", "speedup")
+_LIMITS = (*_SHARES, *_SPEEDUPS, "max_loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,33 +32,39 @@ class Budget:
     max_loss: float | None = None
     timed_pass: Literal["forward", "training"] = "forward"
     timed_tokens: int = 1024
-    timed_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    timed_dtype: Precision = "float32"
 
     @property
     def given(self) -> dict[str, float]:
         """The limits that are given, by name."""
-        limits = ("flops", "parameters", "ffn_speedup", "speedup", "max_loss")
-        return {name: value for name in limits if (value := getattr(self, name)) is not None}
+        return {name: value for name in _LIMITS if (value := getattr(self, name)) is not None}
 
     @property
     def speedup_wanted(self) -> tuple[str, float] | None:
         """The speed-up that is asked for, and what of; ``None`` if none is."""
-        return next((item for item in self.given.items() if "speedup" in item[0]), None)
+        return next((item for item in self.given.items() if item[0] in _SPEEDUPS), None)
 
     def check(self) -> None:
-        """Checks that there is one limit, and that it can be met.
+        """Checks that there is one limit, and nothing beside it that has no meaning.
 
         Raises:
           ValueError: if not.
         """
         if len(self.given) != 1:
-            names = ", ".join("--" + f.name.replace("_", "-") for f in dataclasses.fields(self)[:5])
+            names = ", ".join("--" + name.replace("_", "-") for name in _LIMITS)
             raise ValueError(f"give one of {names}: {len(self.given)} are given")
         ((name, value),) = self.given.items()
-        if not value > 0.0:
-            raise ValueError(f"{name}={value} must be above 0")
-        if self.speedup_wanted and value < 1.0:
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"{name}={value} must be a finite number above 0")
+        if name in _SPEEDUPS and value < 1.0:
             raise ValueError(f"{name}={value} must be 1 or more")
-        if self.timed_pass == "training" and not self.speedup_wanted:
-            raise ValueError("timed_pass says what is timed for --speedup or --ffn-speedup")
+        if name in _SHARES and value > 1.0:
+            raise ValueError(f"{name}={value} is a share of the dense FFNs: it must not exceed 1")
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            if field.name.startswith("timed") and name not in _SPEEDUPS and given != field.default:
+                raise ValueError(
+                    f"{field.name}={given} says what is timed for --speedup or --ffn-speedup: "
+                    f"with --{name.replace('_', '-')} nothing is timed"
+                )
         check_at_least("timed_tokens", self.timed_tokens, 1)

@@ -48,7 +48,8 @@ class Convert:
       config: JSON file of one SparseFFNConfig for every layer, or a list with one (or null, to
         keep the layer dense) for each; see "inspect".
       text: Calibration text; see "demo".
-      calibration_tokens: Tokens of it to use; ten for each hidden unit of a layer or more.
+      calibration_tokens: Tokens of it to use; ten for each hidden unit of a layer or more. A plan
+        takes 32768 of them at most.
       window: Tokens in a window; default the smaller of n_positions and 1024.
       batch_size: Windows computed at once; changes time and memory, not the result.
       distill_steps: Of distillation, for each layer; 0 for none.
@@ -133,15 +134,16 @@ class Convert:
             calibration_tokens=min(self.calibration_tokens, Plan.calibration_tokens),
             window=self.window,
             batch_size=self.batch_size,
+            repair=self.repair,
             seed=self.seed,
         )
 
     def _check_budget(self) -> None:
-        if self.config is not None and (self.budget.given or self.planned):
+        if self.config is not None and (self.budget != Budget() or self.planned):
             raise ValueError(
                 "--config says what the layers are: it takes no budget and no --planned"
             )
-        if self._plan is not None or self.budget.given:
+        if self._plan is not None or self.budget != Budget():
             self.budget.check()
 
     def _make_plan(self, plan: Plan, console: Console) -> None:

@@ -26,10 +26,12 @@ from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.sparsify.calibration import check_calibration
 from sparseffn_jax.sparsify.fisher import output_fisher
+from sparseffn_jax.sparsify.layers import REPAIR
 from sparseffn_jax.sparsify.planning import (
     Grid,
     Planner,
     Size,
+    candidates,
     config_of,
     estimate_layers,
     size_grid,
@@ -60,6 +62,7 @@ class Plan:
       most_shapes: Number of different layers, dense ones included; default any number.
       narrow: Plan with narrower FFNs alone, without bypasses, to compare.
       trials: Conversions that show how much of a loss later layers repair.
+      repair: As "convert" will be given it. With 0 nothing is repaired, and nothing is tried out.
       text: Calibration text; see "demo".
       calibration_tokens: Tokens of it to use.
       window: Tokens in a window; default the smaller of n_positions and 1024.
@@ -77,6 +80,7 @@ class Plan:
     calibration_tokens: int = 32768
     window: int | None = None
     batch_size: int = 4
+    repair: float = REPAIR
     seed: int = 0
 
     def run(self, console: Console) -> None:
@@ -99,12 +103,7 @@ class Plan:
             grid = grid._replace(ranks=(0,))
         smallest = config_of(dense.spec, (grid.widths[-1], 0))
         check_calibration(model, [smallest], tokens)
-        for name, price in (("flops", _flops), ("parameters", _parameters)):
-            limit = self.budget.given.get(name)
-            if limit is not None and limit < (least := price(smallest)):
-                raise ValueError(
-                    f"{name}={limit:g} is out of reach: the smallest layers have {least:.3g}"
-                )
+        prices = self._prices(candidates(dense.spec, grid), dense, chosen, console)
         with stage("measuring what the loss feels", console):
             fisher = output_fisher(model, dense.params, chosen)
         known = _Estimates(self.out / "estimates.json", fisher, grid)
@@ -124,16 +123,15 @@ class Plan:
         planner = Planner(
             model, dense.params, tokens, fisher, known.damages, batch_size=self.batch_size
         )
-        prices = self._prices(planner, dense, chosen, console)
 
         def make(aim: float) -> ModelPlan:
             limits = prices.limits(aim)
             return planner.plan(prices.cost, most_shapes=self.most_shapes, **limits)
 
         _, target = self.budget.speedup_wanted or ("", 1.0)
-        for _ in range(self.trials):
+        for _ in range(self.trials if self.repair else 0):
             with counter("trying out layer", console) as count:
-                planner.try_out(make(target).configs, on_layer=count)
+                planner.try_out(make(target).configs, self.repair, on_layer=count)
         if prices.measure is None:
             plan, measured = make(target), {}
         else:
@@ -150,7 +148,7 @@ class Plan:
         """Whether the folder holds a plan with these settings."""
         try:
             made = read_json(self.out / "report.json").get("settings")
-        except (FileNotFoundError, CheckpointError, AttributeError):
+        except CheckpointError:
             return False
         return made == self.settings and self.plan_file.exists()
 
@@ -168,39 +166,44 @@ class Plan:
             check_at_least("most_shapes", self.most_shapes, 1)
 
     def _prices(
-        self, planner: Planner, dense: Pretrained, windows: np.ndarray, console: Console
+        self, sizes: Sequence[Size], dense: Pretrained, windows: np.ndarray, console: Console
     ) -> "_Prices":
         ((name, limit),) = self.budget.given.items()
-        n_layer = dense.spec.n_layer
+        spec = dense.spec
         if name == "max_loss":
             return _Prices(_flops, lambda _: {"most_damage": limit})
         if self.budget.speedup_wanted is None:
             cost = _flops if name == "flops" else _parameters
-            return _Prices(cost, lambda _: {"budget": limit * n_layer})
+            if limit < (least := min(cost(config_of(spec, size)) for size in sizes)):
+                raise ValueError(
+                    f"{name}={limit:g} is out of reach: the smallest layers have {least:.3g}"
+                )
+            return _Prices(cost, lambda _: {"budget": limit * spec.n_layer})
         model = dense.model(DTYPES[self.budget.timed_dtype])
         length, train = windows.shape[1] - 1, self.budget.timed_pass == "training"
         batch = windows[: max(1, self.budget.timed_tokens // length)]
         clock = FFNClock(model, len(batch) * length, train=train)
+        configs = [config_of(spec, size) for size in sizes]
         with counter("timing size", console) as count:
-            prices = clock.prices(planner.configs, count)
-        cost, least = prices.__getitem__, min(prices.values())
+            prices = clock.prices(configs, count)
+        smallest = (min(configs, key=prices.__getitem__),) * spec.n_layer
+        least = spec.n_layer * prices[smallest[0]]
         if name == "ffn_speedup":
-            _check_reach(name, limit, 1.0 / least)
-            return _Prices(
-                cost,
-                lambda aim: {"budget": n_layer / aim},
-                lambda plan: {name: clock.speedup(plan.configs)},
+            speedup, budget = clock.speedup, lambda aim: spec.n_layer / aim
+        else:
+            with stage("timing the model", console):
+                whole = ModelClock(model, dense.params, batch, clock, train=train)
+            speedup, budget = whole.speedup, whole.ffn_budget
+        with stage("measuring the smallest layers", console):
+            most = speedup(smallest)
+        if limit * (1.0 - _SHORT) > most:
+            raise ValueError(
+                f"{name}={limit:g} is out of reach: with the smallest layers it is {most:.2f}"
             )
-        with stage("timing the model", console):
-            whole = ModelClock(model, dense.params, batch, clock, train=train)
-        _check_reach(name, limit, whole.expected_speedup(n_layer * least))
         return _Prices(
-            cost,
-            lambda aim: {"budget": whole.ffn_budget(aim)},
-            lambda plan: {
-                name: whole.speedup(plan.configs),
-                "ffn_speedup": clock.speedup(plan.configs),
-            },
+            prices.__getitem__,
+            lambda aim: {"budget": max(budget(aim), least)},
+            lambda plan: {name: speedup(plan.configs)},
         )
 
     def _met(
@@ -212,23 +215,25 @@ class Plan:
         """Makes plans until one is about as fast as is wanted, and takes the best fast one."""
         assert self.budget.speedup_wanted is not None
         name, target = self.budget.speedup_wanted
-        aim, best = target, None
+        aim, best, last = target, None, None
         for _ in range(_MOST_TURNS):
             plan = make(aim)
+            if plan == last:
+                break
             with stage("measuring the plan", console):
                 measured = measure(plan)
-            reached = measured[name]
+            reached, last = measured[name], plan
+            console.print(f"measured {reached:.2f}x of {target:.2f}x")
             if reached >= target * (1.0 - _SHORT):
                 if best is None or plan.damage < best[0].damage:
                     best = plan, measured
-                if reached <= target * (1.0 + _BEYOND) or not any(plan.configs):
-                    return best
-            console.print(f"measured {reached:.2f}x of {target:.2f}x: planning again")
+                if reached <= target * (1.0 + _BEYOND):
+                    break
             aim = max(1.0, aim * target / reached)
         if best is None:
             raise ValueError(
                 f"{name}={target:g} was not reached in {_MOST_TURNS} plans: the clock is unsteady, "
-                "or the target is out of reach"
+                "or the target is at the edge of what is possible"
             )
         return best
 
@@ -314,13 +319,6 @@ class _Estimates:
         self.damages.append(damages)
         rows = [[[*size, x] for size, x in layer.items()] for layer in self.damages]
         write_json(self._path, {"of": self._of, "damages": rows})
-
-
-def _check_reach(name: str, wanted: float, most: float) -> None:
-    if wanted > most:
-        raise ValueError(
-            f"{name}={wanted:g} is out of reach: with the smallest layers it would be {most:.2f}"
-        )
 
 
 def _parameters(config: SparseFFNConfig | None) -> float:

@@ -13,8 +13,9 @@ from sparseffn_jax.nn.sparse_ffn import SparseFFN
 from sparseffn_jax.ops.plans.autotune import PlanTimes, time_choices
 from sparseffn_jax.ops.plans.choice import PlanTable, Problem
 
-# A forward pass on at most so many tokens is timed as a chain of so many.
-_FEW, _CHAIN = 64, 32
+# A forward pass on at most so many tokens is taken for decoding: weights are packed before, and it
+# is timed as a chain of calls.
+FEW_TOKENS, _CHAIN = 64, 32
 
 
 def autotune(
@@ -83,14 +84,17 @@ def time_plans(
     x = jax.random.normal(jax.random.key(0), (tokens, config.d_model), dtype)
     shapes = jax.eval_shape(layer.init, jax.random.key(1), x)
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.02, leaf.dtype), shapes)
-    calls = _CHAIN if not train and tokens <= _FEW else 1
+    calls = _CHAIN if not train and tokens <= FEW_TOKENS else 1
 
     def training(params: Any, x: Any) -> Any:
         y, vjp = jax.vjp(layer.apply, params, x)
         return vjp(y)
 
     def trace() -> Any:
-        return jax.eval_shape(layer.apply, shapes, x)
+        variables = shapes
+        if calls > 1:
+            variables = jax.eval_shape(lambda v: layer.pack(v, tokens), shapes)
+        return jax.eval_shape(layer.apply, variables, x)
 
     def clock(runs: Sequence[Callable[[], Any]]) -> list[float]:
         return [float(np.median(times)) / calls for times in time_in_turn(runs, repeats=repeats)]

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.measure.autotune import FEW_TOKENS
 from sparseffn_jax.measure.costs import dense_flops, flops_per_token
 from sparseffn_jax.models.decoder import Decoder, ffn_module
 from sparseffn_jax.ops.plans.choice import recorded
@@ -33,14 +34,19 @@ def describe_layer(model: Decoder, layer: int, tokens: int) -> LayerSummary:
     """Describes one layer's FFN as it runs on ``tokens`` rows, without allocating its arrays."""
     spec, module = model.spec, ffn_module(model, layer)
     x = jax.ShapeDtypeStruct((tokens, spec.d_model), model.dtype)
-    with recorded() as plans:
-        shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    shapes = variables["params"]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     ffn = model.ffns[layer] if model.ffns else None
     if not isinstance(ffn, SparseFFNConfig):
         dense = dense_flops(spec.d_model, spec.d_ff, spec.gated)
         return LayerSummary((f"dense: {spec.d_ff} units",), parameters, dense, 1.0, ())
     flops = sum(flops_per_token(ffn).values())
+    if tokens <= FEW_TOKENS:
+        # Few tokens are decoded, by weights that are packed before.
+        variables = jax.eval_shape(lambda v: module.pack(v, tokens), variables)
+    with recorded() as plans:
+        jax.eval_shape(module.apply, variables, x)
     chosen = tuple((choice.operator, choice.plan) for choice in plans)
     ratio = flops / dense_flops(spec.d_model, spec.d_ff, spec.gated)
     return LayerSummary(_parts(ffn), parameters, flops, ratio, chosen)

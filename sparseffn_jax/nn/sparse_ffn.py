@@ -29,7 +29,7 @@ Dtype = Any
 PACKED = "packed"
 # The layout of a dense core's weights.
 _DENSE = "dense"
-# What a core and a bypass that run as one are called among packed weights.
+# A core and a bypass, which are one operator, among packed weights.
 _CORE_AND_BYPASS = "core_and_bypass"
 
 

@@ -31,16 +31,17 @@ _divided: contextvars.ContextVar[bool] = contextvars.ContextVar("divided", defau
 
 
 class Weights(NamedTuple):
-    """The weights of both, or what a plan has made of them.
+    """The weights of both, apart.
 
     Attributes:
       core: the kernel (d_in, width) of each map into the hidden units, and the kernel (width,
         d_out) out of them.
-      bypass: the factors of the bypass.
+      bypass: the factors of the bypass or, once they are packed for a plan, the matrices that it
+        multiplies by in turn.
     """
 
     core: HiddenMaps
-    bypass: low_rank.Factors
+    bypass: Any
 
 
 class Joined(NamedTuple):
@@ -72,8 +73,9 @@ def layer(
       activate: the elementwise function that is applied to the hidden units.
       channels: biases and coefficients of ``activate``.
       implementation: name of the plan to run, or ``None``; :func:`choose` lists the names.
-      packed: weights that :func:`pack` returned earlier, by the layout of their plan. Joined ones
-        cost nothing any more: they are used whatever would be the cheapest plan without them.
+      packed: weights that :func:`pack` returned earlier, by the layout of their plan. They are used
+        if theirs is the cheapest plan where weights are packed already; otherwise this call packs
+        its own.
 
     Returns:
       The outputs (..., d_out), in the dtype of ``x``, accumulated in float32.
@@ -81,20 +83,21 @@ def layer(
     Raises:
       ValueError: if there is no such plan.
     """
-    packed = packed or {}
+    packed, tokens = packed or {}, math.prod(x.shape[:-1])
+
+    def plan_for(platform: Platform) -> MapPlan:
+        if packed:
+            plan = choose(tokens, weights, platform, implementation, is_packed=True)
+            if plan.layout in packed:
+                return plan
+        return choose(tokens, weights, platform, implementation)
 
     def run(plan: MapPlan, x: Array, weights: Weights, channels: Channels) -> Array:
         ready = packed.get(plan.layout)
         matrices = pack(weights, plan) if ready is None else ready
         return apply(x, matrices, weights.bypass.axes.shape[1], activate, channels)
 
-    if implementation is None and _JOINED in packed:
-        return run(MapPlan(_JOINED), x, weights, channels)
-    return by_platform(
-        lambda platform: choose(math.prod(x.shape[:-1]), weights, platform, implementation),
-        run,
-        *(x, weights, channels),
-    )
+    return by_platform(plan_for, run, *(x, weights, channels))
 
 
 def choose(
@@ -121,7 +124,8 @@ def choose(
     """
     (d_in, rank), d_out = weights.bypass.axes.shape, weights.bypass.filter.shape[1]
     width, maps = len(weights.core.down), len(weights.core.up)
-    problem = (tokens, d_in, maps, width, rank, d_out, weights.bypass.axes.dtype.name)
+    dtype = weights.bypass.axes.dtype.name
+    problem = (tokens, d_in, maps, width, rank, d_out, dtype, is_packed)
     estimates = costs.core_and_bypass_costs(
         *(tokens, d_in, maps, width, rank, d_out), is_packed=is_packed, platform=platform
     )
@@ -132,7 +136,7 @@ def choose(
     return MapPlan(pick("core_and_bypass", implementation, estimates, refused, problem, platform))
 
 
-def pack(weights: Weights, plan: MapPlan) -> Any:
+def pack(weights: Weights, plan: MapPlan) -> Weights | Joined:
     """Returns the matrices that ``plan`` multiplies by.
 
     Args:
@@ -142,11 +146,15 @@ def pack(weights: Weights, plan: MapPlan) -> Any:
     (up, down), (axes, filter) = weights
     if plan.name == _JOINED:
         return Joined(jnp.concatenate([*up, axes], axis=1), jnp.concatenate([down, filter]))
-    return HiddenMaps(up, down), low_rank.pack_map(weights.bypass, plan.name)
+    return Weights(weights.core, low_rank.pack_map(weights.bypass, plan.name))
 
 
 def apply(
-    x: Float[Array, "*batch i"], packed: Any, rank: int, activate: Activate, channels: Channels
+    x: Float[Array, "*batch i"],
+    packed: Weights | Joined,
+    rank: int,
+    activate: Activate,
+    channels: Channels,
 ) -> Float[Array, "*batch o"]:
     """Applies a core and a bypass, and adds their outputs.
 
@@ -162,18 +170,18 @@ def apply(
     """
     if isinstance(packed, Joined):
         return _joined(x, packed, rank, activate, channels)
-    core, bypass = packed
+    (up, down), bypass = packed
     with jax.named_scope("spectral_bypass"):
         y = low_rank.multiply(x, bypass)
     with jax.named_scope("core"):
-        return y + activate([x @ kernel for kernel in core.up], channels) @ core.down
+        return y + activate([x @ kernel for kernel in up], channels) @ down
 
 
 def _joined(x: Array, packed: Joined, rank: int, activate: Activate, channels: Channels) -> Array:
-    width = len(packed.second) - rank
+    width, columns = len(packed.second) - rank, packed.first.shape[1] - rank
     with jax.named_scope("core_and_bypass"):
         first = x @ packed.first
-        *us, components = jnp.split(first, list(range(width, first.shape[-1], width)), axis=-1)
+        *us, components = jnp.split(first, list(range(width, columns + 1, width)), axis=-1)
         hidden = activate(us, channels)
         return jnp.concatenate([hidden, components], axis=-1) @ packed.second
 

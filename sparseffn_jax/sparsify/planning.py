@@ -82,6 +82,26 @@ def size_grid(spec: DecoderSpec) -> Grid:
     return Grid(widths, (0, *multiples(spec.d_model, _RANK_SHARE)[: _MOST_RANKS - 1]))
 
 
+def candidates(spec: DecoderSpec, grid: Grid) -> list[Size]:
+    """Returns the sizes among which a plan chooses; the dense FFN comes first.
+
+    What costs as many operations as the dense FFN, or more, is left out: it would only be taken
+    where the clock erred.
+
+    Args:
+      spec: sizes of the model.
+      grid: widths and ranks.
+    """
+    # A component of the bypass has two vectors, a unit one for each map.
+    maps = 3 if spec.gated else 2
+    return [
+        (width, rank)
+        for rank in grid.ranks
+        for width in grid.widths
+        if (width, rank) == (spec.d_ff, 0) or width + 2 * rank / maps < spec.d_ff
+    ]
+
+
 def config_of(spec: DecoderSpec, size: Size) -> SparseFFNConfig | None:
     """Returns the configuration of a core beside a bypass; ``None`` for the dense FFN.
 
@@ -129,7 +149,7 @@ def estimate_damages(
       dense: the layer's dense FFN.
       activations: what it receives, and returns, on calibration text.
       fisher: Fisher matrix of its outputs.
-      grid: the sizes.
+      grid: widths and ranks.
       centred: whether the layer has a bias, which makes up for means.
     """
     root, d_model = root_of(fisher), fisher.shape[0]
@@ -155,13 +175,7 @@ def estimate_damages(
                 weight = np.vstack([ridge_solve(unexplained.xx, unexplained.xy), weight])
             error = variance + _error(seen.select(rows), unseen.select(rows), weight)
             damages[len(kept.units), rank] = 0.5 * max(error, 0.0)
-    # A component of the bypass has two vectors, a unit one for each map. What costs as much as the
-    # dense FFN is no candidate: it would only be taken where the clock erred.
-    whole, maps = grid.widths[0], len(dense.up_maps) + 1
-    smaller = {
-        (width, rank): x for (width, rank), x in damages.items() if width + 2 * rank / maps < whole
-    }
-    return {(whole, 0): 0.0, **smaller}
+    return damages | {(grid.widths[0], 0): 0.0}
 
 
 def _error(seen: Moments, unseen: Moments, weight: Float[np.ndarray, "i o"]) -> float:
@@ -272,11 +286,6 @@ class Planner:
         # Until a trial says otherwise, what a layer loses is lost.
         self._left = np.ones(model.spec.n_layer)
 
-    @property
-    def configs(self) -> list[SparseFFNConfig | None]:
-        """The configurations among which a plan chooses; ``None`` is the dense FFN."""
-        return [config_of(self._model.spec, size) for size in self._damages[0]]
-
     def plan(self, cost: Callable[[SparseFFNConfig | None], float], **limits: Any) -> Plan:
         """Chooses what each layer becomes.
 
@@ -287,7 +296,7 @@ class Planner:
         Raises:
           ValueError: if no plan keeps to the limits.
         """
-        configs = self.configs
+        configs = [config_of(self._model.spec, size) for size in self._damages[0]]
         costs = [cost(config) for config in configs]
         layers = [
             [
@@ -374,14 +383,16 @@ def estimate_layers(
       batch_size: number of windows in one forward pass; it changes the result by rounding alone.
       first: number of the first layer that is wanted.
     """
-    spec = model.spec
+    spec, sizes = model.spec, candidates(model.spec, grid)
     streams = Streams(model, outer_params(model, params), tokens, batch_size=batch_size)
     for i, unread in enumerate(layers_of(model, params)):
         layer = read_leaves(unread)
         activations = streams.observe(i, layer)
         if i >= first:
             dense = DenseFFN.from_params(layer[FFN_NAME], model.ffn_layout, spec.activation)
-            yield estimate_damages(dense, activations, fisher[i], grid, centred=spec.ffn_bias)
+            args = dense, activations, fisher[i], grid
+            damages = estimate_damages(*args, centred=spec.ffn_bias)
+            yield {size: damages[size] for size in sizes}
 
 
 def _damage_left(

@@ -18,7 +18,7 @@ _LEAST_RANK_SHARE = 0.1
 _BYPASS_SHARE = 0.6
 # Sides of a GPU's tiles, and the share of a size that may be given away to fill them. In GPT-2's
 # layer 1200 columns gained 1.5x over dense on an H100, and 1216 columns 2.1x on an H200.
-_TILES, _MOST_LOST = (128, 64), 1 / 14
+_TILES, _MOST_LOST, _LARGE_RANK = (128, 64), 1 / 14, 448
 
 
 def size_ffn(
@@ -65,7 +65,10 @@ def size_ffn(
     bypass, share = None, _RANK_SHARE * (1.0 - flops_ratio)
     # Two vectors of d_model weights make a component; two make a hidden unit too, or three.
     component = dense_flops(1, 1, gated=False) / dense_flops(1, 1, gated)
-    rank = _multiple(min(share * d_model, _BYPASS_SHARE * units / component))
+    most = min(share * d_model, _BYPASS_SHARE * units / component)
+    rank = _multiple(most)
+    if gated and most >= _LARGE_RANK:
+        rank = int(most) // _TILES[-1] * _TILES[-1]
     if share >= _LEAST_RANK_SHARE and rank and units - rank * component >= 1.0:
         bypass = SpectralConfig("low_rank", rank=rank)
         units -= rank * component

@@ -47,8 +47,6 @@ def test_what_is_left_to_the_ffns_of_a_faster_model(model, monkeypatch):
     whole = ModelClock(*model, windows, clock)
     # The whole takes 5 dense FFNs, 2 of which are the FFNs.
     assert whole.ffn_budget(1.25) == pytest.approx(1.0)
-    assert whole.expected_speedup(1.0) == pytest.approx(1.25)
-    assert whole.expected_speedup(2.0) == pytest.approx(1.0)
 
 
 def test_a_planned_model_is_timed_with_its_own_ffns(model, monkeypatch):
@@ -81,8 +79,10 @@ def test_a_planned_model_is_trained_with_its_own_ffns(model, monkeypatch):
     assert whole.speedup([None, CONFIG]) == 1.5
     dense, sparse, later = losses
     # The steps that were timed before have trained on these very windows.
-    assert later < dense < sf.evaluate_loss(*model, windows, batch_size=2)
-    assert sparse != dense
+    fresh = sf.evaluate_loss(*model, windows, batch_size=2)
+    assert later < dense < fresh
+    # The sparse model's first step, by other FFNs.
+    assert sparse != pytest.approx(fresh, rel=1e-6)
 
 
 def test_prices_of_a_core_and_a_bypass_add_up():

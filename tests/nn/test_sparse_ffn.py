@@ -98,6 +98,12 @@ CONFIGS = {
         gated=True,
         bias=False,
     ),
+    "wide low rank bypass": SparseFFNConfig(
+        D,
+        M,
+        spectral=SpectralConfig("low_rank", rank=11),
+        micro=MicroRefinementConfig(CoreConfig(4)),
+    ),
     "circulant bypass": SparseFFNConfig(
         *(D, M),
         spectral=dataclasses.replace(MASKED_CIRCULANT, width=0),
@@ -358,6 +364,7 @@ FORCED = pytest.mark.parametrize(
         ("structured core", None, "masked"),
         ("core", None, None),
         ("low rank bypass", "joined", None),
+        ("wide low rank bypass", "joined", None),
         ("low rank bypass", "two_gemms", None),
         ("low rank bypass", "merged", None),
         *(("circulant bypass", plan, None) for plan in ("fft", "dft", "split", "dense")),
@@ -487,6 +494,7 @@ HAND_COUNTED = {
     ),
     "gated low rank": (2 * 3 * (16 + 24) + 5 * (24 + 16), 3 * 16 * 8),
     "low rank bypass": (3 * (12 + 12), 3 * 12 * 8),
+    "wide low rank bypass": (11 * (12 + 12), 2 * 12 * 4),
     # 2 x 2 blocks; 3 of 6 components.
     "circulant bypass": (2 * 2 * (4 + 1) + (12 + 12) * 3, 2 * 12 * 8 + 3 * 16 + 12 * 6),
     # b = 4: 3 x 3 blocks; 4 products for the complex frequency, 4 for DC and Nyquist together.
@@ -534,6 +542,7 @@ PARAMETERS = {
     "all": (2 * (2 * 4 * 3) + 24 + 3 * 4) + (7 * 4 * 6 + 6 * 6 * 4 + 24) + (3 * 16 + 12 * 6) + 12,
     "gated low rank": 2 * 3 * (16 + 24) + 5 * (24 + 16) + 3 * 4 + 3 * 16 * 8,
     "low rank bypass": 2 * 3 * 12 + 3 * 12 * 8,
+    "wide low rank bypass": 2 * 11 * 12 + 2 * 12 * 4 + 4 + 12,
     "circulant bypass": 2 * 2 * 3 + (2 * 12 * 8 + 8) + (3 * 16 + 12 * 6) + 12,
     "bypass alone": 3 * 3 * 4 + 12,
     "gated all": 3 * (2 * 4 * 3)

@@ -13,11 +13,13 @@ from sparseffn_jax.ops.low_rank import Factors
 
 PLANS = ("joined", "two_gemms", "merged")
 D, WIDTH, RANK, OUT = 24, 20, 5, 28
+# More units than components, and more than twice as many components as units.
+SIZES = ((WIDTH, RANK), (6, 17))
 
 
-def shapes(maps, bias):
-    kernels = [(D, WIDTH)] * maps
-    return *kernels, (WIDTH, OUT), (D, RANK), (RANK, OUT), *[(WIDTH,)] * (maps * bias)
+def shapes(maps, bias, width=WIDTH, rank=RANK):
+    kernels = [(D, width)] * maps
+    return *kernels, (width, OUT), (D, rank), (rank, OUT), *[(width,)] * (maps * bias)
 
 
 def make(maps, leaves):
@@ -29,7 +31,8 @@ def run(plan, maps):
     def function(x, *leaves):
         weights, channels = make(maps, leaves)
         matrices = core_and_bypass.pack(weights, MapPlan(plan))
-        return core_and_bypass.apply(x, matrices, RANK, Activate("relu"), channels)
+        rank = weights.bypass.axes.shape[1]
+        return core_and_bypass.apply(x, matrices, rank, Activate("relu"), channels)
 
     return function
 
@@ -56,10 +59,11 @@ def reference(maps, x, leaves, cotangent):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("maps", [1, 2])
+@pytest.mark.parametrize(("width", "rank"), SIZES)
 @pytest.mark.parametrize("plan", PLANS)
-def test_equals_float64(plan, maps, bias, dtype):
+def test_equals_float64(plan, width, rank, maps, bias, dtype):
     (x, *leaves, cotangent), (x64, *leaves64, cotangent64) = draw(
-        0, (7, D), *shapes(maps, bias), (7, OUT), dtype=dtype, scale=0.5
+        0, (7, D), *shapes(maps, bias, width, rank), (7, OUT), dtype=dtype, scale=0.5
     )
     y, bars = value_and_vjp(run(plan, maps), (x, *leaves), cotangent)
     expected, expected_bars = reference(maps, x64, leaves64, cotangent64)

@@ -1,5 +1,7 @@
 """Plans: estimates of damage against NumPy on unseen text, and what trials teach."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from sparseffn_jax.sparsify.fisher import output_fisher
 from sparseffn_jax.sparsify.planning import (
     Grid,
     Planner,
+    candidates,
     config_of,
     estimate_damages,
     estimate_layers,
@@ -21,6 +24,17 @@ from sparseffn_jax.sparsify.planning import (
 from sparseffn_jax.sparsify.streams import LayerActivations
 
 TOKENS, D, M = 1200, 6, 20
+
+
+@pytest.mark.parametrize(("gated", "most"), [(False, 14), (True, 16)])
+def test_what_costs_as_much_as_the_dense_ffn_is_no_candidate(gated, most):
+    spec = SimpleNamespace(d_ff=M, gated=gated)
+    widths = range(M, 0, -1)
+    found = candidates(spec, Grid(tuple(widths), (0, D)))
+    # A bypass of rank 6 has 12 vectors: as many as 6 units have, or 4 of a gated layer.
+    narrow = {(width, D) for width in widths if width < most}
+    assert set(found) == {(width, 0) for width in widths} | narrow
+    assert found[0] == (M, 0)
 
 
 def draw_layer(bias, seed=0):
@@ -72,9 +86,7 @@ def test_damage_is_the_error_on_unseen_tokens(bias):
             if len(units) == 2:
                 break
     assert damages[M, 0] == 0.0
-    # 15 units and a bypass of full rank cost more than the dense FFN.
-    sizes = {(w, r) for w in grid.widths[1:] for r in grid.ranks} - {(15, D)}
-    assert damages.keys() == {(M, 0), *sizes}
+    assert damages.keys() == {(w, r) for w in grid.widths for r in grid.ranks}
     for width in grid.widths[2:]:
         assert damages[width, D] < damages[width, 2] < damages[width, 0]
 
