@@ -185,11 +185,13 @@ def test_finetune_computes_in_half_precision(folder, sparse, tmp_path, dtype):
     assert {leaf.dtype.name for leaf in weights} == {"float32"}
 
 
-def test_inspect_shows_parts_and_plans_and_gives_configs(folder, sparse, tmp_path, capfd):
+def test_inspect_shows_parts_and_plans_and_gives_configs(
+    folder, sparse, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "140")
     run("inspect", "--model", sparse, "--json")
     out = capfd.readouterr().out
-    assert "core_and_bypass" in out
-    assert "joined" in out
+    assert "core and bypass: joined" in out
     configs = json.loads(out[out.index("\n[") :])
     assert tuple(map(sf.SparseFFNConfig.from_dict, configs)) == sf.load_pretrained(sparse).ffns
     path = tmp_path / "layers.json"

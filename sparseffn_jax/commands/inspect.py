@@ -68,7 +68,7 @@ class Inspect:
                 f"{layer.parameters:,}",
                 f"{layer.flops:,}",
                 f"{layer.flops_ratio:.3f}",
-                "\n".join(f"{operator}: {plan}" for operator, plan in layer.plans),
+                "\n".join(f"{name.replace('_', ' ')}: {plan}" for name, plan in layer.plans),
             )
         console.print(table)
         if self.json:
