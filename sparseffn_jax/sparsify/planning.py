@@ -384,6 +384,8 @@ def estimate_layers(
       first: number of the first layer that is wanted.
     """
     spec, sizes = model.spec, candidates(model.spec, grid)
+    if first == spec.n_layer:
+        return
     streams = Streams(model, outer_params(model, params), tokens, batch_size=batch_size)
     for i, unread in enumerate(layers_of(model, params)):
         layer = read_leaves(unread)

@@ -100,6 +100,8 @@ def planner(request):
     args = model, params, windows[:, :-1], fisher, grid
     damages = list(estimate_layers(*args, batch_size=20))
     assert list(estimate_layers(*args, batch_size=20, first=1)) == damages[1:]
+    # Where nothing is left to estimate, no parameters are read.
+    assert not list(estimate_layers(model, {}, *args[2:], first=model.spec.n_layer))
     return model, Planner(model, params, windows[:, :-1], fisher, damages, batch_size=20)
 
 
