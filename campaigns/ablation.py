@@ -138,8 +138,7 @@ def main() -> None:
     for name in taken:
         results[name] = f"{convert(rows[name]) - dense_loss:+.4f}"
         console.print(f"{name}: {results[name]}")
-    settings = {name: str(value) for name, value in vars(arguments).items()}
-    campaign.finish("Loss over dense after conversion", results, [], arguments.out, settings)
+    campaign.finish("Loss over dense after conversion", results, [], arguments.out, vars(arguments))
 
 
 if __name__ == "__main__":

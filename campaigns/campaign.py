@@ -111,6 +111,7 @@ def finish(
     for failure in failures[:20]:
         console.print(failure, markup=False, style="red")
     out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(x) if isinstance(x, Path) else x for name, x in settings.items()}
     report = {"settings": settings, "results": dict(rows), "failures": failures}
     write_json(out, report | {"versions": versions()})
     console.print(f"wrote {out}")

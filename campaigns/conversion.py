@@ -54,8 +54,7 @@ def main() -> None:
                     )
                     rows[name] = f"{subject.loss(*converted) - dense_loss:+.4f}"
                 console.print(f"{name}: {rows[name]}")
-    settings = {name: str(value) for name, value in vars(arguments).items()}
-    campaign.finish("Loss over dense after conversion", rows, [], arguments.out, settings)
+    campaign.finish("Loss over dense after conversion", rows, [], arguments.out, vars(arguments))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main() -> None:
                 failures.append(f"input {number} ({name}: {', '.join(done)}): {outcome}")
     rows = {"inputs": arguments.inputs, **counts, "failed": len(failures)}
     rows["most memory beyond twice the files"] = f"{largest / 2**20:.1f} MiB"
-    settings = {**vars(arguments), "out": str(arguments.out), "allowance": ALLOWANCE}
+    settings = {**vars(arguments), "allowance": ALLOWANCE}
     campaign.finish("Fuzzed loaders", rows, failures, arguments.out, settings)
 
 

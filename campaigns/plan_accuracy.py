@@ -79,8 +79,7 @@ def main() -> None:
     for i, name in enumerate(("predicted", "predicted without a trial")):
         correlation = spearmanr([pair[i] for pair in predicted], measured).statistic
         rows[f"rank correlation of {name} and measured"] = f"{correlation:.4f}"
-    settings = {name: str(value) for name, value in vars(arguments).items()}
-    campaign.finish("Predicted and measured damage", rows, [], arguments.out, settings)
+    campaign.finish("Predicted and measured damage", rows, [], arguments.out, vars(arguments))
 
 
 if __name__ == "__main__":

@@ -232,8 +232,8 @@ class Plan:
             aim = max(1.0, aim * target / reached)
         if best is None:
             raise ValueError(
-                f"{name}={target:g} was not reached in {_MOST_TURNS} plans: the clock is unsteady, "
-                "or the target is at the edge of what is possible"
+                f"{name}={target:g} was not reached by any plan: the clock is unsteady, or the "
+                "target is at the edge of what is possible"
             )
         return best
 
