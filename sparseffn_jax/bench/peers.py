@@ -10,13 +10,20 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from sparseffn_jax.bench.monarch import MonarchConfig, MonarchFFN, fit_monarch
+from sparseffn_jax.bench.published import (
+    KeepUnits,
+    NoFFN,
+    fluctuation,
+    magnitude,
+    rank_layers,
+)
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -25,14 +32,14 @@ from sparseffn_jax.config import (
     SpectralConfig,
 )
 from sparseffn_jax.measure import costs
-from sparseffn_jax.models.decoder import Decoder
+from sparseffn_jax.models.decoder import Decoder, replace_ffns
 from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.ops.masks import BlockMask
-from sparseffn_jax.sparsify.convert import sparsify
+from sparseffn_jax.sparsify.convert import Fit, sparsify
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.distill import distill_layer
 from sparseffn_jax.sparsify.fit import fit_layer
-from sparseffn_jax.sparsify.layers import convert_layers
+from sparseffn_jax.sparsify.layers import REPAIR, convert_layers
 from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.sparsify.streams import LayerActivations
 
@@ -40,6 +47,8 @@ Params = dict[str, Any]
 _BLOCK = 32
 _MONARCH_BLOCKS = 4
 _CORE_SHARES = (0.25, 0.5, 0.75, 0.9)
+# Windows of calibration text on which FFNs to drop are chosen.
+_RANKING_WINDOWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +69,7 @@ class WarmStart:
 
 
 class Method(Protocol):
-    """One way to replace dense FFNs, the same in every layer."""
+    """One way to replace a model's dense FFNs."""
 
     def size(self, spec: DecoderSpec, flops_ratio: float) -> Any:
         """Returns the largest configuration within a share of the dense FFN's FLOPs.
@@ -81,8 +90,8 @@ class Method(Protocol):
         """Returns a configuration's floating-point operations over those of the dense FFN."""
         ...
 
-    def ffn(self, config: Any) -> Any:
-        """Returns what :class:`Decoder` takes in ``ffns`` for a configuration."""
+    def ffns(self, config: Any, n_layer: int) -> tuple[Any, ...]:
+        """Returns what a :class:`Decoder` of ``n_layer`` layers takes as ``ffns``."""
         ...
 
     def convert(
@@ -93,7 +102,7 @@ class Method(Protocol):
         Args:
           model: a dense model.
           params: its parameters, which are not changed.
-          config: a configuration, the same for every layer.
+          config: a configuration.
           start: how the replacements are fitted.
 
         Returns:
@@ -109,13 +118,13 @@ class SparseMethod:
     Attributes:
       sizes: returns the configuration for a model's sizes and a FLOPs ratio, as
         :meth:`Method.size` does.
-      place: returns a layer's configuration with its blocks in their places, from the
-        configuration, the layer's dense FFN and its activations. ``None`` leaves the configuration
-        as it is.
+      fit: fits one layer in closed form, as :func:`sparsify` takes it.
+      repair: share of earlier losses that a layer makes up for.
     """
 
     sizes: Callable[[DecoderSpec, float], SparseFFNConfig]
-    place: Callable[[SparseFFNConfig, DenseFFN, LayerActivations], SparseFFNConfig] | None = None
+    fit: Fit = fit_layer
+    repair: float = REPAIR
 
     def size(self, spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
         """Returns the largest configuration of the line within a share of the dense FFN's FLOPs."""
@@ -125,27 +134,22 @@ class SparseMethod:
         """Returns a layer's floating-point operations over those of the dense FFN."""
         return costs.flops_ratio(config)
 
-    def ffn(self, config: SparseFFNConfig) -> SparseFFNConfig:
-        """Returns the configuration itself, which a :class:`Decoder` takes as it is."""
-        return config
+    def ffns(self, config: SparseFFNConfig, n_layer: int) -> tuple[SparseFFNConfig, ...]:
+        """Returns the configuration itself, once for every layer."""
+        return (config,) * n_layer
 
     def convert(
         self, model: Decoder, params: Params, config: SparseFFNConfig, start: WarmStart
     ) -> tuple[Decoder, Params]:
-        """Calls :func:`sparsify`, with the blocks of every layer placed if it has any to place."""
-
-        def fit(dense, config, activations):
-            if self.place is not None:
-                config = self.place(config, dense, activations)
-            return fit_layer(dense, config, activations)
-
+        """Calls :func:`sparsify`."""
         return sparsify(
             model,
             params,
             config,
             start.calibration,
-            fit=fit,
+            fit=self.fit,
             distill_steps=start.distill_steps,
+            repair=self.repair,
             batch_size=start.batch_size,
             seed=start.seed,
         )
@@ -162,8 +166,15 @@ class Searched:
     candidates: Mapping[str, Method]
 
 
+@dataclasses.dataclass(frozen=True)
 class MonarchMethod:
-    """A Monarch FFN in the place of every dense one: both maps are made of low-rank blocks."""
+    """A Monarch FFN in the place of every dense one: both maps are made of low-rank blocks.
+
+    Attributes:
+      repair: share of earlier losses that a layer makes up for.
+    """
+
+    repair: float = REPAIR
 
     def size(self, spec: DecoderSpec, flops_ratio: float) -> MonarchConfig:
         """Returns the Monarch FFN of the largest rank within a share of the dense FFN's FLOPs."""
@@ -178,9 +189,9 @@ class MonarchMethod:
         """Returns a Monarch FFN's floating-point operations over those of the dense FFN."""
         return config.flops_ratio
 
-    def ffn(self, config: MonarchConfig) -> Callable[..., MonarchFFN]:
-        """Returns the layer's constructor, which a :class:`Decoder` calls with its dtypes."""
-        return functools.partial(MonarchFFN, config)
+    def ffns(self, config: MonarchConfig, n_layer: int) -> tuple[Callable[..., MonarchFFN], ...]:
+        """Returns the layers' constructor, which a :class:`Decoder` calls with its dtypes."""
+        return (functools.partial(MonarchFFN, config),) * n_layer
 
     def convert(
         self, model: Decoder, params: Params, config: MonarchConfig, start: WarmStart
@@ -188,11 +199,12 @@ class MonarchMethod:
         """Fits every layer in closed form and then by layer-wise distillation."""
 
         def fit(layer, dense, activations):
-            del layer
             leaves = fit_monarch(dense, config, activations)
-            return self.ffn(config), distill_layer(
+            return ffns[layer], distill_layer(
                 MonarchFFN(config), leaves, activations, steps=start.distill_steps, seed=start.seed
             )
+
+        ffns = self.ffns(config, model.spec.n_layer)
 
         return convert_layers(
             model,
@@ -200,8 +212,51 @@ class MonarchMethod:
             range(model.spec.n_layer),
             fit,
             start.calibration,
+            repair=self.repair,
             batch_size=start.batch_size,
         )
+
+
+class DepthConfig(NamedTuple):
+    """How many of a model's FFNs are dropped.
+
+    Attributes:
+      dropped: their number.
+      n_layer: number of layers.
+    """
+
+    dropped: int
+    n_layer: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as a dict that JSON can hold."""
+        return self._asdict()
+
+
+class DepthMethod:
+    """Whole FFNs dropped, those first whose loss alone costs least on calibration text."""
+
+    def size(self, spec: DecoderSpec, flops_ratio: float) -> DepthConfig:
+        """Returns how many FFNs must be dropped for a share of the dense FFNs' FLOPs."""
+        kept = _at_least_one(int(flops_ratio * spec.n_layer), flops_ratio)
+        return DepthConfig(spec.n_layer - kept, spec.n_layer)
+
+    def flops_ratio(self, config: DepthConfig) -> float:
+        """Returns the share of the FFNs that stay."""
+        return (config.n_layer - config.dropped) / config.n_layer
+
+    def ffns(self, config: DepthConfig, n_layer: int) -> tuple[Any, ...]:
+        """Returns a choice of layers that takes as long as any other."""
+        return (NoFFN,) * config.dropped + (None,) * (n_layer - config.dropped)
+
+    def convert(
+        self, model: Decoder, params: Params, config: DepthConfig, start: WarmStart
+    ) -> tuple[Decoder, Params]:
+        """Drops FFNs; there is nothing to fit."""
+        text, batch_size = start.calibration[:_RANKING_WINDOWS], start.batch_size
+        dropped = rank_layers(model, params, text, batch_size=batch_size)[: config.dropped]
+        ffns = tuple(NoFFN if i in dropped else None for i in range(config.n_layer))
+        return model.clone(ffns=ffns), replace_ffns(model, params, {i: {} for i in dropped})
 
 
 def all_units(
@@ -250,6 +305,11 @@ def narrow(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
     width = width // 16 * 16 or width
     micro = MicroRefinementConfig(CoreConfig(width))
     return _sparse_ffn(spec, micro=micro)
+
+
+def narrow_with_bias(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
+    """Keeps as many hidden units as :func:`narrow`, in a layer that has biases at any rate."""
+    return dataclasses.replace(narrow(spec, flops_ratio), bias=True)
 
 
 def circulant(spec: DecoderSpec, flops_ratio: float, block_size: int) -> SparseFFNConfig:
@@ -308,6 +368,13 @@ def unstructured(spec: DecoderSpec, flops_ratio: float) -> SparseFFNConfig:
         ),
     )
     return _sparse_ffn(spec, micro=MicroRefinementConfig(core))
+
+
+def fit_blocks(
+    dense: DenseFFN, config: SparseFFNConfig, activations: LayerActivations
+) -> tuple[SparseFFNConfig, Params]:
+    """Fits a layer of :func:`unstructured` after putting its blocks in their places."""
+    return fit_layer(dense, place_blocks(config, dense, activations), activations)
 
 
 def place_blocks(
@@ -394,15 +461,35 @@ SPARSE: Mapping[str, Method | Searched] = MappingProxyType(
         "SparseFFN-circulant16": SparseMethod(functools.partial(circulant, block_size=16)),
     }
 )
-PEERS: Mapping[str, Method] = MappingProxyType(
-    {
-        "narrow": SparseMethod(narrow),
-        "low-rank": SparseMethod(all_units),
-        "Monarch": MonarchMethod(),
-        "block-sparse": SparseMethod(unstructured, place_blocks),
+
+
+def _peers(repair: float, refit: bool) -> dict[str, Method | Searched]:
+    """Returns the peers as published, or with what is not ours alone: refit and repair."""
+    method = functools.partial(SparseMethod, repair=repair)
+    return {
+        "magnitude": method(narrow, KeepUnits(magnitude, refit)),
+        "FLAP": method(narrow_with_bias, KeepUnits(fluctuation, refit, keep_means=True)),
+        "narrow": method(narrow),
+        "low-rank": method(all_units),
+        "SoLA": Searched(
+            {
+                f"core {share:g}": method(functools.partial(mixed, core_share=share))
+                for share in _CORE_SHARES
+            }
+        ),
+        "Monarch": MonarchMethod(repair),
+        "block-sparse": method(unstructured, fit_blocks),
     }
+
+
+# Each as it was published: none of them repairs what the layers before have lost.
+PEERS: Mapping[str, Method | Searched] = MappingProxyType(
+    _peers(0.0, refit=False) | {"depth": DepthMethod()}
 )
-METHODS: Mapping[str, Method | Searched] = MappingProxyType({**SPARSE, **PEERS})
+# The same with what helps them and is not ours alone.
+HELPED: Mapping[str, Method | Searched] = MappingProxyType(
+    {f"{name}+repair": method for name, method in _peers(REPAIR, refit=True).items()}
+)
 
 
 def _balanced_mask(scores, kept, side) -> BlockMask:

@@ -1,11 +1,13 @@
 """Quality at equal time: what loss each way to thin the FFNs leaves at a measured speed-up."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,8 @@ from sparseffn_jax.bench.comparison import (
     load_dense,
 )
 from sparseffn_jax.bench.fairness import Conditions, check_comparable
-from sparseffn_jax.bench.peers import METHODS, Method, Searched, WarmStart
+from sparseffn_jax.bench.peers import HELPED, PEERS, SPARSE, Method, Searched, WarmStart
+from sparseffn_jax.bench.planned import Planned, PlannedMethod, Planning
 from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.bench.sizing import Sizer
 from sparseffn_jax.bench.stacks import fresh_ffns
@@ -28,6 +31,15 @@ from sparseffn_jax.measure import records
 from sparseffn_jax.train.run_lock import hold_run_folder
 
 _SIZING_REPEATS, _FINAL_REPEATS = 5, 15
+METHODS: Mapping[str, Method | Searched | Planned] = MappingProxyType(
+    {
+        "SparseFFN-planned": Planned(),
+        **SPARSE,
+        "narrow-planned": Planned(narrow=True),
+        **PEERS,
+        **HELPED,
+    }
+)
 # Calibration windows on which a search compares its candidates.
 _SEARCH_WINDOWS = 32
 # What may differ between the beginning of a run and its continuation.
@@ -158,27 +170,24 @@ class _Job:
         }
         self.save("dense")
 
-    def compare(self, name: str, method: Method | Searched) -> None:
+    def compare(self, name: str, method: Method | Searched | Planned) -> None:
         """Measures one method at every target that the report lacks."""
         done = {p["target"] for p in self.report["points"] if p["method"] == name}
-        if not (targets := [t for t in self.settings.targets if t not in done]):
-            return
-        candidates = method.candidates if isinstance(method, Searched) else {name: method}
-        sizers = {
-            candidate: Sizer(
-                lambda ratio, m=m: m.size(self.model.spec, ratio),
-                lambda config, m=m: self.speedup(m, config, _SIZING_REPEATS)["speedup"],
-            )
-            for candidate, m in candidates.items()
-        }
-        for target in targets:
+        sizers: dict[str, Sizer] = {}
+        for target in self.settings.targets:
+            if target in done:
+                continue
             started = time.perf_counter()
             self.say(f"{name} at {target:g}x")
-            found = {
-                candidate: settled
-                for candidate, m in candidates.items()
-                if (settled := self.settle(m, sizers[candidate], target)) is not None
-            }
+            candidates = self.candidates(name, method, target)
+            found = {}
+            for candidate, m in candidates.items():
+                # A plan for another target is another method.
+                if candidate not in sizers or isinstance(method, Planned):
+                    sizers[candidate] = self.sizer(m)
+                settled = self.settle(m, sizers[candidate], target)
+                if settled is not None:
+                    found[candidate] = settled
             point: dict[str, Any] = {"method": name, "target": target}
             if found:
                 candidate = self.best(candidates, found)
@@ -194,6 +203,37 @@ class _Job:
             point["seconds"] = round(time.perf_counter() - started, 1)
             self.report["points"].append(point)
             self.save(_folder(name, target))
+
+    def candidates(
+        self, name: str, method: Method | Searched | Planned, target: float
+    ) -> Mapping[str, Method]:
+        """Returns the methods of which the best is taken at a target."""
+        if isinstance(method, Searched):
+            return method.candidates
+        if isinstance(method, Planned):
+            args = self.planning, target
+            method = PlannedMethod(*args, narrow=method.narrow, console=self.console)
+        return {name: method}
+
+    @functools.cached_property
+    def planning(self) -> Planning:
+        """What plans are made of."""
+        return Planning(
+            self.model,
+            self.pretrained,
+            self.comparison.calibration,
+            batch_size=EVALUATION_BATCH,
+            timed_tokens=self.settings.timed_tokens,
+            folder=self.settings.out,
+            console=self.console,
+        )
+
+    def sizer(self, method: Method) -> Sizer:
+        """Returns the search for a method's size at each target."""
+        return Sizer(
+            lambda ratio: method.size(self.model.spec, ratio),
+            lambda config: self.speedup(method, config, _SIZING_REPEATS)["speedup"],
+        )
 
     def settle(self, method: Method, sizer: Sizer, target: float) -> Settled | None:
         """Sizes a method and measures the result longer; if it is too slow, sizes again."""
@@ -245,7 +285,7 @@ class _Job:
 
     def speedup(self, method: Method, config: Any, repeats: int) -> dict[str, Any]:
         """Times the FFNs of all layers against the dense ones."""
-        model = self.model.clone(ffns=(method.ffn(config),) * self.model.spec.n_layer)
+        model = self.model.clone(ffns=method.ffns(config, self.model.spec.n_layer))
         return self.comparison.time_ffns(model, fresh_ffns(model), repeats=repeats).summary()
 
     def say(self, what: str) -> None:

@@ -59,7 +59,7 @@ def fresh_ffns(model: Decoder, seed: int = 0, count: int | None = None) -> dict[
         kind = model.ffns[i] if model.ffns else None
         # Layers of one kind are compiled once.
         init = inits.setdefault(kind, jax.jit(ffn_module(model, i).init))
-        layers[str(i)] = {"mlp": init(key, x)["params"]}
+        layers[str(i)] = {"mlp": init(key, x).get("params", {})}
     body, collection = model.layer_path
     return {body: {collection: layers}}
 

@@ -1,7 +1,6 @@
 """The command ``sparseffn plan``."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,19 +24,18 @@ from sparseffn_jax.measure.records import make_folder, versions, write_json
 from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.sparsify.calibration import check_calibration
-from sparseffn_jax.sparsify.fisher import output_fisher
+from sparseffn_jax.sparsify.estimates import kept_estimates
+from sparseffn_jax.sparsify.fisher import fisher_windows, output_fisher
 from sparseffn_jax.sparsify.layers import REPAIR
+from sparseffn_jax.sparsify.planning import Plan as ModelPlan
 from sparseffn_jax.sparsify.planning import (
-    Grid,
     Planner,
     Size,
     candidates,
     config_of,
-    estimate_layers,
     size_grid,
     size_of,
 )
-from sparseffn_jax.sparsify.planning import Plan as ModelPlan
 from sparseffn_jax.train.data import STDLIB, load_windows
 
 # A plan whose measured speed-up falls short of the one asked for by more than the first share, or
@@ -105,24 +103,19 @@ class Plan:
         check_calibration(model, [smallest], tokens)
         prices = self._prices(candidates(dense.spec, grid), dense, chosen, console)
         with stage("measuring what the loss feels", console):
-            fisher = output_fisher(model, dense.params, chosen)
-        known = _Estimates(self.out / "estimates.json", fisher, grid)
+            fisher = output_fisher(model, dense.params, fisher_windows(chosen, dense.spec.d_model))
         with counter("estimating layer", console) as count:
-            rest = estimate_layers(
+            damages = kept_estimates(
+                self.out / "estimates.json",
                 model,
                 dense.params,
                 tokens,
                 fisher,
                 grid,
                 batch_size=self.batch_size,
-                first=len(known.damages),
+                on_layer=count,
             )
-            for damages in rest:
-                known.add(damages)
-                count(len(known.damages), dense.spec.n_layer)
-        planner = Planner(
-            model, dense.params, tokens, fisher, known.damages, batch_size=self.batch_size
-        )
+        planner = Planner(model, dense.params, tokens, fisher, damages, batch_size=self.batch_size)
 
         def make(aim: float) -> ModelPlan:
             limits = prices.limits(aim)
@@ -296,29 +289,6 @@ class _Prices(NamedTuple):
     cost: Callable[[SparseFFNConfig | None], float]
     limits: Callable[[float], dict[str, float]]
     measure: Callable[[ModelPlan], dict[str, float]] | None = None
-
-
-class _Estimates:
-    """The damages of the layers so far, in a file that belongs to one model, text and grid."""
-
-    def __init__(self, path: Path, fisher: Sequence[np.ndarray], grid: Grid):
-        self._path = path
-        digest = hashlib.sha256(b"".join(matrix.tobytes() for matrix in fisher)).hexdigest()
-        self._of = {"fisher": digest, "grid": [list(sizes) for sizes in grid]}
-        self.damages: list[dict[Size, float]] = []
-        try:
-            stored = read_json(path)
-            if stored["of"] == self._of:
-                self.damages = [{(w, r): x for w, r, x in layer} for layer in stored["damages"]]
-        except (FileNotFoundError, CheckpointError, KeyError, TypeError, ValueError):
-            # Nothing is lost but the time to estimate again.
-            self.damages = []
-
-    def add(self, damages: dict[Size, float]) -> None:
-        """Adds the next layer's damages, to the file too."""
-        self.damages.append(damages)
-        rows = [[[*size, x] for size, x in layer.items()] for layer in self.damages]
-        write_json(self._path, {"of": self._of, "damages": rows})
 
 
 def _parameters(config: SparseFFNConfig | None) -> float:

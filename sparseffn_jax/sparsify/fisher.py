@@ -17,6 +17,20 @@ from sparseffn_jax.evaluate.fused_loss import mean_loss
 from sparseffn_jax.evaluate.losses import forward
 from sparseffn_jax.models.decoder import FFN_NAME, Decoder
 
+# Tokens for each channel from which a matrix is estimated. With 8 the embedded model gets the same
+# plans as with 96, and SmolLM2 would wait four minutes for its whole calibration text.
+_TOKENS_A_CHANNEL = 16
+
+
+def fisher_windows(windows: Int[np.ndarray, "n w"], d_model: int) -> Int[np.ndarray, "k w"]:
+    """Returns as many windows of text as Fisher matrices are estimated well from.
+
+    Args:
+      windows: token ids (n, w) of text in random order.
+      d_model: number of channels.
+    """
+    return windows[: -(-_TOKENS_A_CHANNEL * d_model // (windows.shape[1] - 1))]
+
 
 def output_fisher(
     model: Decoder, params: Any, windows: Int[np.ndarray, "n w"], *, batch_size: int = 1

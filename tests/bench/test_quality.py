@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sparseffn_jax.bench import comparison, quality
+from sparseffn_jax.bench import comparison, planned, quality
 from sparseffn_jax.bench.peers import PEERS, Searched
 from sparseffn_jax.bench.quality import QualitySettings, run_quality
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.measure.costs import flops_ratio, parameters_ratio
 from sparseffn_jax.measure.timing import PairedTimes
 from sparseffn_jax.train.run_lock import RunFolderError, hold_run_folder
 
@@ -73,6 +75,32 @@ def test_a_stopped_run_goes_on_and_ends_with_a_complete_table(settings, exact_cl
 
     with pytest.raises(ValueError, match=r"made with other settings \(steps\)"):
         run(dataclasses.replace(settings, steps=3))
+
+
+def test_plans_are_methods_among_others(settings, exact_clock, monkeypatch, tmp_path):
+    class Clock:
+        def __init__(self, model, tokens):
+            self._n_layer = model.spec.n_layer
+
+        def prices(self, configs, on_size):
+            return {None: 1.0} | {c: parameters_ratio(c) for c in configs if c is not None}
+
+    monkeypatch.setattr(planned, "FFNClock", Clock)
+    methods = ("SparseFFN-planned", "narrow-planned")
+    settings = dataclasses.replace(settings, out=tmp_path, methods=methods, targets=(2.0, 3.0))
+    results, printed = run(settings)
+    assert [(p["method"], p["target"]) for p in results["points"]] == [
+        (method, target) for method in methods for target in settings.targets
+    ]
+    for point in results["points"]:
+        assert point["speedup"] >= point["target"]
+        (layer,) = SparseFFNConfig.layers_from_json(json.dumps(point["config"]["layers"]))
+        assert point["flops_ratio"] == pytest.approx(flops_ratio(layer))
+        assert point["flops_ratio"] < 0.6
+        if point["method"] == "narrow-planned":
+            assert layer.spectral is None
+    # Both are made of the same estimates.
+    assert printed.count("estimating layer") == 1
 
 
 def test_a_second_comparison_in_the_folder_is_refused(settings, tmp_path):

@@ -1,0 +1,187 @@
+"""A plan as one of the methods that are compared: each layer has its own size."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from rich.console import Console
+
+from sparseffn_jax.bench.clock import FFNClock
+from sparseffn_jax.bench.peers import Params, WarmStart
+from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.measure import costs
+from sparseffn_jax.models.decoder import Decoder
+from sparseffn_jax.models.spec import DecoderSpec
+from sparseffn_jax.progress import counter, stage
+from sparseffn_jax.sparsify.convert import sparsify
+from sparseffn_jax.sparsify.estimates import kept_estimates
+from sparseffn_jax.sparsify.fisher import fisher_windows, output_fisher
+from sparseffn_jax.sparsify.planning import Planner, candidates, config_of, size_grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """Layers of different sizes, by a plan with prices of this machine's clock.
+
+    Attributes:
+      narrow: whether the plan may choose widths alone, without bypasses.
+    """
+
+    narrow: bool = False
+
+
+class PlannedConfigs(NamedTuple):
+    """What each layer becomes.
+
+    Attributes:
+      layers: the configuration of each layer; ``None`` keeps it dense.
+    """
+
+    layers: tuple[SparseFFNConfig | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what ``convert --config`` reads, under ``layers``."""
+        return {"layers": [None if x is None else x.to_dict() for x in self.layers]}
+
+
+class Planning:
+    """What all plans for one model have in common: prices and damages, measured when first needed.
+
+    Args:
+      model: a decoder whose layers are all dense.
+      params: its parameters.
+      windows: token ids (n, w) of calibration text; the last of each window is a target only.
+      batch_size: number of windows in one forward pass.
+      timed_tokens: rows of activations that sizes are timed on.
+      folder: where the estimates are kept.
+      console: shows progress.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Params,
+        windows: Int[np.ndarray, "n w"],
+        *,
+        batch_size: int,
+        timed_tokens: int,
+        folder: Path,
+        console: Console,
+    ):
+        self._model, self._params, self._windows = model, params, windows
+        self._batch_size, self._timed_tokens = batch_size, timed_tokens
+        self._folder, self._console = folder, console
+        self._grid = size_grid(model.spec)
+
+    @functools.cached_property
+    def prices(self) -> dict[SparseFFNConfig | None, float]:
+        """The time of each layer over that of the dense FFN."""
+        spec = self._model.spec
+        configs = [config_of(spec, size) for size in candidates(spec, self._grid)]
+        with counter("timing size", self._console) as count:
+            return FFNClock(self._model, self._timed_tokens).prices(configs, count)
+
+    def planner(self, narrow: bool) -> Planner:
+        """Returns a planner that has not tried anything out.
+
+        Args:
+          narrow: whether it may choose widths alone, without bypasses.
+        """
+        damages = [
+            {(width, rank): x for (width, rank), x in layer.items() if not (narrow and rank)}
+            for layer in self._damages
+        ]
+        tokens = self._windows[:, :-1]
+        return Planner(
+            self._model,
+            self._params,
+            tokens,
+            self._fisher,
+            damages,
+            batch_size=self._batch_size,
+        )
+
+    @functools.cached_property
+    def _fisher(self) -> list[np.ndarray]:
+        with stage("measuring what the loss feels", self._console):
+            windows = fisher_windows(self._windows, self._model.spec.d_model)
+            return output_fisher(self._model, self._params, windows)
+
+    @functools.cached_property
+    def _damages(self) -> list[dict[tuple[int, int], float]]:
+        with counter("estimating layer", self._console) as count:
+            return kept_estimates(
+                self._folder / "estimates.json",
+                self._model,
+                self._params,
+                self._windows[:, :-1],
+                self._fisher,
+                self._grid,
+                batch_size=self._batch_size,
+                on_layer=count,
+            )
+
+
+class PlannedMethod:
+    """Plans as a :class:`~sparseffn_jax.bench.peers.Method`, whose budget is the clock's time.
+
+    Args:
+      planning: prices and damages.
+      target: speed-up of the FFNs for which a trial conversion shows what is repaired.
+      narrow: whether plans may choose widths alone.
+      console: shows progress.
+    """
+
+    def __init__(self, planning: Planning, target: float, *, narrow: bool, console: Console):
+        self._prices, self._planner = planning.prices, planning.planner(narrow)
+        try:
+            first = self._plan(1.0 / target)
+        except ValueError:
+            # Nothing is that fast, and the search for a size will say so.
+            return
+        with counter("trying out layer", console) as count:
+            self._planner.try_out(first, on_layer=count)
+
+    def size(self, spec: DecoderSpec, flops_ratio: float) -> PlannedConfigs:
+        """Returns the best plan within a share of the dense FFNs' time.
+
+        Raises:
+          ValueError: if there is none.
+        """
+        del spec
+        return PlannedConfigs(self._plan(flops_ratio))
+
+    def flops_ratio(self, config: PlannedConfigs) -> float:
+        """Returns the mean of the layers' floating-point operations over the dense FFN's."""
+        ratios = [1.0 if layer is None else costs.flops_ratio(layer) for layer in config.layers]
+        return float(np.mean(ratios))
+
+    def ffns(self, config: PlannedConfigs, n_layer: int) -> tuple[SparseFFNConfig | None, ...]:
+        """Returns the configurations."""
+        del n_layer
+        return config.layers
+
+    def convert(
+        self, model: Decoder, params: Params, config: PlannedConfigs, start: WarmStart
+    ) -> tuple[Decoder, Params]:
+        """Calls :func:`sparsify`."""
+        return sparsify(
+            model,
+            params,
+            config.layers,
+            start.calibration,
+            distill_steps=start.distill_steps,
+            batch_size=start.batch_size,
+            seed=start.seed,
+        )
+
+    def _plan(self, share: float) -> tuple[SparseFFNConfig | None, ...]:
+        def cost(config: SparseFFNConfig | None) -> float:
+            return self._prices[config]
+
+        # n layers of the share each.
+        n_layer = len(self._planner.weights)
+        return self._planner.plan(cost, budget=share * n_layer).configs
