@@ -18,14 +18,14 @@ from rich.console import Console
 
 import sparseffn_jax as sf
 from sparseffn_jax.bench.peers import narrow
+from sparseffn_jax.bench.published import KeepUnits
 from sparseffn_jax.progress import counter
-from sparseffn_jax.sparsify.closed_form import Moments
 from sparseffn_jax.sparsify.dense import DenseFFN, Linear
 from sparseffn_jax.sparsify.fisher import output_fisher
-from sparseffn_jax.sparsify.fit import fit_core, fit_layer, fit_outputs
+from sparseffn_jax.sparsify.fit import fit_layer
 from sparseffn_jax.sparsify.layers import REPAIR, convert_layers
 from sparseffn_jax.sparsify.planning import root_of
-from sparseffn_jax.sparsify.selection import choose_units, score_units
+from sparseffn_jax.sparsify.selection import score_units
 from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.sparsify.streams import LayerActivations
 
@@ -44,19 +44,9 @@ class Row(NamedTuple):
     repair: float
 
 
-def fit_by_importance(
-    dense: DenseFFN, config: sf.SparseFFNConfig, activations: LayerActivations
-) -> tuple[sf.SparseFFNConfig, Any]:
-    """Keeps the units of the largest importance, and refits their output weights."""
-    assert config.micro is not None
-    core = config.micro.core
-    assert core is not None
-    scores = score_units(dense, activations, centred=config.bias)
-    kept = fit_core(dense, config, core, None, choose_units(scores, core.width, 0).core)
-    features = ((kept.features(x), target) for x, target in activations.chunks())
-    outputs = fit_outputs(config, Moments.of(features, centred=config.bias), None, kept)
-    leaves: Any = {"core": kept.leaves | {"down": {"kernel": outputs.core}}}
-    return config, leaves | ({"bias": outputs.bias} if config.bias else {})
+def importance(dense: DenseFFN, activations: LayerActivations) -> np.ndarray:
+    """Returns the output variance that each unit contributes."""
+    return score_units(dense, activations, centred=bool(dense.down.bias.any())).importance
 
 
 def fit_in_metric(
@@ -100,7 +90,7 @@ def main() -> None:
         def fit(layer: int, dense: DenseFFN, activations: LayerActivations) -> tuple[Any, Any]:
             config = row.configs[layer]
             if row.fit == "importance":
-                return fit_by_importance(dense, config, activations)
+                return KeepUnits(importance, refit=True)(dense, config, activations)
             if row.fit == "fisher":
                 return fit_in_metric(dense, config, activations, root_of(fisher[layer]))
             return fit_layer(dense, config, activations)

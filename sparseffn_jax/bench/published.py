@@ -22,6 +22,7 @@ from sparseffn_jax.models.decoder import (
 from sparseffn_jax.sparsify.closed_form import Moments
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.fit import as_float32, fit_core, fit_outputs
+from sparseffn_jax.sparsify.selection import score_units
 from sparseffn_jax.sparsify.streams import LayerActivations
 
 
@@ -34,8 +35,7 @@ def magnitude(dense: DenseFFN, activations: LayerActivations) -> Float[np.ndarra
       dense: the dense FFN.
       activations: inputs of the FFN on calibration text.
     """
-    (mean,) = _unit_means(dense, activations, jnp.abs)
-    return mean
+    return _unit_means(dense, activations, jnp.abs)
 
 
 def fluctuation(dense: DenseFFN, activations: LayerActivations) -> Float[np.ndarray, " m"]:
@@ -47,8 +47,7 @@ def fluctuation(dense: DenseFFN, activations: LayerActivations) -> Float[np.ndar
       dense: the dense FFN.
       activations: inputs of the FFN on calibration text.
     """
-    mean, square = _unit_means(dense, activations, lambda hidden: hidden, jnp.square)
-    return (square - mean**2) * np.square(dense.down.weight).sum(1)
+    return score_units(dense, activations, centred=True).importance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class KeepUnits:
         else:
             weight, bias = dense.down.weight[units], dense.down.bias
             if self.keep_means:
-                (mean,) = _unit_means(dense, activations, lambda hidden: hidden)
+                mean = _unit_means(dense, activations, lambda hidden: hidden)
                 bias = bias + mean[lost] @ dense.down.weight[lost]
         leaves: dict[str, Any] = {"core": kept.leaves | {"down": {"kernel": weight}}}
         leaves |= {"bias": bias} if config.bias else {}
@@ -133,12 +132,11 @@ def rank_layers(
 
 
 def _unit_means(
-    dense: DenseFFN, activations: LayerActivations, *functions: Callable[[Array], Array]
-) -> list[Float[np.ndarray, " m"]]:
-    """Returns the mean of some functions of each hidden unit over the calibration text."""
-    totals = [np.zeros(dense.width) for _ in functions]
+    dense: DenseFFN, activations: LayerActivations, function: Callable[[Array], Array]
+) -> Float[np.ndarray, " m"]:
+    """Returns the mean of a function of each hidden unit over the calibration text."""
+    total = np.zeros(dense.width)
     for x, _ in activations.chunks():
         hidden, _ = dense.hidden([up(x) for up in dense.up_maps])
-        for total, function in zip(totals, functions, strict=True):
-            total += np.asarray(jnp.sum(function(hidden), 0), np.float64)
-    return [total / len(activations.x) for total in totals]
+        total += np.asarray(jnp.sum(function(hidden), 0), np.float64)
+    return total / len(activations.x)

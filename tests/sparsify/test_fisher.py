@@ -9,7 +9,7 @@ import pytest
 from tiny_models import make_model
 
 from sparseffn_jax.models.decoder import FFN_NAME
-from sparseffn_jax.sparsify.fisher import output_fisher
+from sparseffn_jax.sparsify.fisher import fisher_windows, output_fisher
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -37,3 +37,11 @@ def test_fisher_is_the_second_moment_of_the_gradient_at_the_output(family):
         )
         expected = grads.T @ grads / len(grads)
         np.testing.assert_allclose(matrix, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_part_of_a_long_text_is_enough():
+    windows = np.arange(100 * 65).reshape(100, 65)
+    chosen = fisher_windows(windows, d_model=30)
+    # 16 tokens for each channel, and no window in part.
+    np.testing.assert_array_equal(chosen, windows[:8])
+    np.testing.assert_array_equal(fisher_windows(windows, d_model=3000), windows)
