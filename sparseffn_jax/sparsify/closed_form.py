@@ -99,8 +99,11 @@ class Moments:
         inner, across, xy = self.xx[given, given], self.xx[given, i], self.xy[given]
         if axes is not None:
             inner, across, xy = axes.T @ inner @ axes, axes.T @ across, axes.T @ xy
-        explained = ridge_solve(inner, np.hstack([across, xy]))
         width = across.shape[1]
+        # In LAPACK's order, to be overwritten.
+        explained = np.empty((len(inner), width + xy.shape[1]), order="F")
+        explained[:, :width], explained[:, width:] = across, xy
+        explained = ridge_solve(inner, explained, overwrite_xy=True)
         xx = across.T @ explained[:, :width]
         np.subtract(self.xx[i, i], xx, out=xx)
         return Moments(
@@ -130,25 +133,45 @@ def _sums(x, y, x_shift, y_shift):
 
 
 def ridge_solve(
-    xx: Float[np.ndarray, "i i"], xy: Float[np.ndarray, "i o"], ridge: float = RIDGE
+    xx: Float[np.ndarray, "i i"],
+    xy: Float[np.ndarray, "i o"],
+    ridge: float = RIDGE,
+    *,
+    overwrite_xy: bool = False,
 ) -> Float[np.ndarray, "i o"]:
-    """Returns ``(xx + ridge * mean(diag(xx)) I)^-1 xy`` for a real or complex Hermitian ``xx``."""
+    """Returns ``(xx + ridge * mean(diag(xx)) I)^-1 xy`` for a real or complex Hermitian ``xx``.
+
+    Args:
+      xx: second moments of the features.
+      xy: second moments of features and targets.
+      ridge: relative ridge.
+      overwrite_xy: whether ``xy`` may be lost; in column-major order no copy of it is made then.
+    """
     try:
         factor = scipy.linalg.cho_factor(_ridged(xx, ridge), overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError:
         # Sums in float32 of activations that differ much in size are not always definite.
         return np.linalg.solve(_ridged(xx, ridge), xy)
-    return scipy.linalg.cho_solve(factor, xy, check_finite=False)
+    return scipy.linalg.cho_solve(factor, xy, overwrite_b=overwrite_xy, check_finite=False)
 
 
-def ridge_inverse(xx: Float[np.ndarray, "i i"]) -> Float[np.ndarray, "i i"]:
-    """Returns ``(xx + ridge * mean(diag(xx)) I)^-1`` for a real symmetric ``xx``."""
-    return scipy.linalg.inv(_ridged(xx, RIDGE), overwrite_a=True, check_finite=False)
+def ridge_inverse(
+    xx: Float[np.ndarray, "i i"], *, overwrite_xx: bool = False
+) -> Float[np.ndarray, "i i"]:
+    """Returns ``(xx + ridge * mean(diag(xx)) I)^-1`` for a real symmetric ``xx``.
+
+    Args:
+      xx: second moments of the features.
+      overwrite_xx: whether ``xx`` may be lost; no copy of it is made then.
+    """
+    # Both are symmetric: transposed, rows are LAPACK's columns.
+    system = _ridged(xx.T, RIDGE, copy=not overwrite_xx)
+    return scipy.linalg.inv(system, overwrite_a=True, check_finite=False).T
 
 
-def _ridged(xx: np.ndarray, ridge: float) -> np.ndarray:
+def _ridged(xx: np.ndarray, ridge: float, *, copy: bool = True) -> np.ndarray:
     """Returns ``xx + ridge * mean(diag(xx)) I``, in LAPACK's order and free to be overwritten."""
-    system = np.array(xx, order="F")
+    system = np.array(xx, order="F", copy=copy or None)
     scale = max(float(np.trace(xx).real) / len(xx), np.finfo(np.float64).tiny)
     system.flat[:: len(xx) + 1] += ridge * scale
     return system

@@ -34,6 +34,10 @@ class Linear:
     def _on_device(self) -> tuple[Array, Array]:
         return jnp.asarray(self.weight, jnp.float32), jnp.asarray(self.bias, jnp.float32)
 
+    def release(self) -> None:
+        """Frees the copy of the weights on the devices; the next call makes it anew."""
+        self.__dict__.pop("_on_device", None)
+
     def outputs(self, chosen: Int[np.ndarray, " k"]) -> "Linear":
         """Returns the map to the chosen outputs alone."""
         return Linear(self.weight[:, chosen], self.bias[chosen])
@@ -71,6 +75,11 @@ class DenseFFN:
 
         up_maps = tuple(map(linear, layout.up_maps))
         return cls(up_maps, linear(layout.down), activation)
+
+    def release(self) -> None:
+        """Frees the copies of the weights on the devices; the next call makes them anew."""
+        for linear in (*self.up_maps, self.down):
+            linear.release()
 
     @property
     def width(self) -> int:

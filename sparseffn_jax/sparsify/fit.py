@@ -333,7 +333,8 @@ def _choose_features(
     )
     if core is None:
         return bypass, None, moments
-    # The choice needs blocks of other sizes than the chunks that are gone.
+    # The choice needs no more of the text, and blocks of other sizes than its chunks.
+    dense.release()
     trim_heap()
     units = _units_beside(branch, moments, given, core.width)
     kept = fit_core(dense, config, core, None, units)
@@ -353,12 +354,13 @@ def _units_beside(
         return np.arange(kept)
     if branch is None:
         return eliminate(moments, kept)
-    units = eliminate(moments.without(hidden, inputs), kept)
+    units = eliminate(moments.without(hidden, inputs), kept, overwrite=True)
     beside = moments.select(np.append(np.arange(given), given + units)).without(inputs, hidden)
     factors, weight = _fit_down(branch, beside)
     if branch.transform != "low_rank":
         return eliminate(moments.residual(hidden, inputs, weight), kept)
-    return eliminate(moments.without(hidden, inputs, factors["axes"]), kept)
+    left = moments.without(hidden, inputs, factors["axes"])
+    return eliminate(left, kept, overwrite=True)
 
 
 def _moments_of_branches(
@@ -424,6 +426,7 @@ def _choose_units(dense: DenseFFN, config: SparseFFNConfig, calibration: Calibra
                 centred=config.bias,
             ),
             core.width,
+            overwrite=True,
         )
     return choose_units(scores, chosen, 0 if branch is None else branch.width)
 

@@ -17,6 +17,9 @@ from sparseffn_jax.sparsify.closed_form import Moments, ridge_inverse
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.streams import LayerActivations
 
+# Rows of a matrix that are brought up to date at once.
+_ROWS = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
@@ -75,18 +78,21 @@ def _unit_sums(hidden, slopes):
     return jnp.sum(hidden, 0), *(jnp.sum(jnp.square(part), 0) for part in (hidden, *slopes))
 
 
-def eliminate(moments: Moments, kept: int, groups: int = 64) -> Int[np.ndarray, " k"]:
+def eliminate(
+    moments: Moments, kept: int, groups: int = 64, *, overwrite: bool = False
+) -> Int[np.ndarray, " k"]:
     """Chooses the units whose outputs, with their output weights refitted, serve the targets best.
 
     Args:
       moments: moments of all units' outputs and the targets.
       kept: number of units that stay.
       groups: as in :func:`elimination_path`.
+      overwrite: as in :func:`elimination_path`.
 
     Returns:
       The numbers of the units that stay, ascending.
     """
-    path = elimination_path(moments, [kept], groups)
+    path = elimination_path(moments, [kept], groups, overwrite=overwrite)
     # The path lets go of them as soon as it can.
     del moments
     return next(path).units
@@ -108,7 +114,7 @@ class Selection(NamedTuple):
 
 
 def elimination_path(
-    moments: Moments, widths: Sequence[int], groups: int = 64
+    moments: Moments, widths: Sequence[int], groups: int = 64, *, overwrite: bool = False
 ) -> Iterator[Selection]:
     """Yields the units that stay at each of several widths, from one path.
 
@@ -123,27 +129,48 @@ def elimination_path(
       widths: numbers of units that stay, from the largest to the smallest.
       groups: a group is that part of the units that are left, and one unit at least: the larger,
         the nearer to leaving one by one.
+      overwrite: whether the moments may be lost; no copy of them is made then.
     """
-    left, inverse = np.arange(len(moments.xx)), ridge_inverse(moments.xx)
+    left = np.arange(len(moments.xx))
+    inverse = ridge_inverse(moments.xx, overwrite_xx=overwrite)
     weight = inverse @ moments.xy
     del moments
     error = 0.0
     for width in widths:
-        while len(left) > width:
-            count = min(len(left) - width, max(1, len(left) // groups))
-            cost = np.square(weight).sum(1) / np.diag(inverse)
-            ranking = np.argsort(cost, kind="stable")
-            out, stay = np.sort(ranking[:count]), np.sort(ranking[count:])
-            lost = np.linalg.solve(
-                inverse[np.ix_(out, out)], np.hstack([inverse[out], weight[out]])
-            )
-            error += float(np.sum(weight[out] * lost[:, len(left) :]))
-            left_to_lost = inverse[np.ix_(stay, out)]
-            weight = weight[stay] - left_to_lost @ lost[:, len(left) :]
-            inverse = inverse[np.ix_(stay, stay)]
-            inverse -= left_to_lost @ lost[:, stay]
-            left = left[stay]
-        yield Selection(left, weight, error)
+        while (size := len(left)) > width:
+            count = min(size - width, max(1, size // groups))
+            cost = np.einsum("io,io->i", weight, weight) / np.diag(inverse)
+            out = np.argsort(cost, kind="stable")[:count]
+            # In place, because a copy would be as large as all else: what leaves changes places
+            # with the last ones.
+            stay = size - count
+            here = out[out < stay]
+            there = np.setdiff1d(np.arange(stay, size), out)
+            for array in (left, weight, inverse, inverse.T):
+                array[np.append(here, there)] = array[np.append(there, here)]
+            error += _take_out(inverse, weight, stay)
+            left, weight, inverse = left[:stay], weight[:stay], inverse[:stay, :stay]
+        order = np.argsort(left)
+        yield Selection(left[order], weight[order], error)
+
+
+def _take_out(
+    inverse: Float[np.ndarray, "m m"], weight: Float[np.ndarray, "m o"], stay: int
+) -> float:
+    """Lets the first ``stay`` units make up for those behind them, in place.
+
+    Returns:
+      By how much the squared error rises.
+    """
+    lost = weight[stay:]
+    made_up = np.linalg.solve(inverse[stay:, stay:], np.hstack([lost, inverse[stay:, :stay]]))
+    of_weight, of_inverse = np.hsplit(made_up, [lost.shape[1]])
+    to_lost = inverse[:stay, stay:]
+    weight[:stay] -= to_lost @ of_weight
+    for start in range(0, stay, _ROWS):
+        rows = slice(start, min(start + _ROWS, stay))
+        inverse[rows, :stay] -= to_lost[rows] @ of_inverse
+    return float(np.sum(lost * of_weight))
 
 
 def choose_units(

@@ -1,5 +1,7 @@
 """The closed forms against NumPy's own least squares and SVD on the data themselves."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -165,3 +167,6 @@ def test_elimination_removes_what_the_others_can_make_up_for(seed):
         np.testing.assert_allclose(path[kept].error, error(left) - whole, rtol=1e-6)
         refitted = np.linalg.solve(gram[np.ix_(left, left)], moments.xy[left])
         np.testing.assert_allclose(path[kept].weight, refitted, rtol=1e-6)
+    lost = copy.deepcopy(moments)
+    np.testing.assert_array_equal(eliminate(lost, widths[-1], overwrite=True), left)
+    assert not np.array_equal(lost.xx, moments.xx)
