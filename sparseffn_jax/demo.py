@@ -22,23 +22,29 @@ from sparseffn_jax.bench.comparison import (
     load_dense,
 )
 from sparseffn_jax.bench.fairness import check_comparable
+from sparseffn_jax.bench.planned import PlannedConfigs, PlannedMethod, Planning
 from sparseffn_jax.bench.settings import begin_report, check_counts
+from sparseffn_jax.bench.sizing import Sizer
+from sparseffn_jax.bench.stacks import fresh_ffns
 from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL, save_pretrained
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate import losses
 from sparseffn_jax.evaluate.fused_loss import mean_loss
 from sparseffn_jax.measure import records
-from sparseffn_jax.measure.costs import dense_flops, flops_per_token, flops_ratio
+from sparseffn_jax.measure.costs import dense_flops, flops_ratio, mean_flops_ratio
 from sparseffn_jax.measure.timing import time_pair
 from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.models.generation import generate
 from sparseffn_jax.sparsify.convert import Fit, sparsify
 from sparseffn_jax.sparsify.fit import fit_layer
+from sparseffn_jax.sparsify.planning import size_of
 from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.train.run_lock import hold_run_folder
 from sparseffn_jax.train.step import compiler_options
 
+Configs = tuple[SparseFFNConfig | None, ...]
 _TIMED_TOKENS = 4096
+_SIZING_REPEATS, _FINAL_REPEATS = 5, 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,8 @@ class DemoSettings(ComparisonSettings):
     Attributes:
       out: Folder for report.json, the pictures and the sparse model. An earlier report there is
         replaced.
-      flops: FFN FLOPs of the sparse model over those of the dense one.
+      ffn_speedup: Speed-up of the FFNs, measured on this machine, that a plan sizes the layers for.
+      flops: Make all layers alike instead, with this share of the dense FFN's FLOPs.
       sweep: FFN FLOPs ratios that the picture of quality against time shows.
       sweep_steps: Fine-tuning steps for each of these ratios, after layer-wise distillation. If
         it is 0, the picture shows the losses right after the closed forms.
@@ -61,7 +68,8 @@ class DemoSettings(ComparisonSettings):
 
     model: str = str(EMBEDDED_MODEL)
     out: Path = Path("runs/demo")
-    flops: float = 0.4
+    ffn_speedup: float = 2.0
+    flops: float | None = None
     steps: int = 300
     distill_steps: int = 100
     sweep: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -71,7 +79,10 @@ class DemoSettings(ComparisonSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for ratio in (self.flops, *self.sweep):
+        if not self.ffn_speedup > 1.0:
+            raise ValueError(f"ffn_speedup={self.ffn_speedup} must be above 1")
+        ratios = self.sweep if self.flops is None else (self.flops, *self.sweep)
+        for ratio in ratios:
             if not 0.0 < ratio <= 1.0:
                 raise ValueError(f"a FLOPs ratio of {ratio} must lie above 0 and not above 1")
         check_counts(self, "sweep_steps", least=0)
@@ -80,9 +91,9 @@ class DemoSettings(ComparisonSettings):
 def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     """Runs the main job, from a pretrained model to a report, pictures and a sparse model.
 
-    It loads and evaluates the dense model, replaces its FFNs in three stages, fine-tunes the sparse
-    and the dense model on the same batches, evaluates both, times them in turn, and lets both
-    write. Losses are in nats a token on held-out text.
+    It loads and evaluates the dense model, plans what each FFN becomes, replaces the FFNs in three
+    stages, fine-tunes the sparse and the dense model on the same batches, evaluates both, times
+    them in turn, and lets both write. Losses are in nats a token on held-out text.
 
     Args:
       settings: what the job runs on, and for how long.
@@ -101,6 +112,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         # The runs of an earlier demo, of another sweep perhaps, would be taken for this one's.
         shutil.rmtree(settings.out / "training", ignore_errors=True)
         job.evaluate_dense()
+        job.plan()
         job.sparsify()
         job.fine_tune()
         job.sweep()
@@ -119,7 +131,9 @@ class _Job:
         self.say("Loading the model and the text")
         dense = load_dense(settings.model)
         # Before the text is read, because it refuses a ratio that the model is too small for.
-        self.config = size_model(dense.spec, settings.flops)
+        self.configs: Configs = ()
+        if settings.flops is not None:
+            self.configs = (size_model(dense.spec, settings.flops),) * dense.spec.n_layer
         self.comparison = Comparison(settings, dense, timed_tokens=_TIMED_TOKENS, timing_seed=0)
         self.model, self.pretrained = self.comparison.model, dense.params
         self.prompt: list[int] = self.comparison.tokenizer.encode(settings.prompt)
@@ -146,31 +160,69 @@ class _Job:
         loss = self.comparison.loss(self.model, self.pretrained)
         self.report["dense"]["pretrained_val_loss"] = loss
 
+    def plan(self) -> None:
+        """Plans what each layer becomes, unless all are to be alike."""
+        if self.configs:
+            return
+        target = self.settings.ffn_speedup
+        self.say(f"Planning FFNs that are {target:g} times as fast")
+        planning = Planning(
+            self.model,
+            self.pretrained,
+            self.comparison.calibration,
+            batch_size=EVALUATION_BATCH,
+            timed_tokens=_TIMED_TOKENS,
+            folder=self.settings.out,
+            console=self.console,
+        )
+        method = PlannedMethod(planning, target, narrow=False, console=self.console)
+
+        def measure(config: PlannedConfigs, repeats: int) -> dict[str, Any]:
+            model = self.model.clone(ffns=config.layers)
+            return self.comparison.time_ffns(model, fresh_ffns(model), repeats=repeats).summary()
+
+        sizer = Sizer(
+            lambda share: method.size(self.model.spec, share),
+            lambda config: measure(config, _SIZING_REPEATS)["speedup"],
+        )
+        settled = sizer.settle(target, lambda config: measure(config, _FINAL_REPEATS))
+        if settled is None:
+            raise ValueError(
+                f"ffn_speedup={target:g} is out of reach: no FFNs of this model are that fast here"
+            )
+        self.configs = settled.config.layers
+        for i, config in enumerate(self.configs):
+            units, rank = size_of(config, self.model.spec)
+            kept = "dense" if config is None else f"{units} units" + (rank > 0) * f", rank {rank}"
+            self.console.print(f"  layer {i}: {kept}")
+
     def sparsify(self) -> None:
         """Converts in three stages, each of which must be better than the one before."""
-        self.say(f"Replacing every FFN: FLOPs {flops_ratio(self.config):.3f} of dense")
+        ratio, spec = mean_flops_ratio(self.configs), self.model.spec
+        self.say(f"Replacing the FFNs: FLOPs {ratio:.3f} of dense")
         losses = {}
         for stage, fit, steps in (
             ("selection", select_layer, 0),
             ("closed_form", fit_layer, 0),
             ("layer_distillation", fit_layer, self.settings.distill_steps),
         ):
-            self.sparse_model, self.sparse_params = self.convert(self.config, fit, steps)
+            self.sparse_model, self.sparse_params = self.convert(self.configs, fit, steps)
             losses[stage] = self.comparison.loss(self.sparse_model, self.sparse_params)
             self.console.print(f"  after {stage.replace('_', ' ')}: {losses[stage]:.4f}")
         self.report["warm_start"] = losses
         self.report["parameters"]["sparse"] = _count(self.sparse_params)
-        self.report["ffn_flops_ratio"] = flops_ratio(self.config)
-        self.report["ffn_flops_per_token"] = flops_per_token(self.config) | {
-            "dense": dense_flops(self.config.d_model, self.config.d_ff, self.config.gated)
-        }
-        self.report["ffn_config"] = self.config.to_dict()
+        self.report["ffn_flops_ratio"] = ratio
+        dense = spec.n_layer * dense_flops(spec.d_model, spec.d_ff, spec.gated)
+        self.report["ffn_flops_per_token"] = {"dense": dense, "sparse": round(ratio * dense)}
+        self.report["ffn_configs"] = [
+            None if config is None else config.to_dict() for config in self.configs
+        ]
 
-    def convert(self, config: SparseFFNConfig, fit: Fit, distill_steps: int):
+    def convert(self, configs: Configs, fit: Fit, distill_steps: int) -> tuple[Decoder, Any]:
         return sparsify(
             self.model,
             self.pretrained,
-            config,
+            configs,
             self.comparison.calibration[:, :-1],
             fit=fit,
             distill_steps=distill_steps,
@@ -201,7 +253,8 @@ class _Job:
             self.say(f"Quality and time at FFN FLOPs {ratio:g}")
             config = size_model(self.model.spec, ratio)
             distill_steps = self.settings.distill_steps if steps else 0
-            model, params = self.convert(config, fit_layer, distill_steps)
+            every = (config,) * self.model.spec.n_layer
+            model, params = self.convert(every, fit_layer, distill_steps)
             point = {
                 "flops_ratio": flops_ratio(config),
                 "val_loss": self.comparison.loss(model, params),
@@ -261,7 +314,7 @@ class _Job:
             "sparse": rep["warm_start"]["layer_distillation"],
         }
         pictures.plot_training(out / "training.png", self.curves, starts)
-        pictures.plot_masks(out / "masks.png", [self.config] * self.model.spec.n_layer)
+        pictures.plot_masks(out / "masks.png", self.configs)
         tuned = {
             "flops_ratio": rep["ffn_flops_ratio"],
             "time_ratio": 1.0 / rep["ffn_speedup"],
@@ -284,7 +337,6 @@ def _summary(rep: dict[str, Any]) -> Table:
     for name in ("", "dense", "sparse", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
     flops, warm = rep["ffn_flops_per_token"], rep["warm_start"]
-    sparse_flops = sum(count for part, count in flops.items() if part != "dense")
     parameters = rep["parameters"]
 
     def row(label: str, dense: str, sparse: str, ratio: str) -> None:
@@ -301,7 +353,7 @@ def _summary(rep: dict[str, Any]) -> Table:
     row(
         "FFN FLOPs a token",
         f"{flops['dense']:,}",
-        f"{sparse_flops:,}",
+        f"{flops['sparse']:,}",
         f"{rep['ffn_flops_ratio']:.3f}",
     )
     row(

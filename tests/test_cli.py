@@ -205,7 +205,7 @@ def test_demo_reports_every_figure(folder, tmp_path):
     out = tmp_path / "demo"
     run("demo", "--model", folder / "dense", "--text", folder / "corpus.txt", "--out", out,
         "--steps", 3, "--batch-size", 2, "--calibration-windows", 32, "--distill-steps", 2,
-        "--evaluation-windows", 8, "--sweep", 0.4, 1.0)  # fmt: skip
+        "--evaluation-windows", 8, "--sweep", 0.4, 1.0, "--flops", 0.4)  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     for name in ("dense", "sparse"):
         assert np.isfinite(report[name]["val_loss"])

@@ -156,8 +156,7 @@ class PlannedMethod:
 
     def flops_ratio(self, config: PlannedConfigs) -> float:
         """Returns the mean of the layers' floating-point operations over the dense FFN's."""
-        ratios = [1.0 if layer is None else costs.flops_ratio(layer) for layer in config.layers]
-        return float(np.mean(ratios))
+        return costs.mean_flops_ratio(config.layers)
 
     def ffns(self, config: PlannedConfigs, n_layer: int) -> tuple[SparseFFNConfig | None, ...]:
         """Returns the configurations."""

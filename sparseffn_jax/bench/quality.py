@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -25,7 +25,7 @@ from sparseffn_jax.bench.fairness import Conditions, check_comparable
 from sparseffn_jax.bench.peers import HELPED, PEERS, SPARSE, Method, Searched, WarmStart
 from sparseffn_jax.bench.planned import Planned, PlannedMethod, Planning
 from sparseffn_jax.bench.settings import begin_report, check_counts
-from sparseffn_jax.bench.sizing import Sizer
+from sparseffn_jax.bench.sizing import Settled, Sizer
 from sparseffn_jax.bench.stacks import fresh_ffns
 from sparseffn_jax.measure import records
 from sparseffn_jax.train.run_lock import hold_run_folder
@@ -116,13 +116,6 @@ def run_quality(settings: QualitySettings, console: Console) -> dict[str, Any]:
         return job.finish()
 
 
-class Settled(NamedTuple):
-    """A configuration that meets its target, and the times that say so."""
-
-    config: Any
-    times: dict[str, Any]
-
-
 class _Job:
     """A comparison of methods, and its report so far."""
 
@@ -185,7 +178,9 @@ class _Job:
                 # A plan for another target is another method.
                 if candidate not in sizers or isinstance(method, Planned):
                     sizers[candidate] = self.sizer(m)
-                settled = self.settle(m, sizers[candidate], target)
+                settled = sizers[candidate].settle(
+                    target, lambda config, m=m: self.speedup(m, config, _FINAL_REPEATS)
+                )
                 if settled is not None:
                     found[candidate] = settled
             point: dict[str, Any] = {"method": name, "target": target}
@@ -234,15 +229,6 @@ class _Job:
             lambda ratio: method.size(self.model.spec, ratio),
             lambda config: self.speedup(method, config, _SIZING_REPEATS)["speedup"],
         )
-
-    def settle(self, method: Method, sizer: Sizer, target: float) -> Settled | None:
-        """Sizes a method and measures the result longer; if it is too slow, sizes again."""
-        while (sized := sizer.meet(target)) is not None:
-            times = self.speedup(method, sized.config, _FINAL_REPEATS)
-            if times["speedup"] >= target:
-                return Settled(sized.config, times)
-            sizer.correct(sized, times["speedup"])
-        return None
 
     def best(self, candidates: Mapping[str, Method], found: Mapping[str, Settled]) -> str:
         """Returns the candidate with the lowest loss on calibration text after the closed forms."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 # A speed-up this much above its target is close enough; the clock itself is no more exact.
 _TOLERANCE = 0.06
@@ -23,6 +23,18 @@ class Sized:
 
     config: Any
     speedup: float
+
+
+class Settled(NamedTuple):
+    """A configuration that meets its target, and the times that say so.
+
+    Attributes:
+      config: configuration of the method.
+      times: summary of the times of the dense FFNs and of the method's.
+    """
+
+    config: Any
+    times: dict[str, Any]
 
 
 class Sizer:
@@ -71,6 +83,23 @@ class Sizer:
             self._known[ratio] = self._measured(config)
         fast, _ = self._bracket(target)
         return None if fast is None else self._known[fast]
+
+    def settle(
+        self, target: float, measure_longer: Callable[[Any], dict[str, Any]]
+    ) -> Settled | None:
+        """Finds a configuration as :meth:`meet` does, and makes sure of it.
+
+        Args:
+          target: speed-up over the dense FFN, above 0.
+          measure_longer: returns a summary of a configuration's times, with its ``speedup``. If
+            that falls short of the target, the search goes on.
+        """
+        while (sized := self.meet(target)) is not None:
+            times = measure_longer(sized.config)
+            if times["speedup"] >= target:
+                return Settled(sized.config, times)
+            self.correct(sized, times["speedup"])
+        return None
 
     def correct(self, sized: Sized, speedup: float) -> None:
         """Replaces a measurement by a better one of the same configuration.

@@ -6,6 +6,7 @@ polynomial is counted. :func:`sparseffn_jax.measure.flops.count_flops` counts th
 program instead.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sparseffn_jax.config import SparseFFNConfig, SpectralConfig
@@ -74,6 +75,16 @@ def flops_ratio(config: SparseFFNConfig) -> float:
     """
     dense = dense_flops(config.d_model, config.d_ff, config.gated)
     return sum(flops_per_token(config).values()) / dense
+
+
+def mean_flops_ratio(configs: Sequence[SparseFFNConfig | None]) -> float:
+    """Returns the mean of :func:`flops_ratio` over the layers of a model.
+
+    Args:
+      configs: configuration of each layer; ``None`` stands for a dense FFN.
+    """
+    ratios = [1.0 if config is None else flops_ratio(config) for config in configs]
+    return sum(ratios) / len(ratios)
 
 
 def training_flops_per_token(config: SparseFFNConfig) -> dict[str, int]:

@@ -5,6 +5,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import sparseffn_jax as sf
+from sparseffn_jax.bench import comparison, planned
+from sparseffn_jax.measure.costs import parameters_ratio
+from sparseffn_jax.measure.timing import PairedTimes
 
 TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i * i % 97}\n" for i in range(600))
 
@@ -28,3 +31,26 @@ def tiny(tmp_path_factory):
     params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     sf.save_pretrained(folder / "dense", model, params, tokenizer=tokenizer)
     return {"model": str(folder / "dense"), "text": str(folder / "corpus.txt")}
+
+
+@pytest.fixture
+def exact_clock(monkeypatch):
+    """Time is what the parameters say it is."""
+
+    def weigh(model, params, train=False):
+        return sum(leaf.size for leaf in jax.tree.leaves(params["transformer"]["h"]["0"]["mlp"]))
+
+    def time_stacks(baseline, candidate, x, *, repeats):
+        return PairedTimes((float(baseline),) * repeats, (float(candidate),) * repeats)
+
+    class Clock:
+        def __init__(self, model, tokens):
+            del model, tokens
+
+        def prices(self, configs, on_size):
+            del on_size
+            return {None: 1.0} | {c: parameters_ratio(c) for c in configs if c is not None}
+
+    monkeypatch.setattr(comparison, "ffn_stack", weigh)
+    monkeypatch.setattr(comparison, "time_stacks", time_stacks)
+    monkeypatch.setattr(planned, "FFNClock", Clock)

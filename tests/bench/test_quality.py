@@ -4,17 +4,15 @@ import dataclasses
 import io
 import json
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from sparseffn_jax.bench import comparison, planned, quality
+from sparseffn_jax.bench import quality
 from sparseffn_jax.bench.peers import PEERS, Searched
 from sparseffn_jax.bench.quality import QualitySettings, run_quality
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.measure.costs import flops_ratio, parameters_ratio
-from sparseffn_jax.measure.timing import PairedTimes
+from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.train.run_lock import RunFolderError, hold_run_folder
 
 
@@ -32,20 +30,6 @@ def settings(tiny, tmp_path_factory):
         evaluation_windows=4,
         timed_tokens=8,
     )
-
-
-@pytest.fixture
-def exact_clock(monkeypatch):
-    """Time is what the parameters say it is."""
-
-    def weigh(model, params, train=False):
-        return sum(leaf.size for leaf in jax.tree.leaves(params["transformer"]["h"]["0"]["mlp"]))
-
-    def time_stacks(baseline, candidate, x, *, repeats):
-        return PairedTimes((float(baseline),) * repeats, (float(candidate),) * repeats)
-
-    monkeypatch.setattr(comparison, "ffn_stack", weigh)
-    monkeypatch.setattr(comparison, "time_stacks", time_stacks)
 
 
 def run(settings):
@@ -77,15 +61,7 @@ def test_a_stopped_run_goes_on_and_ends_with_a_complete_table(settings, exact_cl
         run(dataclasses.replace(settings, steps=3))
 
 
-def test_plans_are_methods_among_others(settings, exact_clock, monkeypatch, tmp_path):
-    class Clock:
-        def __init__(self, model, tokens):
-            self._n_layer = model.spec.n_layer
-
-        def prices(self, configs, on_size):
-            return {None: 1.0} | {c: parameters_ratio(c) for c in configs if c is not None}
-
-    monkeypatch.setattr(planned, "FFNClock", Clock)
+def test_plans_are_methods_among_others(settings, exact_clock, tmp_path):
     methods = ("SparseFFN-planned", "narrow-planned")
     settings = dataclasses.replace(settings, out=tmp_path, methods=methods, targets=(2.0, 3.0))
     results, printed = run(settings)
