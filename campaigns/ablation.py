@@ -9,6 +9,7 @@ and bypasses that are chosen in the metric of the loss instead of that of the ou
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +45,9 @@ class Row(NamedTuple):
     repair: float
 
 
-def importance(dense: DenseFFN, activations: LayerActivations) -> np.ndarray:
+def importance(dense: DenseFFN, activations: LayerActivations, *, centred: bool) -> np.ndarray:
     """Returns the output variance that each unit contributes."""
-    return score_units(dense, activations, centred=bool(dense.down.bias.any())).importance
+    return score_units(dense, activations, centred=centred).importance
 
 
 def fit_in_metric(
@@ -90,7 +91,8 @@ def main() -> None:
         def fit(layer: int, dense: DenseFFN, activations: LayerActivations) -> tuple[Any, Any]:
             config = row.configs[layer]
             if row.fit == "importance":
-                return KeepUnits(importance, refit=True)(dense, config, activations)
+                score = functools.partial(importance, centred=config.bias)
+                return KeepUnits(score, refit=True)(dense, config, activations)
             if row.fit == "fisher":
                 return fit_in_metric(dense, config, activations, root_of(fisher[layer]))
             return fit_layer(dense, config, activations)

@@ -22,10 +22,8 @@ from sparseffn_jax.bench.comparison import (
     load_dense,
 )
 from sparseffn_jax.bench.fairness import check_comparable
-from sparseffn_jax.bench.planned import PlannedConfigs, PlannedMethod, Planning
+from sparseffn_jax.bench.planned import PlannedMethod, Planning
 from sparseffn_jax.bench.settings import begin_report, check_counts
-from sparseffn_jax.bench.sizing import Sizer
-from sparseffn_jax.bench.stacks import fresh_ffns
 from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL, save_pretrained
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate import losses
@@ -44,7 +42,6 @@ from sparseffn_jax.train.step import compiler_options
 
 Configs = tuple[SparseFFNConfig | None, ...]
 _TIMED_TOKENS = 4096
-_SIZING_REPEATS, _FINAL_REPEATS = 5, 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,9 +127,9 @@ class _Job:
         self.settings, self.console = settings, console
         self.say("Loading the model and the text")
         dense = load_dense(settings.model)
-        # Before the text is read, because it refuses a ratio that the model is too small for.
         self.configs: Configs = ()
         if settings.flops is not None:
+            # Before the text is read, because it refuses a ratio that the model is too small for.
             self.configs = (size_model(dense.spec, settings.flops),) * dense.spec.n_layer
         self.comparison = Comparison(settings, dense, timed_tokens=_TIMED_TOKENS, timing_seed=0)
         self.model, self.pretrained = self.comparison.model, dense.params
@@ -177,15 +174,7 @@ class _Job:
         )
         method = PlannedMethod(planning, target, narrow=False, console=self.console)
 
-        def measure(config: PlannedConfigs, repeats: int) -> dict[str, Any]:
-            model = self.model.clone(ffns=config.layers)
-            return self.comparison.time_ffns(model, fresh_ffns(model), repeats=repeats).summary()
-
-        sizer = Sizer(
-            lambda share: method.size(self.model.spec, share),
-            lambda config: measure(config, _SIZING_REPEATS)["speedup"],
-        )
-        settled = sizer.settle(target, lambda config: measure(config, _FINAL_REPEATS))
+        settled = self.comparison.settle(method, self.comparison.sizer(method), target)
         if settled is None:
             raise ValueError(
                 f"ffn_speedup={target:g} is out of reach: no FFNs of this model are that fast here"

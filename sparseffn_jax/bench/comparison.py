@@ -10,8 +10,10 @@ import numpy as np
 from jaxtyping import Int
 
 from sparseffn_jax.bench.fairness import Conditions, token_hash
+from sparseffn_jax.bench.peers import Method
 from sparseffn_jax.bench.settings import check_counts
-from sparseffn_jax.bench.stacks import Stack, ffn_stack, time_stacks
+from sparseffn_jax.bench.sizing import Settled, Sizer
+from sparseffn_jax.bench.stacks import Stack, ffn_stack, fresh_ffns, time_stacks
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
 from sparseffn_jax.evaluate.losses import make_evaluator
@@ -24,6 +26,8 @@ from sparseffn_jax.train.loop import train
 
 # Windows in one forward pass, in evaluation and in calibration.
 EVALUATION_BATCH = 16
+# Pairs of runs while a size is sought, and when it has been found.
+_SIZING_REPEATS, _FINAL_REPEATS = 5, 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,6 +176,34 @@ class Comparison:
             self._dense_stacks[train] = ffn_stack(self.model, self.dense.params, train=train)
         stack = ffn_stack(model, params, train=train)
         return time_stacks(self._dense_stacks[train], stack, self._activations, repeats=repeats)
+
+    def sizer(self, method: Method) -> Sizer:
+        """Returns a search for the size of a method that is as fast as is wanted.
+
+        Args:
+          method: the method.
+        """
+        return Sizer(
+            lambda ratio: method.size(self.model.spec, ratio),
+            lambda config: self._time(method, config, _SIZING_REPEATS)["speedup"],
+        )
+
+    def settle(self, method: Method, sizer: Sizer, target: float) -> Settled | None:
+        """Sizes a method for a speed-up of all FFNs together, and measures the result longer.
+
+        Args:
+          method: the method.
+          sizer: its :meth:`sizer`, which knows the sizes that have been measured.
+          target: speed-up over the dense FFNs.
+
+        Returns:
+          The configuration and its times, or ``None`` if the method is never that fast.
+        """
+        return sizer.settle(target, lambda config: self._time(method, config, _FINAL_REPEATS))
+
+    def _time(self, method: Method, config: Any, repeats: int) -> dict[str, Any]:
+        model = self.model.clone(ffns=method.ffns(config, self.model.spec.n_layer))
+        return self.time_ffns(model, fresh_ffns(model), repeats=repeats).summary()
 
     def _tune(self, name: str, model: Decoder, params: Any, steps: int, teacher: Any) -> Tuned:
         settings = self._settings

@@ -48,7 +48,7 @@ _BLOCK = 32
 _MONARCH_BLOCKS = 4
 _CORE_SHARES = (0.25, 0.5, 0.75, 0.9)
 # Windows of calibration text on which FFNs to drop are chosen.
-_RANKING_WINDOWS = 8
+_RANKING_WINDOWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +246,7 @@ class DepthMethod:
         return (config.n_layer - config.dropped) / config.n_layer
 
     def ffns(self, config: DepthConfig, n_layer: int) -> tuple[Any, ...]:
-        """Returns a choice of layers that takes as long as any other."""
+        """Returns as many dropped FFNs; which ones they are does not change the time."""
         return (NoFFN,) * config.dropped + (None,) * (n_layer - config.dropped)
 
     def convert(
@@ -464,7 +464,12 @@ SPARSE: Mapping[str, Method | Searched] = MappingProxyType(
 
 
 def _peers(repair: float, refit: bool) -> dict[str, Method | Searched]:
-    """Returns the peers as published, or with what is not ours alone: refit and repair."""
+    """Returns the peers whose layers are fitted.
+
+    Args:
+      repair: share of earlier losses that a layer makes up for.
+      refit: whether those refit output weights too that do not by themselves.
+    """
     method = functools.partial(SparseMethod, repair=repair)
     return {
         "magnitude": method(narrow, KeepUnits(magnitude, refit)),
@@ -482,7 +487,7 @@ def _peers(repair: float, refit: bool) -> dict[str, Method | Searched]:
     }
 
 
-# Each as it was published: none of them repairs what the layers before have lost.
+# None of them repairs what the layers before have lost, as in the papers.
 PEERS: Mapping[str, Method | Searched] = MappingProxyType(
     _peers(0.0, refit=False) | {"depth": DepthMethod()}
 )

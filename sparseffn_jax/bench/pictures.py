@@ -32,6 +32,8 @@ _MARKERS = "osD^v*PXh"
 NARROW_TABLE: Mapping[str, Any] = MappingProxyType(
     {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
 )
+# What the names of methods end with that are helped by refit and repair.
+_HELPED = "+repair"
 # Nats above dense that the enlarged panel shows.
 _NEAR = 0.8
 
@@ -177,18 +179,23 @@ def plot_methods(path: Path, points: Sequence[Mapping[str, Any]], dense_loss: fl
       points: measured points, each with ``method``, ``speedup`` over the dense FFN, and ``loss``.
       dense_loss: validation loss of the dense model, fine-tuned on the same batches.
     """
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
     whole, near = figure.subplots(1, 2)
+    methods = dict.fromkeys(point["method"] for point in points)
+    bases = list(dict.fromkeys(method.removesuffix(_HELPED) for method in methods))
     for axes in (whole, near):
-        for i, method in enumerate(dict.fromkeys(point["method"] for point in points)):
+        for method in methods:
+            # Alike but for the line, a method with and without help.
+            i = bases.index(method.removesuffix(_HELPED))
+            ours = method.startswith("SparseFFN")
             of_method = [point for point in points if point["method"] == method]
             of_method.sort(key=lambda point: -point["speedup"])
             axes.plot(
                 [1.0 / point["speedup"] for point in of_method],
                 [point["loss"] for point in of_method],
-                marker=_MARKERS[i % len(_MARKERS)],
+                marker=_MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)],
                 color=_COLOURS[i % len(_COLOURS)],
-                linestyle="-" if method.startswith("SparseFFN") else "--",
+                linestyle="-" if ours else "--" if method.endswith(_HELPED) else ":",
                 linewidth=1.5,
                 markersize=5,
                 label=method,
@@ -203,7 +210,8 @@ def plot_methods(path: Path, points: Sequence[Mapping[str, Any]], dense_loss: fl
     whole.set(ylabel="validation loss (nats a token)", title="Quality at equal time")
     losses = [point["loss"] for point in points]
     near.set(title="enlarged", ylim=(min([dense_loss, *losses]) - 0.03, dense_loss + _NEAR))
-    whole.legend(frameon=False, fontsize=8)
+    lines, labels = whole.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside right center", frameon=False, fontsize=8)
     _save(figure, path)
 
 

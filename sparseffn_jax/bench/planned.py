@@ -137,13 +137,10 @@ class PlannedMethod:
 
     def __init__(self, planning: Planning, target: float, *, narrow: bool, console: Console):
         self._prices, self._planner = planning.prices, planning.planner(narrow)
-        try:
-            first = self._plan(1.0 / target)
-        except ValueError:
-            # Nothing is that fast, and the search for a size will say so.
-            return
+        # Prices may be a little too high: what is fastest by them is tried out at least.
+        share = max(1.0 / target, min(self._prices.values()))
         with counter("trying out layer", console) as count:
-            self._planner.try_out(first, on_layer=count)
+            self._planner.try_out(self._plan(share), on_layer=count)
 
     def size(self, spec: DecoderSpec, flops_ratio: float) -> PlannedConfigs:
         """Returns the best plan within a share of the dense FFNs' time.
@@ -178,9 +175,5 @@ class PlannedMethod:
         )
 
     def _plan(self, share: float) -> tuple[SparseFFNConfig | None, ...]:
-        def cost(config: SparseFFNConfig | None) -> float:
-            return self._prices[config]
-
-        # n layers of the share each.
-        n_layer = len(self._planner.weights)
-        return self._planner.plan(cost, budget=share * n_layer).configs
+        budget = share * len(self._planner.weights)
+        return self._planner.plan(self._prices.__getitem__, budget=budget).configs

@@ -27,9 +27,9 @@ from sparseffn_jax.sparsify.streams import LayerActivations
 
 
 def magnitude(dense: DenseFFN, activations: LayerActivations) -> Float[np.ndarray, " m"]:
-    """Scores each hidden unit of a dense FFN by its mean absolute value.
+    """Scores each hidden unit of a dense FFN by its mean absolute value over all tokens.
 
-    As in Minitron (Muralidharan et al. 2024, 2407.14679).
+    After Minitron (Muralidharan et al. 2024, 2407.14679).
 
     Args:
       dense: the dense FFN.
@@ -111,8 +111,8 @@ def rank_layers(
 ) -> list[int]:
     """Returns the numbers of the layers, those first whose FFN's loss costs least.
 
-    The cost is the rise of the cross-entropy on the text when that one FFN returns nothing (as in
-    SLEB, Song et al. 2024, 2402.09025, there for whole blocks).
+    The cost is the rise of the cross-entropy on the text when that one FFN returns nothing, as
+    whole blocks are ranked in Shortened LLaMA (Kim et al. 2024, 2402.02834).
 
     Args:
       model: a dense model.

@@ -26,11 +26,9 @@ from sparseffn_jax.bench.peers import HELPED, PEERS, SPARSE, Method, Searched, W
 from sparseffn_jax.bench.planned import Planned, PlannedMethod, Planning
 from sparseffn_jax.bench.settings import begin_report, check_counts
 from sparseffn_jax.bench.sizing import Settled, Sizer
-from sparseffn_jax.bench.stacks import fresh_ffns
 from sparseffn_jax.measure import records
 from sparseffn_jax.train.run_lock import hold_run_folder
 
-_SIZING_REPEATS, _FINAL_REPEATS = 5, 15
 METHODS: Mapping[str, Method | Searched | Planned] = MappingProxyType(
     {
         "SparseFFN-planned": Planned(),
@@ -42,6 +40,8 @@ METHODS: Mapping[str, Method | Searched | Planned] = MappingProxyType(
 )
 # Calibration windows on which a search compares its candidates.
 _SEARCH_WINDOWS = 32
+# Raised when a method's name comes to stand for something else.
+_FORMAT = 2
 # What may differ between the beginning of a run and its continuation.
 _FREE_SETTINGS = frozenset(("out", "targets", "methods"))
 
@@ -130,7 +130,7 @@ class _Job:
         self.model, self.pretrained = self.comparison.model, dense.params
 
     def _start_report(self) -> dict[str, Any]:
-        fresh = begin_report(self.settings) | {"points": []}
+        fresh = begin_report(self.settings) | {"format": _FORMAT, "points": []}
         # JSON knows no tuples: what is compared has gone through it on both sides.
         fresh = json.loads(json.dumps(fresh))
         if not self.path.exists():
@@ -142,6 +142,8 @@ class _Job:
             for name, value in fresh[part].items()
             if name not in _FREE_SETTINGS and old[part].get(name) != value
         ]
+        if old.get("format") != _FORMAT:
+            changed.append("format")
         if changed:
             raise ValueError(
                 f"{self.path} was made with other settings ({', '.join(changed)}): give another "
@@ -177,10 +179,8 @@ class _Job:
             for candidate, m in candidates.items():
                 # A plan for another target is another method.
                 if candidate not in sizers or isinstance(method, Planned):
-                    sizers[candidate] = self.sizer(m)
-                settled = sizers[candidate].settle(
-                    target, lambda config, m=m: self.speedup(m, config, _FINAL_REPEATS)
-                )
+                    sizers[candidate] = self.comparison.sizer(m)
+                settled = self.comparison.settle(m, sizers[candidate], target)
                 if settled is not None:
                     found[candidate] = settled
             point: dict[str, Any] = {"method": name, "target": target}
@@ -223,13 +223,6 @@ class _Job:
             console=self.console,
         )
 
-    def sizer(self, method: Method) -> Sizer:
-        """Returns the search for a method's size at each target."""
-        return Sizer(
-            lambda ratio: method.size(self.model.spec, ratio),
-            lambda config: self.speedup(method, config, _SIZING_REPEATS)["speedup"],
-        )
-
     def best(self, candidates: Mapping[str, Method], found: Mapping[str, Settled]) -> str:
         """Returns the candidate with the lowest loss on calibration text after the closed forms."""
         if len(found) == 1:
@@ -268,11 +261,6 @@ class _Job:
     def warm_start(self, distill_steps: int) -> WarmStart:
         calibration = self.comparison.calibration[:, :-1]
         return WarmStart(calibration, distill_steps, EVALUATION_BATCH, self.settings.seed)
-
-    def speedup(self, method: Method, config: Any, repeats: int) -> dict[str, Any]:
-        """Times the FFNs of all layers against the dense ones."""
-        model = self.model.clone(ffns=method.ffns(config, self.model.spec.n_layer))
-        return self.comparison.time_ffns(model, fresh_ffns(model), repeats=repeats).summary()
 
     def say(self, what: str) -> None:
         self.console.print(f"[bold]> {what}[/bold]")

@@ -32,7 +32,9 @@ def ffn_stack(model: Decoder, params: Any, *, train: bool = False) -> Stack:
 
     def forward(layers: Any, x: Any) -> Any:
         for module, leaves in zip(modules, layers, strict=True):
-            x = module.apply({"params": leaves}, x)
+            # An FFN that has been dropped has no parameters, and takes no time.
+            if leaves:
+                x = module.apply({"params": leaves}, x)
         return x
 
     run = jax.jit(forward)

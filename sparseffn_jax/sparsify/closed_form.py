@@ -171,7 +171,7 @@ def ridge_inverse(
 
 def _ridged(xx: np.ndarray, ridge: float, *, copy: bool = True) -> np.ndarray:
     """Returns ``xx + ridge * mean(diag(xx)) I``, in LAPACK's order and free to be overwritten."""
-    system = np.array(xx, order="F", copy=copy or None)
+    system = np.array(xx, order="F") if copy else np.asarray(xx, order="F")
     scale = max(float(np.trace(xx).real) / len(xx), np.finfo(np.float64).tiny)
     system.flat[:: len(xx) + 1] += ridge * scale
     return system

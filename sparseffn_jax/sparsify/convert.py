@@ -128,7 +128,7 @@ def sparsify(
             "model": model.config.to_dict(),
             "ffns": [None if layer is None else layer.to_dict() for layer in configs],
             "calibration": hashlib.sha256(np.asarray(calibration).tobytes()).hexdigest(),
-            "fit": fit.__name__,
+            "fit": getattr(fit, "__name__", type(fit).__name__),
             "distill_steps": distill_steps,
             "repair": repair,
             "batch_size": batch_size,

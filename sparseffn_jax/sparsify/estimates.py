@@ -1,7 +1,7 @@
 """Estimated damages of all sizes of all layers, kept in a file: they take most of a plan's time."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,11 @@ def kept_estimates(
       batch_size: number of windows in one forward pass; it changes the result by rounding alone.
       on_layer: function that is called with the numbers of layers done and to be done.
     """
-    digest = hashlib.sha256(b"".join(matrix.tobytes() for matrix in fisher)).hexdigest()
-    of = {"fisher": digest, "grid": [list(sizes) for sizes in grid]}
+    of = {
+        "fisher": _digest(fisher),
+        "tokens": _digest(tokens),
+        "grid": [list(sizes) for sizes in grid],
+    }
     damages = _read(file, of)
     args = model, params, tokens, fisher, grid
     for layer in estimate_layers(*args, batch_size=batch_size, first=len(damages)):
@@ -49,6 +52,10 @@ def kept_estimates(
         if on_layer is not None:
             on_layer(len(damages), model.spec.n_layer)
     return damages
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def _read(file: Path, of: Mapping[str, Any]) -> list[dict[Size, float]]:

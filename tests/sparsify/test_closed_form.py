@@ -170,3 +170,22 @@ def test_elimination_removes_what_the_others_can_make_up_for(seed):
     lost = copy.deepcopy(moments)
     np.testing.assert_array_equal(eliminate(lost, widths[-1], overwrite=True), left)
     assert not np.array_equal(lost.xx, moments.xx)
+
+
+def test_groups_leave_as_a_refit_of_what_stays():
+    """Groups of many units, some of which are among the last ones already."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2000, 300)) @ (np.eye(300) + 0.1 * rng.standard_normal((300, 300)))
+    y = x @ rng.standard_normal((300, 5))
+    moments = Moments(x.T @ x / 2000, x.T @ y / 2000, np.zeros(300), np.zeros(5))
+    kept = copy.deepcopy(moments)
+    gram = moments.xx + RIDGE * np.trace(moments.xx) / 300 * np.eye(300)
+    whole = np.sum(moments.xy * np.linalg.solve(gram, moments.xy))
+    for selection in elimination_path(moments, [260, 200, 40], groups=4):
+        units = selection.units
+        assert (np.diff(units) > 0).all()
+        refitted = np.linalg.solve(gram[np.ix_(units, units)], moments.xy[units])
+        np.testing.assert_allclose(selection.weight, refitted, rtol=1e-6, atol=1e-8)
+        error = whole - np.sum(moments.xy[units] * refitted)
+        np.testing.assert_allclose(selection.error, error, rtol=1e-6)
+    np.testing.assert_array_equal(moments.xx, kept.xx)
