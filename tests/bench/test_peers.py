@@ -195,7 +195,7 @@ def test_what_leaves_is_lost_or_its_mean_is_kept_or_made_up_for(gated):
 def test_ffns_are_dropped_by_what_each_costs_alone(dense, tokens):
     model, params = dense
     config = METHODS["depth"].size(model.spec, 0.5)
-    start = peers.WarmStart(tokens, distill_steps=0)
+    start = peers.WarmStart(tokens[:8], distill_steps=0)
     dropped, left = METHODS["depth"].convert(model, params, config, start)
     losses = []
     for layer in range(2):
