@@ -13,6 +13,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from sparseffn_jax.config import SparseFFNConfig
 
+# Share of a limit by which a sum may exceed it: that of rounding, far below any cost's exactness.
+_ROUNDING = 1e-9
+
 
 class Candidate(NamedTuple):
     """One way to make a layer.
@@ -62,7 +65,8 @@ def choose(
         assert most_damage is not None
         name, limit, limited, least = "most_damage", most_damage, damages, costs
     lowest = sum(limited[owner == i].min() for i in range(len(layers)))
-    if lowest > limit:
+    # A limit of n times the least of a layer is met by n of them, whichever way they are summed.
+    if lowest > limit + _ROUNDING * abs(limit):
         raise ValueError(f"{name}={limit:g} is out of reach: {lowest:.6g} is the least possible")
     configs = list(dict.fromkeys(candidate.config for candidate in flat))
     of_shape = np.array([configs.index(candidate.config) for candidate in flat])

@@ -66,3 +66,10 @@ def test_limits_out_of_reach_are_refused():
         choose(layers, budget=least * 1.001, most_shapes=1)
     with pytest.raises(ValueError, match="not both"):
         choose(layers)
+
+
+def test_a_limit_is_met_by_its_own_parts():
+    """Six times 0.3 is a little less than 0.3 added up six times."""
+    layers = [[Candidate(None, 0.3, 0.0)]] * 6
+    assert sum(layer[0].cost for layer in layers) > 6 * 0.3
+    assert len(choose(layers, budget=6 * 0.3)) == 6
