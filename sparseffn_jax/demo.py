@@ -163,17 +163,8 @@ class _Job:
             return
         target = self.settings.ffn_speedup
         self.say(f"Planning FFNs that are {target:g} times as fast")
-        planning = Planning(
-            self.model,
-            self.pretrained,
-            self.comparison.calibration,
-            batch_size=EVALUATION_BATCH,
-            timed_tokens=_TIMED_TOKENS,
-            folder=self.settings.out,
-            console=self.console,
-        )
+        planning = Planning(self.comparison, folder=self.settings.out, console=self.console)
         method = PlannedMethod(planning, target, narrow=False, console=self.console)
-
         settled = self.comparison.settle(method, self.comparison.sizer(method), target)
         if settled is None:
             raise ValueError(

@@ -104,6 +104,7 @@ class Comparison:
       tokenizer: the model's tokenizer.
       windows: the training windows, and the held-out windows that are evaluated on.
       calibration: (calibration_windows, window + 1) token ids, drawn from the training windows.
+      timed_tokens: rows of the activations that FFNs are timed on.
 
     Args:
       settings: the settings of the comparison.
@@ -133,6 +134,7 @@ class Comparison:
         self.windows = TokenWindows(windows.train, windows.validation[held_out])
         chosen = rng.permutation(len(windows.train))[: settings.calibration_windows]
         self.calibration: Int[np.ndarray, "n w"] = windows.train[chosen]
+        self.timed_tokens = timed_tokens
         self._activations = jax.random.normal(
             jax.random.key(timing_seed), (timed_tokens, dense.spec.d_model)
         )

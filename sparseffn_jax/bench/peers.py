@@ -67,6 +67,21 @@ class WarmStart:
     batch_size: int = 8
     seed: int = 0
 
+    def sparsify(
+        self, model: Decoder, params: Params, config: Any, **options: Any
+    ) -> tuple[Decoder, Params]:
+        """Calls :func:`sparsify` with these settings and other options."""
+        return sparsify(
+            model,
+            params,
+            config,
+            self.calibration,
+            distill_steps=self.distill_steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            **options,
+        )
+
 
 class Method(Protocol):
     """One way to replace a model's dense FFNs."""
@@ -142,17 +157,7 @@ class SparseMethod:
         self, model: Decoder, params: Params, config: SparseFFNConfig, start: WarmStart
     ) -> tuple[Decoder, Params]:
         """Calls :func:`sparsify`."""
-        return sparsify(
-            model,
-            params,
-            config,
-            start.calibration,
-            fit=self.fit,
-            distill_steps=start.distill_steps,
-            repair=self.repair,
-            batch_size=start.batch_size,
-            seed=start.seed,
-        )
+        return start.sparsify(model, params, config, fit=self.fit, repair=self.repair)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 from rich.console import Console
 
 from sparseffn_jax.bench.clock import FFNClock
+from sparseffn_jax.bench.comparison import EVALUATION_BATCH, Comparison
 from sparseffn_jax.bench.peers import Params, WarmStart
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.measure import costs
 from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.progress import counter, stage
-from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.estimates import kept_estimates
 from sparseffn_jax.sparsify.fisher import fisher_windows, output_fisher
 from sparseffn_jax.sparsify.planning import Planner, candidates, config_of, size_grid
@@ -51,30 +50,16 @@ class Planning:
     """What all plans for one model have in common: prices and damages, measured when first needed.
 
     Args:
-      model: a decoder whose layers are all dense.
-      params: its parameters.
-      windows: token ids (n, w) of calibration text; the last of each window is a target only.
-      batch_size: number of windows in one forward pass.
-      timed_tokens: rows of activations that sizes are timed on.
+      comparison: the dense model, its calibration text, and the tokens that FFNs are timed on.
       folder: where the estimates are kept.
       console: shows progress.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        params: Params,
-        windows: Int[np.ndarray, "n w"],
-        *,
-        batch_size: int,
-        timed_tokens: int,
-        folder: Path,
-        console: Console,
-    ):
-        self._model, self._params, self._windows = model, params, windows
-        self._batch_size, self._timed_tokens = batch_size, timed_tokens
+    def __init__(self, comparison: Comparison, *, folder: Path, console: Console):
+        self._model, self._params = comparison.model, comparison.dense.params
+        self._windows, self._timed_tokens = comparison.calibration, comparison.timed_tokens
         self._folder, self._console = folder, console
-        self._grid = size_grid(model.spec)
+        self._grid = size_grid(self._model.spec)
 
     @functools.cached_property
     def prices(self) -> dict[SparseFFNConfig | None, float]:
@@ -94,15 +79,8 @@ class Planning:
             {(width, rank): x for (width, rank), x in layer.items() if not (narrow and rank)}
             for layer in self._damages
         ]
-        tokens = self._windows[:, :-1]
-        return Planner(
-            self._model,
-            self._params,
-            tokens,
-            self._fisher,
-            damages,
-            batch_size=self._batch_size,
-        )
+        args = self._model, self._params, self._windows[:, :-1], self._fisher, damages
+        return Planner(*args, batch_size=EVALUATION_BATCH)
 
     @functools.cached_property
     def _fisher(self) -> list[np.ndarray]:
@@ -120,7 +98,7 @@ class Planning:
                 self._windows[:, :-1],
                 self._fisher,
                 self._grid,
-                batch_size=self._batch_size,
+                batch_size=EVALUATION_BATCH,
                 on_layer=count,
             )
 
@@ -164,15 +142,7 @@ class PlannedMethod:
         self, model: Decoder, params: Params, config: PlannedConfigs, start: WarmStart
     ) -> tuple[Decoder, Params]:
         """Calls :func:`sparsify`."""
-        return sparsify(
-            model,
-            params,
-            config.layers,
-            start.calibration,
-            distill_steps=start.distill_steps,
-            batch_size=start.batch_size,
-            seed=start.seed,
-        )
+        return start.sparsify(model, params, config.layers)
 
     def _plan(self, share: float) -> tuple[SparseFFNConfig | None, ...]:
         budget = share * len(self._planner.weights)

@@ -120,11 +120,10 @@ def rank_layers(
       windows: token ids (n, w); the last of each window is a target only.
       batch_size: number of windows in one forward pass.
     """
-    evaluate = make_evaluator(model)
+    evaluate, down = make_evaluator(model), model.ffn_layout.down
     losses = []
     for i, layer in enumerate(layers_of(model, params)):
         # One program serves all layers: an FFN without output weights returns nothing.
-        down = model.ffn_layout.down
         ffn = layer[FFN_NAME]
         silent = ffn | {down: jax.tree.map(np.zeros_like, ffn[down])}
         losses.append(evaluate(replace_ffns(model, params, {i: silent}), windows, batch_size))

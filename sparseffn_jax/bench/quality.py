@@ -213,15 +213,7 @@ class _Job:
     @functools.cached_property
     def planning(self) -> Planning:
         """What plans are made of."""
-        return Planning(
-            self.model,
-            self.pretrained,
-            self.comparison.calibration,
-            batch_size=EVALUATION_BATCH,
-            timed_tokens=self.settings.timed_tokens,
-            folder=self.settings.out,
-            console=self.console,
-        )
+        return Planning(self.comparison, folder=self.settings.out, console=self.console)
 
     def best(self, candidates: Mapping[str, Method], found: Mapping[str, Settled]) -> str:
         """Returns the candidate with the lowest loss on calibration text after the closed forms."""
