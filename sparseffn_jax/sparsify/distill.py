@@ -58,5 +58,8 @@ def distill_layer(
     tokens = len(activations.x)
     for _ in range(steps):
         rows = rng.integers(tokens, size=min(_TOKENS, tokens))
-        params, state = step(params, state, *activations.rows(rows))
+        x, y = activations.rows(rows)
+        # One step ahead and no more: dozens of steps' tokens would wait in memory for their turn.
+        jax.block_until_ready(params)
+        params, state = step(params, state, x, y)
     return jax.tree.map(np.asarray, params)

@@ -359,6 +359,9 @@ def _units_beside(
     factors, weight = _fit_down(branch, beside)
     if branch.transform != "low_rank":
         return eliminate(moments.residual(hidden, inputs, weight), kept)
+    # The next path needs as much again as this one did.
+    del beside, weight
+    trim_heap()
     left = moments.without(hidden, inputs, factors["axes"])
     return eliminate(left, kept, overwrite=True)
 
