@@ -40,8 +40,9 @@ class ComparisonSettings:
         library), a text file, a folder of text files, or a Hugging Face dataset with a "text"
         column.
       out: Folder that the results are written to.
-      steps: Fine-tuning steps, as many for the dense model as for sparse ones. Sparse models learn
-        from the dense one's predictions, the dense one learns from the text.
+      steps: Fine-tuning steps, as many for the dense model as for sparse ones.
+      distill_weight: Share of the pretrained dense model's predictions in what sparse models learn
+        from; the rest is the text, from which alone the dense model learns.
       batch_size: Windows in a training step.
       window: Tokens in a window. The default is the smaller of the model's n_positions and 1024.
       learning_rate: Peak learning rate of sparse models.
@@ -60,6 +61,7 @@ class ComparisonSettings:
     text: str = STDLIB
     out: Path
     steps: int
+    distill_weight: float = 1.0
     batch_size: int = 8
     window: int | None = None
     learning_rate: float = 1e-3
@@ -75,6 +77,8 @@ class ComparisonSettings:
         for name in ("learning_rate", "dense_learning_rate"):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if not 0.0 <= self.distill_weight <= 1.0:
+            raise ValueError(f"distill_weight={self.distill_weight} must be between 0 and 1")
 
 
 class Tuned(NamedTuple):
@@ -149,7 +153,9 @@ class Comparison:
 
     def tune_dense(self) -> Tuned:
         """Fine-tunes the dense model on the text."""
-        return self._tune("dense", self.model, self.dense.params, self._settings.steps, None)
+        settings = self._settings
+        rate = settings.dense_learning_rate
+        return self._tune("dense", self.model, self.dense.params, settings.steps, rate, 0.0)
 
     def tune(self, name: str, model: Decoder, params: Any, *, steps: int | None = None) -> Tuned:
         """Fine-tunes a sparse model with the pretrained dense one as its teacher.
@@ -160,8 +166,9 @@ class Comparison:
           params: the parameters to start from.
           steps: number of training steps; ``None`` takes that of the settings.
         """
-        teacher = (self.model, self.dense.params)
-        return self._tune(name, model, params, steps or self._settings.steps, teacher)
+        settings = self._settings
+        how = steps or settings.steps, settings.learning_rate, settings.distill_weight
+        return self._tune(name, model, params, *how)
 
     def time_ffns(
         self, model: Decoder, params: Any, *, train: bool = False, repeats: int = 15
@@ -207,16 +214,24 @@ class Comparison:
         model = self.model.clone(ffns=method.ffns(config, self.model.spec.n_layer))
         return self.time_ffns(model, fresh_ffns(model), repeats=repeats).summary()
 
-    def _tune(self, name: str, model: Decoder, params: Any, steps: int, teacher: Any) -> Tuned:
+    def _tune(
+        self,
+        name: str,
+        model: Decoder,
+        params: Any,
+        steps: int,
+        rate: float,
+        distill_weight: float,
+    ) -> Tuned:
         settings = self._settings
-        rate = settings.dense_learning_rate if teacher is None else settings.learning_rate
+        teacher = (self.model, self.dense.params) if distill_weight else None
         config = TrainConfig(
             steps=steps,
             batch_size=settings.batch_size,
             recipe="full",
             learning_rate=rate,
             ffn_learning_rate=rate,
-            distill_weight=0.0 if teacher is None else 1.0,
+            distill_weight=distill_weight,
             temperature=1.0,
             seed=settings.seed,
             log_every=max(1, steps // 10),
