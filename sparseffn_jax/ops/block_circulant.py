@@ -176,7 +176,10 @@ def _pick(
     products = circulant_products(frequencies, size)
     components = len(frequencies) + len(complex_frequencies(frequencies, size))
     sides = [filter.real.shape[1:] for filter in maps]
-    each = [costs.block_circulant_costs(tokens, p, q, size, components, products) for p, q in sides]
+    each = [
+        costs.block_circulant_costs(tokens, p, q, size, components, products, platform)
+        for p, q in sides
+    ]
     estimates = {plan: sum(cost[plan] for cost in each) for plan in each[0]}
     dtype = maps[-1].real.dtype
     problem = (
@@ -453,7 +456,7 @@ def _dft(x: Array, weights: tuple[_Matrices | None, _Matrices | None], blocks: B
 
 
 def _materialised(filter: Filter, blocks: Blocks) -> Array:
-    return circulant_matrix(*filter, *blocks).astype(filter.real.dtype)
+    return circulant_matrix(*filter, *blocks, dtype=filter.real.dtype)
 
 
 def _dense(x: Array, matrix: Array, blocks: Blocks) -> Array:

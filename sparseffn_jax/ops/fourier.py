@@ -54,14 +54,16 @@ def circulant_matrix(
     imag: Float[Array, "c p q"],
     block_size: int,
     frequencies: Sequence[int],
+    dtype: Any = jnp.float32,
 ) -> Float[Array, "pb qb"]:
-    """Returns the block-circulant matrix C of the map ``y = x C``, in float32.
+    """Returns the block-circulant matrix C of the map ``y = x C``.
 
     Args:
       real: real part of the filter at every kept frequency, (f, p, q).
       imag: imaginary part at the c kept frequencies that have one, (c, p, q).
       block_size: side b of a block.
       frequencies: the f kept frequencies, ascending.
+      dtype: dtype of the matrix, whose entries are computed in float32.
 
     Returns:
       The matrix (p * b, q * b).
@@ -70,8 +72,13 @@ def circulant_matrix(
     at_complex, at_real = split_by_kind(real, block_size, frequencies)
     h = jnp.stack([jnp.stack([at_complex, imag], -1), jnp.stack([-imag, at_complex], -1)], -2)
     highest = jax.lax.Precision.HIGHEST
-    c = jnp.einsum("nci,cpqij,mcj->pnqm", pair, h.astype(jnp.float32), pair, precision=highest)
-    c += jnp.einsum("nf,fpq,mf->pnqm", single, at_real, single, precision=highest)
+    # The first row of each block says all: the others are the same, shifted.
+    row = jnp.einsum("ci,cpqij,mcj->pqm", pair[0], h.astype(jnp.float32), pair, precision=highest)
+    row += jnp.einsum("f,fpq,mf->pqm", single[0], at_real, single, precision=highest)
+    n, m = np.indices((block_size, block_size))
+    # A product with zeros and ones is exact in any precision, and so is its gradient a product.
+    place = jnp.asarray((m - n) % block_size == np.arange(block_size)[:, None, None], dtype)
+    c = jnp.einsum("pqk,knm->pnqm", row.astype(dtype), place)
     _, p, q = real.shape
     return c.reshape(p * block_size, q * block_size)
 

@@ -12,14 +12,23 @@ _GATHERED_GEMM = 4.2
 _SMALL_GEMM = 1.2
 _SPLIT_GEMM = 2.0
 _COMPLEX_GEMM = 9.0
-# What it costs to take one number through a transform, mostly to memory and back, and to copy one
-# weight into the matrix of its frequency.
-_FFT = 150.0
-_TRANSFORM = 80.0
+# What it costs to take one number through a transform, mostly to memory and back. On a GPU it goes
+# there after every step, as the programs that XLA compiles for an H100 show.
+_FFT = {"cpu": 150.0, "gpu": 1800.0}
+_TRANSFORM = {"cpu": 80.0, "gpu": 900.0}
+# What it costs to copy one weight into the matrix of its frequency, and, on a GPU, to put it into
+# its place in a dense matrix beyond the copies that the cost model counts as products.
 _COPIED = 40.0
+_EXPANDED = {"cpu": 0.0, "gpu": 1500.0}
+# A product with fewer tokens takes as long as with so many: as long as its weights are read.
+_LEAST_TOKENS = {"cpu": 1, "gpu": 256}
+# Operations of a map with transforms, beyond its product.
+_TRANSFORM_CALLS = 6
 # What it costs to add one product of a block row to others, to copy one activation beside others
 # for a block column's GEMM, and to put one weight into its place among the zeros of a dense matrix.
-_ADDED, _GATHERED, _SCATTERED = 32.0, 120.0, 120.0
+_ADDED = {"cpu": 32.0, "gpu": 750.0}
+_GATHERED = {"cpu": 120.0, "gpu": 750.0}
+_SCATTERED = 120.0
 # What it costs to read or write one number that lies in memory.
 _MOVED = {"cpu": 20.0, "gpu": 200.0}
 # What any operation costs: a task for the CPU's thread pool, a kernel's launch on a GPU.
@@ -80,7 +89,13 @@ def core_and_bypass_costs(
 
 
 def block_circulant_costs(
-    tokens: int, p: int, q: int, block_size: int, components: int, products: int
+    tokens: int,
+    p: int,
+    q: int,
+    block_size: int,
+    components: int,
+    products: int,
+    platform: Platform,
 ) -> dict[str, float]:
     """Estimates the cost of each plan of the block-circulant map, in multiply-adds.
 
@@ -92,14 +107,20 @@ def block_circulant_costs(
       components: number of real components, out of b, that are kept of a block.
       products: number of real products for one entry of the filter, summed over the kept
         frequencies.
+      platform: the platform that the program is compiled for.
     """
     d_in, d_out = p * block_size, q * block_size
-    transforms = tokens * (d_in + d_out) * (_TRANSFORM + components)
+    transforms = tokens * (d_in + d_out) * (_TRANSFORM[platform] + components)
+    rows = max(tokens, _LEAST_TOKENS[platform])
+    product = rows * p * q * products
+    # A CPU's calls are short beside all this.
+    calls = _TRANSFORM_CALLS * _CALL[platform] if platform == "gpu" else 0.0
+    fft = tokens * _FFT[platform] * (d_in + d_out)
     return {
-        "dft": _SMALL_GEMM * tokens * p * q * products + transforms + _COPIED * p * q * products,
-        "split": _SPLIT_GEMM * tokens * p * q * products + 2 * transforms,
-        "fft": tokens * (_COMPLEX_GEMM * p * q * products + _FFT * (d_in + d_out)),
-        "dense": (tokens + components) * d_in * d_out,
+        "dft": _SMALL_GEMM * product + transforms + _COPIED * p * q * products + calls,
+        "split": _SPLIT_GEMM * product + 2 * transforms + 2 * calls,
+        "fft": _COMPLEX_GEMM * product + fft + calls,
+        "dense": (rows + components + _EXPANDED[platform]) * d_in * d_out,
     }
 
 
@@ -126,8 +147,8 @@ def block_sparse_costs(
     added, gathered = (products / side for side in block_shape)
     return {
         "slice": products,
-        "rows": products + _ADDED * added + _COPIED * weights + call * live[0],
-        "columns": products + _GATHERED * gathered + call * live[1],
+        "rows": products + _ADDED[platform] * added + _COPIED * weights + call * live[0],
+        "columns": products + _GATHERED[platform] * gathered + call * live[1],
         "gather": _GATHERED_GEMM * products,
         "masked": (tokens + _SCATTERED) * full,
     }
