@@ -39,7 +39,7 @@ clean:
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	.venv/bin/pip install --quiet --editable '.[test,torch,eval,lint]'
+	.venv/bin/pip install --quiet --editable '.[test,torch,eval,lint,programs]'
 	touch $@
 
 .venv/.installed-docs: .venv/.installed

@@ -1,14 +1,19 @@
 """Layers on a GPU's clock, in bfloat16: forward, training and decoding, dense = 1.
 
 python campaigns/gpu_layers.py --out campaigns/results/DATE-DEVICE/layers.json
+python campaigns/gpu_layers.py --estimate h100 --measured FILE --out FILE
+
+With --estimate each row also has the time that is estimated from the program that XLA compiles for
+that GPU; with --measured the clock's times are those of an earlier run, and no GPU is needed.
 
 Forward and training calls are queued and waited for together, so that the time is the device's and
 not that of starting a program from Python; decoded tokens follow each other within one program.
 """
 
 import argparse
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 import sparseffn_jax as sf
+from sparseffn_jax.bench.estimated import known_gpu
+from sparseffn_jax.bench.layer import Mode
 from sparseffn_jax.bench.pictures import NARROW_TABLE
+from sparseffn_jax.measure.gpus import compile_for
 from sparseffn_jax.measure.memory import memory_of
 from sparseffn_jax.measure.records import versions, write_json
 from sparseffn_jax.measure.timing import chained
@@ -53,8 +61,8 @@ def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig
     }
 
 
-def measure(config: sf.SparseFFNConfig, tokens: int, mode: str) -> tuple[float, int]:
-    """Returns the seconds of one call, and the bytes of the program's temporary memory."""
+def operands_of(config: sf.SparseFFNConfig, tokens: int, mode: Mode) -> tuple[Any, tuple[Any, ...]]:
+    """Returns the function of one pass, and its arguments."""
     ffn = sf.SparseFFN(config, dtype=jnp.bfloat16)
     keys = jax.random.split(jax.random.key(0), 3)
     x, g = (jax.random.normal(key, (tokens, config.d_model), jnp.bfloat16) for key in keys[:2])
@@ -63,20 +71,23 @@ def measure(config: sf.SparseFFNConfig, tokens: int, mode: str) -> tuple[float, 
         lambda leaf: 0.02 * jax.random.normal(keys[2], leaf.shape, jnp.bfloat16), shapes
     )
 
-    variables: Any = {"params": params}
-    if mode == "decoding":
-        # As in generation: weights do not change, and are packed once.
-        variables = ffn.pack(variables, tokens)
-
     def training(variables: Any, x: Any, g: Any) -> Any:
         return jax.vjp(ffn.apply, variables, x)[1](g)
 
-    programs: Mapping[str, tuple[Callable[..., Any], Any, int, int]] = {
-        "forward": (ffn.apply, (variables, x), _QUEUED, 1),
-        "training": (training, (variables, x, g), _QUEUED, 1),
-        "decoding": (chained(ffn.apply, _DECODED), (variables, x), 3, _DECODED),
-    }
-    function, operands, queued, calls = programs[mode]
+    if mode == "training":
+        return training, ({"params": params}, x, g)
+    if mode == "decoding":
+        # As in generation: weights do not change, and are packed once.
+        return ffn.apply, (ffn.pack({"params": params}, tokens, platform="gpu"), x)
+    return ffn.apply, ({"params": params}, x)
+
+
+def measure(config: sf.SparseFFNConfig, tokens: int, mode: Mode) -> tuple[float, int]:
+    """Returns the seconds of one call, and the bytes of the program's temporary memory."""
+    function, operands = operands_of(config, tokens, mode)
+    queued, calls = _QUEUED, 1
+    if mode == "decoding":
+        function, queued, calls = chained(function, _DECODED), 3, _DECODED
     program = jax.jit(function).lower(*operands).compile()
     result = jax.block_until_ready(program(*operands))
     seconds = []
@@ -90,49 +101,100 @@ def measure(config: sf.SparseFFNConfig, tokens: int, mode: str) -> tuple[float, 
 
 
 def main() -> None:
-    """Measures, prints a table and writes the file."""
+    """Measures, estimates, prints a table and writes the file."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_layers.json"))
     parser.add_argument("--small", action="store_true", help="tiny layers, to try the script")
+    parser.add_argument("--estimate", metavar="GPU", help="estimate for it too: h100, ...")
+    parser.add_argument("--measured", type=Path, help="an earlier layers.json to take times from")
     arguments = parser.parse_args()
+    gpu = arguments.estimate and known_gpu(arguments.estimate)
+    before = arguments.measured and json.loads(arguments.measured.read_text(encoding="utf-8"))
+    clocked = {_key(row): row["us"] for row in before["rows"]} if before else {}
     sizes = [(768, 3072, False), (4096, 11008, True)]
-    runs = [(16384, "forward"), (16384, "training")], [(8192, "forward"), (8192, "training")]
-    decoding = [(1, "decoding"), (16, "decoding"), (64, "decoding")]
+    decoding: list[tuple[int, Mode]] = [(1, "decoding"), (16, "decoding"), (64, "decoding")]
+    passes: list[list[tuple[int, Mode]]] = [
+        [(tokens, "forward"), (tokens, "training"), *decoding] for tokens in (16384, 8192)
+    ]
     if arguments.small:
-        sizes, runs = [(256, 1024, False), (256, 768, True)], ([(64, "training")],) * 2
+        sizes = [(256, 1024, False), (256, 768, True)]
+        passes = [[(64, "training")] for _ in sizes]
     console, rows = Console(soft_wrap=True), []
-    device = jax.devices()[0].device_kind
-    table = Table(title=f"FFN time on {device}, bfloat16, dense = 1", **NARROW_TABLE)
-    for name in ("size", "tokens", "pass", "layer", "promised", "speed-up", "us", "MiB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.caption = "promised: by FLOPs; MiB: temporary memory of the program"
-    for (d_model, d_ff, gated), passes in zip(sizes, runs, strict=True):
+    for (d_model, d_ff, gated), each in zip(sizes, passes, strict=True):
         configs = layers(d_model, d_ff, gated)
-        for tokens, mode in [*passes, *decoding]:
-            seconds: dict[str, float] = {}
+        for tokens, mode in each:
+            first = len(rows)
             for name, config in configs.items():
                 if mode == "decoding" and name.startswith(("low", "dft")):
                     continue
-                seconds[name], temporary = measure(config, tokens, mode)
-                row = {
+                row: dict[str, Any] = {
                     "size": f"{d_model} x {d_ff}",
                     "tokens": tokens,
                     "pass": mode,
                     "layer": name,
                     "promised": 1.0 / sf.flops_ratio(config),
-                    "speedup": seconds["dense"] / seconds[name],
-                    "us": 1e6 * seconds[name],
-                    "temporary_mib": temporary / 2**20,
                 }
+                if before is None:
+                    seconds, temporary = measure(config, tokens, mode)
+                    row |= {"us": 1e6 * seconds, "temporary_mib": temporary / 2**20}
+                elif _key(row) in clocked:
+                    row["us"] = clocked[_key(row)]
+                if gpu:
+                    function, operands = _shapes(config, tokens, mode)
+                    program = compile_for(gpu, function, *operands)
+                    row |= {
+                        "estimated_us": 1e6 * gpu.seconds(program),
+                        "kernels": program.launches,
+                    }
                 rows.append(row)
-                table.add_row(
-                    *(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values())
-                )
-            console.print(f"{d_model} x {d_ff}, {tokens} tokens, {mode}: measured")
-    console.print(table)
+            for row in rows[first:]:
+                for column, gain in (("us", "speedup"), ("estimated_us", "estimated_speedup")):
+                    if column in row and column in rows[first]:
+                        row[gain] = rows[first][column] / row[column]
+            console.print(f"{d_model} x {d_ff}, {tokens} tokens, {mode}: done")
+    console.print(_table(rows, before["versions"]["device"] if before else _device()))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out, {"versions": versions(), "rows": rows})
+    result = {"versions": before["versions"] if before else versions(), "rows": rows}
+    write_json(arguments.out, result | ({"estimated_for": gpu.description} if gpu else {}))
     console.print(f"wrote {arguments.out}")
+
+
+def _shapes(config: sf.SparseFFNConfig, tokens: int, mode: Mode) -> tuple[Any, tuple[Any, ...]]:
+    """Returns what :func:`operands_of` does, with shapes in the place of arrays."""
+    functions = []
+
+    def operands() -> tuple[Any, ...]:
+        function, values = operands_of(config, tokens, mode)
+        functions.append(function)
+        return values
+
+    shapes = jax.eval_shape(operands)
+    return functions[-1], shapes
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("size", "tokens", "pass", "layer"))
+
+
+def _device() -> str:
+    return jax.devices()[0].device_kind
+
+
+def _table(rows: list[dict[str, Any]], device: str) -> Table:
+    table = Table(title=f"FFN time on {device}, bfloat16, dense = 1", **NARROW_TABLE)
+    columns = {
+        **{name: name for name in ("size", "tokens", "pass", "layer", "promised")},
+        **{"speed-up": "speedup", "us": "us", "MiB": "temporary_mib"},
+        **{"est. speed-up": "estimated_speedup", "est. us": "estimated_us", "kernels": "kernels"},
+    }
+    columns = {name: key for name, key in columns.items() if any(key in row for row in rows)}
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        cells = (row.get(key, "") for key in columns.values())
+        table.add_row(*(f"{x:.2f}" if isinstance(x, float) else str(x) for x in cells))
+    table.caption = "promised: by FLOPs; MiB: temporary memory; est.: from the compiled program"
+    return table
 
 
 if __name__ == "__main__":

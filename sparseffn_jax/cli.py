@@ -79,6 +79,9 @@ def main(argv: list[str] | None = None) -> None:
         compiles in the user's cache folder.
     """
     errors = Console(stderr=True, soft_wrap=True)
+    if not os.path.exists("/proc/driver/nvidia"):
+        # JAX's plugin for CUDA may be there as a compiler; it would ask for CUDA's libraries.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if argv is None:
         keep_compiled_programs()
     try:
@@ -98,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     except Terminated as terminated:
         errors.print(str(terminated), markup=False, highlight=False)
         raise
-    except (ValueError, OSError, MemoryError, DivergenceError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, DivergenceError) as error:
         if os.environ.get("SPARSEFFN_TRACEBACK"):
             raise
         errors.print(f"error: {error}", markup=False, highlight=False)

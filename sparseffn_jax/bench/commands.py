@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sparseffn_jax.bench.estimated import estimate_table, run_ffn_estimate
 from sparseffn_jax.bench.layer import FFNBenchSettings, ffn_tables, run_ffn_bench
 from sparseffn_jax.bench.model import ModelBenchSettings, model_table, run_model_bench
 from sparseffn_jax.bench.quality import QualitySettings, run_quality
@@ -26,15 +27,25 @@ class BenchFFN(FFNBenchSettings):
     takes, and what the chosen plan loses to the best one.
 
     Attributes:
+      device: Estimate for this GPU (a100, h100, h200, b200), which need not be here, instead of
+        measuring: the programs are compiled for it, and nothing runs.
       json: Print the contents of ffn.json instead of the tables.
       plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
     """
 
+    device: str | None = None
     json: bool = False
     plans: Path | None = None
 
     def run(self, console: Console) -> None:
         """Runs the command."""
+        if self.device is not None:
+            result = run_ffn_estimate(self, self.device, Console(stderr=True))
+            if self.json:
+                print(json.dumps(result, indent=2))
+            else:
+                console.print(estimate_table(result["gpu"], result["rows"]))
+            return
         with using(self.plans):
             result = run_ffn_bench(self, Console(stderr=True))
         if self.json:

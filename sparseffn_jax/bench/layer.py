@@ -41,7 +41,7 @@ from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.sparsify.sizing import size_ffn
 
 Mode = Literal["forward", "training", "decoding"]
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _BLOCK = 64
 # Tokens decoded one after the other in one program.
 _DECODED = 32
@@ -181,7 +181,7 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
     configs = grid(settings.d_model, settings.d_ff)
     chosen = settings.only or tuple(configs)
     dense = configs["dense"] = size_ffn(settings.d_model, settings.d_ff, 1.0, _ACTIVATION)
-    dtype = _DTYPES[settings.dtype]
+    dtype = DTYPES[settings.dtype]
     peak = measure_peak(dtype)
     tokens = settings.tokens
     programs = {
@@ -271,7 +271,7 @@ def _time_grid(programs, chosen, repeats, console) -> dict[tuple[str, Mode], Pai
 
 
 def _row(name, mode: Mode, config, dense, times: PairedTimes, settings) -> dict[str, Any]:
-    dtype = _DTYPES[settings.dtype]
+    dtype = DTYPES[settings.dtype]
     tokens = 1 if mode == "decoding" else settings.tokens
     promised = 1.0 / flops_ratio(config)
     row = {
@@ -317,7 +317,7 @@ def _products(settings: FFNBenchSettings) -> dict[str, Any]:
     weight = np.asarray(rng.normal(size=mask.shape) * 0.02, np.float32)
     alive = np.kron(np.array(mask.blocks), np.ones(mask.block_shape, np.float32))
     x = np.asarray(rng.normal(size=(settings.tokens, mask.shape[0])), np.float32)
-    dtype = _DTYPES[settings.dtype]
+    dtype = DTYPES[settings.dtype]
     kernel = jnp.asarray(mask.compress(weight), dtype)
     ours = jax.jit(lambda x: block_sparse_matmul(x, kernel, mask))
     x_here = jnp.asarray(x, dtype)
@@ -355,7 +355,9 @@ def _forward(layer: SparseFFN) -> Callable[..., Any]:
     return lambda params, x: layer.apply(params, x)
 
 
-def _training(layer: SparseFFN) -> Callable[..., Any]:
+def training_pass(layer: SparseFFN) -> Callable[..., Any]:
+    """Returns a function of parameters and inputs that returns outputs and both gradients."""
+
     def value_and_gradients(params: Any, x: Any) -> Any:
         y, vjp = jax.vjp(layer.apply, params, x)
         return y, vjp(x)
@@ -369,7 +371,7 @@ def _decoding(layer: SparseFFN) -> Callable[..., Any]:
 
 _MODES: Mapping[Mode, Callable[[SparseFFN], Callable[..., Any]]] = {
     "forward": _forward,
-    "training": _training,
+    "training": training_pass,
     "decoding": _decoding,
 }
 
@@ -378,7 +380,7 @@ def _training_bytes(config: SparseFFNConfig, tokens: int, dtype) -> int:
     layer = SparseFFN(config, dtype=dtype, param_dtype=dtype)
     x = jax.ShapeDtypeStruct((tokens, config.d_model), dtype)
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
-    return program_memory(_training(layer), params, x).total
+    return program_memory(training_pass(layer), params, x).total
 
 
 def _counted(config: SparseFFNConfig, tokens: int, dtype) -> dict[str, float]:

@@ -65,6 +65,28 @@ def test_the_ffn_bench(tmp_path, capfd):
     )
 
 
+def test_the_ffn_bench_estimates_for_a_gpu_that_is_not_here(tmp_path, capfd):
+    argv = [
+        *("bench", "ffn", "--d-model", "256", "--d-ff", "256", "--tokens", "64"),
+        *("--dtype", "bfloat16", "--device", "h100", "--out", str(tmp_path)),
+        *("--only", "narrow-1/4"),
+    ]
+    main([*argv, "--json"])
+    printed = json.loads(capfd.readouterr().out)
+    assert printed == json.loads((tmp_path / "ffn-h100.json").read_text())
+    assert printed["gpu"].startswith("NVIDIA H100")
+    rows = {row["mode"]: row for row in printed["rows"]}
+    assert [rows[mode]["tokens"] for mode in ("forward", "training", "decoding")] == [64, 64, 1]
+    for row in rows.values():
+        assert row["promised"] == 4.0
+        assert 0.0 < row["seconds"] < 1e-3
+        assert row["kernels"] >= 2
+        assert row["weights_copied"] == 0
+    assert rows["training"]["bytes_moved"] > rows["forward"]["bytes_moved"]
+    main(argv)
+    assert "narrow-1/4" in capfd.readouterr().out
+
+
 def test_the_model_bench(tmp_path, monkeypatch):
     monkeypatch.setitem(model_bench._SIZES, "small", (32, 2, 2))
     monkeypatch.setattr(model_bench, "_VOCABULARY", 97)
@@ -134,6 +156,7 @@ def test_pytorch_computes_what_ours_does(tmp_path):
         (["ffn", "--d-model", "100"], "d_model=100 and d_ff=3072 must be multiples"),
         (["ffn", "--only", "magic"], "unknown configurations magic: expected some of low-rank-64"),
         (["ffn", "--repeats", "0"], "repeats=0 must be at least 1"),
+        (["ffn", "--device", "h900"], "device='h900' is not known: expected one of a100, h100"),
         (["model", "--block-size", "5"], "width=3072 is not a multiple of block_size=5"),
         (["model", "--flops", "2"], "flops_ratio=2.0 must lie above 0"),
         (["model", "--layers", "13"], "layers=13 must lie between 1 and 12"),
