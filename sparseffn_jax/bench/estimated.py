@@ -4,24 +4,31 @@ Nothing is timed: each program is compiled for the GPU, and its time is estimate
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from sparseffn_jax.bench import pictures
+from sparseffn_jax.bench.clock import step_config
 from sparseffn_jax.bench.layer import DTYPES, FFNBenchSettings, Mode, grid, training_pass
 from sparseffn_jax.bench.settings import begin_report
 from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.evaluate.fused_loss import mean_loss
+from sparseffn_jax.evaluate.losses import forward
 from sparseffn_jax.measure import records
 from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.measure.gpus import GPU, compile_for, gpus
-from sparseffn_jax.models.decoder import Dtype
+from sparseffn_jax.models.decoder import Decoder, Dtype
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
-from sparseffn_jax.sparsify.sizing import size_ffn
+from sparseffn_jax.sparsify.sizing import size_ffn, size_model
+from sparseffn_jax.train.step import init_state, make_stage, make_update
+from sparseffn_jax.train.strategies import STEP_SCALARS
 
 _MODES: tuple[Mode, ...] = ("forward", "training", "decoding")
 
@@ -142,6 +149,126 @@ def estimate_table(gpu: str, rows: Iterable[dict[str, Any]]) -> Table:
         )
     table.caption = "Not measured. MiB: weights that a call copies, temporary memory"
     return table
+
+
+class EstimatedFFNClock:
+    """The prices of a plan for a GPU that is not there; stands in for an ``FFNClock``.
+
+    Args:
+      model: a decoder whose layers are all dense, in the precision to estimate in.
+      tokens: rows of activations.
+      gpu: the GPU.
+      train: whether forward and backward pass together count instead of the forward pass.
+    """
+
+    def __init__(self, model: Decoder, tokens: int, gpu: GPU, *, train: bool = False):
+        self._model, self._tokens, self._gpu, self._train = model, tokens, gpu, train
+        self._seconds: dict[SparseFFNConfig | None, float] = {}
+
+    def prices(
+        self,
+        configs: Sequence[SparseFFNConfig | None],
+        on_size: Callable[[int, int], None] | None = None,
+    ) -> dict[SparseFFNConfig | None, float]:
+        """Returns the time of each layer over that of the dense FFN.
+
+        Args:
+          configs: the layers; ``None`` stands for the dense FFN.
+          on_size: function that is called with the numbers of sizes done and to be done.
+        """
+        prices = {}
+        for i, config in enumerate(configs):
+            prices[config] = self._of(config) / self._of(None)
+            if on_size is not None:
+                on_size(i + 1, len(configs))
+        return prices
+
+    def dense_seconds(self) -> float:
+        """Returns what one dense FFN takes, in seconds."""
+        return self._of(None)
+
+    def speedup(self, configs: Sequence[SparseFFNConfig | None]) -> float:
+        """Returns the speed-up of all layers' FFNs together.
+
+        Args:
+          configs: the configuration of each layer.
+        """
+        return len(configs) * self._of(None) / sum(map(self._of, configs))
+
+    def _of(self, config: SparseFFNConfig | None) -> float:
+        if config not in self._seconds:
+            layer = size_model(self._model.spec, 1.0) if config is None else config
+            mode: Mode = "training" if self._train else "forward"
+            args = mode, self._tokens, self._model.dtype, self._gpu
+            self._seconds[config] = estimate_layer(layer, *args).seconds
+        return self._seconds[config]
+
+
+class EstimatedModelClock:
+    """What a whole model takes on a GPU that is not there; stands in for a ``ModelClock``.
+
+    Args:
+      model: a decoder whose layers are all dense, in the precision to estimate in.
+      batch_size: windows in the batch.
+      window: tokens in a window.
+      clock: prices of FFNs on equally many tokens, and in the same passes.
+      gpu: the GPU.
+      train: whether a training step of all parameters counts instead of the evaluation.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        batch_size: int,
+        window: int,
+        clock: EstimatedFFNClock,
+        gpu: GPU,
+        *,
+        train: bool = False,
+    ):
+        self._model, self._gpu, self._train = model, gpu, train
+        self._batch = jax.ShapeDtypeStruct((batch_size, window + 1), jnp.int32)
+        self._dense = self._of(model)
+        # In units of what one dense FFN takes.
+        self._whole = self._dense / clock.dense_seconds()
+
+    def ffn_budget(self, speedup: float) -> float:
+        """Returns what all FFNs may take for a speed-up of the model; one dense FFN takes 1.
+
+        Args:
+          speedup: time of the dense model over that of the sparse one.
+        """
+        return self._model.spec.n_layer - self._whole * (1.0 - 1.0 / speedup)
+
+    def speedup(self, configs: Sequence[SparseFFNConfig | None]) -> float:
+        """Returns the speed-up of the whole model.
+
+        Args:
+          configs: the configuration of each layer.
+        """
+        return self._dense / self._of(self._model.clone(ffns=tuple(configs)))
+
+    def _of(self, model: Decoder) -> float:
+        if not self._train:
+            # Weights that are only read lie in the precision of the computation.
+            model = model.clone(param_dtype=model.dtype)
+        ids = jnp.zeros((1, 4), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+        if not self._train:
+            program = compile_for(self._gpu, functools.partial(_loss, model), params, self._batch)
+            return self._gpu.seconds(program)
+        config = step_config(self._batch.shape[0])
+        stage = make_stage(config, params, 0)
+        state, frozen = jax.eval_shape(functools.partial(init_state, stage), params)
+        update = make_update(model, stage, config)
+        scalars = tuple(map(np.asarray, STEP_SCALARS))
+        program = compile_for(self._gpu, update, state, frozen, None, self._batch, *scalars)
+        return self._gpu.seconds(program)
+
+
+def _loss(model: Decoder, params: Any, ids: Any) -> Any:
+    outputs, _ = forward(model, params, ids[:, :-1])
+    return mean_loss(outputs, ids[:, 1:])[0]
 
 
 def known_gpu(name: str) -> GPU:

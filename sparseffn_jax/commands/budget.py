@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from sparseffn_jax.bench.estimated import known_gpu
 from sparseffn_jax.commands.common import Precision, check_at_least
 
 _SHARES, _SPEEDUPS = ("flops", "parameters"), ("ffn_speedup", "speedup")
@@ -18,11 +19,13 @@ class Budget:
       flops: FFN FLOPs of all layers over the dense ones.
       parameters: FFN parameters of all layers over the dense ones.
       ffn_speedup: Speed-up of the FFNs, measured here.
-      speedup: Speed-up of the whole model, measured here.
+      speedup: Speed-up of the whole model, measured here or, with --device, estimated.
       max_loss: Predicted rise of the loss, in nats a token, at as few FLOPs as it allows.
       timed_pass: What is timed for a speed-up: evaluation, or training.
       timed_tokens: Tokens in the passes that are timed, rounded to whole windows.
       timed_dtype: Precision of the computation that is timed.
+      device: GPU to plan for (a100, h100, h200, b200), which need not be here: speed-ups are
+        estimated from programs compiled for it instead of measured.
     """
 
     flops: float | None = None
@@ -33,6 +36,7 @@ class Budget:
     timed_pass: Literal["forward", "training"] = "forward"
     timed_tokens: int = 1024
     timed_dtype: Precision = "float32"
+    device: str | None = None
 
     @property
     def given(self) -> dict[str, float]:
@@ -61,10 +65,12 @@ class Budget:
         if name in _SHARES and value > 1.0:
             raise ValueError(f"{name}={value} is a share of the dense FFNs: it must not exceed 1")
         for field in dataclasses.fields(self):
-            given = getattr(self, field.name)
-            if field.name.startswith("timed") and name not in _SPEEDUPS and given != field.default:
+            given, is_of_clock = getattr(self, field.name), field.name not in _LIMITS
+            if is_of_clock and name not in _SPEEDUPS and given != field.default:
                 raise ValueError(
                     f"{field.name}={given} says what is timed for --speedup or --ffn-speedup: "
                     f"with --{name.replace('_', '-')} nothing is timed"
                 )
+        if self.device is not None:
+            known_gpu(self.device)
         check_at_least("timed_tokens", self.timed_tokens, 1)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseffn_jax.bench.clock import FFNClock, ModelClock
+from sparseffn_jax.bench.estimated import EstimatedFFNClock, EstimatedModelClock, known_gpu
 from sparseffn_jax.bench.pictures import plot_plan
 from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained
@@ -175,17 +176,26 @@ class Plan:
         model = dense.model(DTYPES[self.budget.timed_dtype])
         length, train = windows.shape[1] - 1, self.budget.timed_pass == "training"
         batch = windows[: max(1, self.budget.timed_tokens // length)]
-        clock = FFNClock(model, len(batch) * length, train=train)
+        tokens = len(batch) * length
+        if self.budget.device is None:
+            clock, timing = FFNClock(model, tokens, train=train), "timing"
+        else:
+            gpu = known_gpu(self.budget.device)
+            clock, timing = EstimatedFFNClock(model, tokens, gpu, train=train), "compiling"
         configs = [config_of(spec, size) for size in sizes]
-        with counter("timing size", console) as count:
+        with counter(f"{timing} size", console) as count:
             prices = clock.prices(configs, count)
         smallest = (min(configs, key=prices.__getitem__),) * spec.n_layer
         least = spec.n_layer * prices[smallest[0]]
         if name == "ffn_speedup":
             speedup, budget = clock.speedup, lambda aim: spec.n_layer / aim
         else:
-            with stage("timing the model", console):
-                whole = ModelClock(model, dense.params, batch, clock, train=train)
+            with stage(f"{timing} the model", console):
+                if isinstance(clock, FFNClock):
+                    whole = ModelClock(model, dense.params, batch, clock, train=train)
+                else:
+                    args = model, len(batch), length, clock, gpu
+                    whole = EstimatedModelClock(*args, train=train)
             speedup, budget = whole.speedup, whole.ffn_budget
         with stage("measuring the smallest layers", console):
             most = speedup(smallest)
@@ -216,7 +226,8 @@ class Plan:
             with stage("measuring the plan", console):
                 measured = measure(plan)
             reached, last = measured[name], plan
-            console.print(f"measured {reached:.2f}x of {target:.2f}x")
+            how = "measured" if self.budget.device is None else "estimated"
+            console.print(f"{how} {reached:.2f}x of {target:.2f}x")
             if reached >= target * (1.0 - _SHORT):
                 if best is None or plan.damage < best[0].damage:
                     best = plan, measured
