@@ -74,7 +74,7 @@ class GPU:
           kernel: the kernel.
         """
         if kernel.is_collective:
-            return _LAUNCH + kernel.bytes_written / (_OF_BYTES * self.link_bytes_per_second)
+            return _LAUNCH + kernel.bytes_sent / (_OF_BYTES * self.link_bytes_per_second)
         product = self.matrix_flops_per_second.get(kernel.dtype, self.flops_per_second)
         return _LAUNCH + max(
             kernel.matrix_flops / (_OF_FLOPS * product),

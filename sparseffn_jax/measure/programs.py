@@ -91,6 +91,13 @@ class Kernel(NamedTuple):
         """Bytes of memory that one run reads or writes."""
         return self.bytes_read + self.bytes_written
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that a device sends in one run of a collective among many, as in a ring."""
+        if self.kind == "all-reduce":
+            return 2 * self.bytes_written
+        return self.bytes_read if self.kind == "reduce-scatter" else self.bytes_written
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -126,11 +133,11 @@ class Program:
 
     @property
     def collective_bytes(self) -> dict[str, int]:
-        """Bytes that a device receives in all runs, by the kind of the collective."""
+        """Bytes that a device sends in all runs, by the kind of the collective."""
         total: dict[str, int] = collections.Counter()
         for kernel in self.kernels:
             if kernel.is_collective:
-                total[kernel.kind] += kernel.times * kernel.bytes_written
+                total[kernel.kind] += kernel.times * kernel.bytes_sent
         return dict(total)
 
 
@@ -313,8 +320,9 @@ class _Walk:
             # The second result is scratch memory.
             written = i.arrays[0].nbytes if "cublas" in kind else written
         is_collective = kind in _COLLECTIVES
-        if is_collective and i.opcode.endswith("-start"):
-            written = i.arrays[-1].nbytes
+        if i.opcode in ("all-gather-start", "collective-permute-start"):
+            # Operands stand before results.
+            written = sum(array.nbytes for array in i.arrays[len(i.arrays) // 2 :])
         matrix, other, dtype = self._flops(whole)
         only_moves = all(
             inner.opcode in _MOVES or inner.opcode in _FREE for inner in whole.instructions.values()

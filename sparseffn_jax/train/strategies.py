@@ -6,6 +6,7 @@ same global batches, but for rounding and dropout.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
@@ -148,8 +149,11 @@ class MeshSharding(SingleDevice):
     def gather(self, params):
         # Without this the partitioner may move activations to the pieces of the weights: it sees
         # one axis over both batch and weights, and not that only the weights are to travel.
-        return jax.lax.with_sharding_constraint(
-            params, sharding.shardings(self.mesh, params, gathered=True)
+        return jax.tree.map(
+            _gathered,
+            params,
+            sharding.shardings(self.mesh, params, gathered=True),
+            sharding.shardings(self.mesh, params),
         )
 
     def place_batch(self, windows, rows):
@@ -241,6 +245,20 @@ def _compiled(step: Any, state: Any, frozen: Any, teacher: Any, batch: Any) -> C
     )
     check_fits(compiled, "a training step", remedies)
     return compiled
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, whole: NamedSharding, pieces: NamedSharding) -> jax.Array:
+    del pieces
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+# A device needs the sum of its own piece of the gradient; by the derivative of the constraint it
+# would sum up the whole, and send twice as much.
+_gathered.defvjp(
+    lambda x, whole, pieces: (_gathered(x, whole, pieces), None),
+    lambda whole, pieces, _, gradient: (jax.lax.with_sharding_constraint(gradient, pieces),),
+)
 
 
 def _put(x: Any, where: NamedSharding) -> jax.Array:

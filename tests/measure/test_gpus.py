@@ -57,8 +57,14 @@ def test_time_is_that_of_the_slowest_of_arithmetic_products_and_memory(h100):
         assert h100.kernel_seconds(one) == pytest.approx(1.0 + launch)
     every = kernel(**second, dtype="bfloat16")
     assert h100.kernel_seconds(every) == pytest.approx(1.0 + launch)
-    sent = kernel(bytes_read=1e15, bytes_written=0.8 * 450e9, is_collective=True)
-    assert h100.kernel_seconds(sent) == pytest.approx(1.0 + launch)
+    few, many = 0.8 * 450e9 / 8, 0.8 * 450e9
+    for kind, read, written, seconds in (
+        ("all-gather", few, many, 1.0),
+        ("reduce-scatter", many, few, 1.0),
+        ("all-reduce", many, many, 2.0),
+    ):
+        sent = kernel(kind=kind, bytes_read=read, bytes_written=written, is_collective=True)
+        assert h100.kernel_seconds(sent) == pytest.approx(seconds + launch)
 
 
 @pytest.mark.parametrize("name", gpus())
@@ -109,7 +115,7 @@ def test_collectives_of_a_sharded_gradient_have_their_bytes(h100):
 
     args = placed(shape(512, 1024)), placed(shape(4096, 512), "data")
     program = compile_for(h100, jax.grad(loss), *args)
-    assert program.collective_bytes == {"all-reduce": 2 * 512 * 1024}
+    assert program.collective_bytes == {"all-reduce": 2 * 2 * 512 * 1024}
 
 
 def test_without_the_compiler_the_error_says_what_to_install(h100, monkeypatch):
