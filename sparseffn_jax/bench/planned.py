@@ -18,7 +18,14 @@ from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.sparsify.estimates import kept_estimates
 from sparseffn_jax.sparsify.fisher import fisher_windows, output_fisher
-from sparseffn_jax.sparsify.planning import Planner, candidates, config_of, size_grid
+from sparseffn_jax.sparsify.planning import (
+    Plan,
+    Planner,
+    candidates,
+    config_of,
+    size_grid,
+    try_out_best,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +76,9 @@ class Planning:
         with counter("timing size", self._console) as count:
             return FFNClock(self._model, self._timed_tokens).prices(configs, count)
 
-    def planner(self, narrow: bool) -> Planner:
-        """Returns a planner that has not tried anything out.
-
-        Args:
-          narrow: whether it may choose widths alone, without bypasses.
-        """
-        damages = [
-            {(width, rank): x for (width, rank), x in layer.items() if not (narrow and rank)}
-            for layer in self._damages
-        ]
-        args = self._model, self._params, self._windows[:, :-1], self._fisher, damages
+    def planner(self) -> Planner:
+        """Returns a planner that has not tried anything out."""
+        args = self._model, self._params, self._windows[:, :-1], self._fisher, self._damages
         return Planner(*args, batch_size=EVALUATION_BATCH)
 
     @functools.cached_property
@@ -114,11 +113,16 @@ class PlannedMethod:
     """
 
     def __init__(self, planning: Planning, target: float, *, narrow: bool, console: Console):
-        self._prices, self._planner = planning.prices, planning.planner(narrow)
+        self._prices, planner = planning.prices, planning.planner()
+        alone = planner.without_bypasses()
         # Prices may be a little too high: what is fastest by them is tried out at least.
         share = max(1.0 / target, min(self._prices.values()))
         with counter("trying out layer", console) as count:
-            self._planner.try_out(self._plan(share), on_layer=count)
+            self._planner = try_out_best(
+                [alone] if narrow else [planner, alone],
+                lambda planner: self._plan_by(planner, share),
+                on_layer=count,
+            )
 
     def size(self, spec: DecoderSpec, flops_ratio: float) -> PlannedConfigs:
         """Returns the best plan within a share of the dense FFNs' time.
@@ -127,7 +131,7 @@ class PlannedMethod:
           ValueError: if there is none.
         """
         del spec
-        return PlannedConfigs(self._plan(flops_ratio))
+        return PlannedConfigs(self._plan_by(self._planner, flops_ratio).configs)
 
     def flops_ratio(self, config: PlannedConfigs) -> float:
         """Returns the mean of the layers' floating-point operations over the dense FFN's."""
@@ -144,6 +148,5 @@ class PlannedMethod:
         """Calls :func:`sparsify`."""
         return start.sparsify(model, params, config.layers)
 
-    def _plan(self, share: float) -> tuple[SparseFFNConfig | None, ...]:
-        budget = share * len(self._planner.weights)
-        return self._planner.plan(self._prices.__getitem__, budget=budget).configs
+    def _plan_by(self, planner: Planner, share: float) -> Plan:
+        return planner.plan(self._prices.__getitem__, budget=share * len(planner.weights))

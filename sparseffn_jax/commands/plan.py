@@ -1,6 +1,7 @@
 """The command ``sparseffn plan``."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from sparseffn_jax.sparsify.planning import (
     config_of,
     size_grid,
     size_of,
+    try_out_best,
 )
 from sparseffn_jax.train.data import STDLIB, load_windows
 
@@ -60,7 +62,8 @@ class Plan:
       budget: What the layers may cost together.
       most_shapes: Number of different layers, dense ones included; default any number.
       narrow: Plan with narrower FFNs alone, without bypasses, to compare.
-      trials: Conversions that show how much of a loss later layers repair.
+      trials: Conversions that show how much of a loss later layers repair, and whether bypasses
+        pay: as many with them as without.
       repair: As "convert" will be given it. With 0 nothing is repaired, and nothing is tried out.
       text: Calibration text; see "demo".
       calibration_tokens: Tokens of it to use.
@@ -118,14 +121,19 @@ class Plan:
             )
         planner = Planner(model, dense.params, tokens, fisher, damages, batch_size=self.batch_size)
 
-        def make(aim: float) -> ModelPlan:
+        _, target = self.budget.speedup_wanted or ("", 1.0)
+
+        def plan_by(planner: Planner, aim: float = target) -> ModelPlan:
             limits = prices.limits(aim)
             return planner.plan(prices.cost, most_shapes=self.most_shapes, **limits)
 
-        _, target = self.budget.speedup_wanted or ("", 1.0)
-        for _ in range(self.trials if self.repair else 0):
+        if self.trials and self.repair:
+            planners = [planner] if self.narrow else [planner, planner.without_bypasses()]
+            how = {"trials": self.trials, "repair": self.repair}
             with counter("trying out layer", console) as count:
-                planner.try_out(make(target).configs, self.repair, on_layer=count)
+                planner = try_out_best(planners, plan_by, **how, on_layer=count)
+
+        make = functools.partial(plan_by, planner)
         if prices.measure is None:
             plan, measured = make(target), {}
         else:

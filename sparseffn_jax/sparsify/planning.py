@@ -27,6 +27,7 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
+from sparseffn_jax.evaluate.losses import make_evaluator
 from sparseffn_jax.models.decoder import FFN_NAME, Decoder, ffn_module, layers_of
 from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.sparsify.budget import Candidate, choose
@@ -259,6 +260,18 @@ class Plan:
         return sum(layer.damage for layer in self.layers)
 
 
+class Trial(NamedTuple):
+    """What a trial conversion without gradient steps shows, on text that it was not fitted to.
+
+    Attributes:
+      damage: the damage that the last replaced layer sees, in nats a token.
+      loss: the converted model's cross-entropy, in nats a token.
+    """
+
+    damage: float
+    loss: float
+
+
 class Planner:
     """Chooses what each layer becomes, and learns from trial conversions.
 
@@ -328,7 +341,7 @@ class Planner:
           on_layer: function that is called with the numbers of layers done and to be done.
 
         Returns:
-          The damage that the last replaced layer sees, in nats a token.
+          What the trial shows.
         """
         model, seen, before = self._model, 0.0, 0.0
         ffns = tuple(configs)
@@ -349,7 +362,7 @@ class Planner:
             return fitted, leaves
 
         layers = [i for i, config in enumerate(ffns) if config is not None]
-        convert_layers(
+        converted, params = convert_layers(
             model,
             self._params,
             layers,
@@ -359,7 +372,50 @@ class Planner:
             batch_size=self._batch_size,
             on_layer=on_layer and (lambda layer: on_layer(layer.layer + 1, len(ffns))),
         )
-        return seen
+        unseen = self._tokens[round(_FIT_SHARE * len(self._tokens)) :]
+        return Trial(seen, make_evaluator(converted)(params, unseen, self._batch_size))
+
+    def without_bypasses(self) -> "Planner":
+        """Returns a planner that chooses among widths alone, and has not tried anything out."""
+        damages = [
+            {(width, rank): x for (width, rank), x in layer.items() if not rank}
+            for layer in self._damages
+        ]
+        args = self._model, self._params, self._tokens, self._fisher, damages
+        return Planner(*args, batch_size=self._batch_size)
+
+
+def try_out_best(
+    planners: Sequence[Planner],
+    plan: Callable[[Planner], Plan],
+    *,
+    trials: int = 1,
+    repair: float = REPAIR,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> Planner:
+    """Tries out what each planner plans, and returns the one whose model has the least loss.
+
+    Estimates of what a layer loses alone prefer some kinds of layers by more than a whole model
+    bears out: on SmolLM2 at twice the speed, bypasses should have gained 0.02 nats and lost 0.01.
+
+    Args:
+      planners: planners, which all learn from their own trials.
+      plan: returns the plan that a planner makes for the budget in question.
+      trials: number of trial conversions for each of them, at least 1.
+      repair: as in :meth:`Planner.try_out`.
+      on_layer: function that is called with the numbers of layers done and to be done.
+    """
+    tried: dict[Any, float] = {}
+    losses = []
+    for planner in planners:
+        loss = np.inf
+        for _ in range(trials):
+            configs = plan(planner).configs
+            if configs not in tried:
+                tried[configs] = planner.try_out(configs, repair, on_layer).loss
+            loss = tried[configs]
+        losses.append(loss)
+    return planners[int(np.argmin(losses))]
 
 
 def estimate_layers(

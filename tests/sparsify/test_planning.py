@@ -14,12 +14,14 @@ from sparseffn_jax.sparsify.fisher import output_fisher
 from sparseffn_jax.sparsify.planning import (
     Grid,
     Planner,
+    Trial,
     candidates,
     config_of,
     estimate_damages,
     estimate_layers,
     size_grid,
     size_of,
+    try_out_best,
 )
 from sparseffn_jax.sparsify.streams import LayerActivations
 
@@ -129,9 +131,9 @@ def test_a_trial_teaches_what_later_layers_repair(planner):
     configs = [config_of(model.spec, (grid.widths[len(grid.widths) // 2], grid.ranks[1]))] * 2
     np.testing.assert_array_equal(plans.weights, [1.0, 1.0])
     # Of one layer alone nothing can be learnt; what it leaves is what the second one finds.
-    before = plans.try_out([configs[0], None])
+    before = plans.try_out([configs[0], None]).damage
     np.testing.assert_array_equal(plans.weights, [1.0, 1.0])
-    after = plans.try_out(configs, on_layer=lambda *counts: seen.append(counts))
+    after = plans.try_out(configs, on_layer=lambda *counts: seen.append(counts)).damage
     assert seen == [(1, 2), (2, 2)]
     own = plans._damages[1][size_of(configs[1], model.spec)]
     share = min(max((after - own) / before, 0.0), 1.0)
@@ -164,7 +166,7 @@ def test_the_damage_left_by_a_trial_is_that_of_the_converted_stream():
     config = config_of(model.spec, size)
     damages = [{(model.spec.d_ff, 0): 0.0, size: 0.0}] * 2
     plans = Planner(model, params, windows[:, :-1], fisher, damages, batch_size=20)
-    left = plans.try_out([None, config])
+    left, loss = plans.try_out([None, config])
     tokens = windows[:, :-1]
     first, second = tokens[:60], tokens[60:]
     sparse, leaves = sf.sparsify(model, params, [None, config], first, distill_steps=0)
@@ -180,3 +182,37 @@ def test_the_damage_left_by_a_trial_is_that_of_the_converted_stream():
     lost = np.float64(streams[0] - streams[1]).reshape(-1, model.spec.d_model)
     wanted = 0.5 * np.einsum("no,op,np->", lost, fisher[1], lost) / len(lost)
     assert left == pytest.approx(wanted, rel=1e-2)
+    assert loss == pytest.approx(sf.evaluate_loss(sparse, leaves, second, 20), rel=1e-5)
+
+
+def test_of_spaces_the_one_whose_trial_loses_least_is_taken(monkeypatch):
+    model, params = make_model("gpt2")
+    sizes = {(model.spec.d_ff, 0): 0.0, (64, 8): 0.1, (64, 0): 0.2}
+    damages = [dict(sizes)] * 2
+    windows = np.zeros((4, 5), int)
+    full = Planner(model, params, windows, [], damages)
+    alone = full.without_bypasses()
+    assert full._damages == damages
+    assert [list(layer) for layer in alone._damages] == [[(model.spec.d_ff, 0), (64, 0)]] * 2
+    tried = []
+
+    def try_out(planner, configs, repair, on_layer):
+        tried.append((planner, configs, repair))
+        bypasses = any(config is not None and config.spectral for config in configs)
+        return Trial(0.0, loss[bypasses])
+
+    monkeypatch.setattr(Planner, "try_out", try_out)
+
+    def plan(planner):
+        return planner.plan(cost, budget=1.7)
+
+    loss = {True: 3.0, False: 2.9}
+    assert try_out_best([full, alone], plan, repair=0.4) is alone
+    assert [each[0] for each in tried] == [full, alone]
+    assert {each[2] for each in tried} == {0.4}
+    loss = {True: 2.8, False: 2.9}
+    assert try_out_best([full, alone], plan) is full
+    # What has been tried out is not tried out again.
+    tried.clear()
+    try_out_best([alone, alone], plan)
+    assert len(tried) == 1
