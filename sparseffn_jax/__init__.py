@@ -5,11 +5,17 @@ first used: a layer alone needs no more than JAX and Flax.
 """
 
 import importlib
+import os
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Without NVIDIA's driver, JAX's plugin for CUDA is there as a compiler alone (measure.gpus), and
+# would report on every start that it misses CUDA's libraries.
+if not os.path.exists("/proc/driver/nvidia"):
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 if TYPE_CHECKING:
     from sparseffn_jax.checkpoints.errors import CheckpointError

@@ -79,9 +79,6 @@ def main(argv: list[str] | None = None) -> None:
         compiles in the user's cache folder.
     """
     errors = Console(stderr=True, soft_wrap=True)
-    if not os.path.exists("/proc/driver/nvidia"):
-        # JAX's plugin for CUDA may be there as a compiler; it would ask for CUDA's libraries.
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if argv is None:
         keep_compiled_programs()
     try:

@@ -10,10 +10,6 @@ from jaxtyping import install_import_hook
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
 
-# JAX's plugin for CUDA is there as a compiler; where no GPU is, neither are CUDA's libraries.
-if not os.path.exists("/proc/driver/nvidia"):
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-
 # Shapes and types in the package's signatures are checked at every call of the test run.
 install_import_hook(
     (
