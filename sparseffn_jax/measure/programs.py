@@ -20,7 +20,7 @@ _FREE = frozenset(
     (
         *("add-dependency", "after-all", "bitcast", "constant", "get-tuple-element"),
         *("opt-barrier", "parameter", "partition-id", "replica-id", "tuple"),
-        *("async-done", "async-update"),
+        "async-update",
     )
 )
 # What puts numbers into other places or forms, and computes nothing.
@@ -259,12 +259,12 @@ class _Walk:
     ) -> Iterator[Kernel]:
         if i.opcode == "while":
             (trips,) = re.findall(r'"known_trip_count":\{"n":"(\d+)"', i.attributes) or [1]
-            for name in ("condition", "body"):
-                inner = self._called(i, name)
-                stays = self._invariant(self._called(i, "body"), given[0])
+            body = self._called(i, "body")
+            state = self._invariant(body, given[0])
+            for inner in (self._called(i, "condition"), body):
                 (parameter,) = inner.parameters()
-                yield from self.kernels(inner, {parameter.name: stays}, times * int(trips))
-            known[i.name] = given[0]
+                yield from self.kernels(inner, {parameter.name: state}, times * int(trips))
+            known[i.name] = state
         elif i.opcode == "conditional":
             names = _NAME.findall(i.attribute("branch_computations")) or [
                 name.lstrip("%")
@@ -277,7 +277,7 @@ class _Walk:
                 branches.append(list(self.kernels(inner, {parameter.name: origin}, times)))
             # Which one runs is not known: the one that moves most.
             yield from max(branches, key=lambda branch: sum(k.bytes_moved for k in branch))
-        elif i.opcode == "call" or i.opcode == "async-start":
+        elif i.opcode in ("call", "async-start"):
             inner = self._called(i, "to_apply" if i.opcode == "call" else "calls")
             names = [parameter.name for parameter in inner.parameters()]
             yield from self.kernels(inner, dict(zip(names, given, strict=True)), times)
@@ -311,8 +311,8 @@ class _Walk:
         self, i: _Instruction, computation: _Computation, given: Sequence[_Origin], times: int
     ) -> Kernel:
         kind = i.opcode.removesuffix("-start")
-        fused = self._called(i, "calls") if kind == "fusion" else None
-        whole = fused or _wrapped(i, computation)
+        is_fusion = kind == "fusion"
+        whole = self._called(i, "calls") if is_fusion else _wrapped(i, computation)
         reads = [_bytes_read(whole, parameter) for parameter in whole.parameters()]
         written = _bytes_written(whole)
         if kind == "custom-call":
