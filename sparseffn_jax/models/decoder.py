@@ -6,7 +6,9 @@ comments and names of this package: B batch, T tokens, S cached tokens, H heads,
 ``d_model``, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -284,7 +286,14 @@ class BlockCollection(nn.Module):
     @nn.compact
     def __call__(self, x, attention_mask, rotary_table, deterministic, init_cache):
         # Static arguments are counted with `self` as number 0.
-        block = nn.remat(self.block, static_argnums=(4, 5)) if self.remat else self.block
+        block = self.block
+        if (gather := _gather.get()) is not None and not self.is_initializing():
+            # Inside of what is computed again: the backward pass gathers a second time, and no more
+            # than one block's weights are ever whole.
+            block = nn.map_variables(
+                block, "params", trans_in_fn=lambda params: gather(params, self.dtype)
+            )
+        block = nn.remat(block, static_argnums=(4, 5)) if self.remat else block
         for i, ffn in enumerate(self.ffns):
             # Without it XLA's CPU compiler fuses the gradients of all later blocks' residual sums
             # into every block anew: work that grows with the square of the depth.
@@ -294,6 +303,26 @@ class BlockCollection(nn.Module):
             )
             self.sow("intermediates", "hidden_states", x)
         return x
+
+
+_gather: contextvars.ContextVar[Callable[[Any, Dtype], Any] | None] = contextvars.ContextVar(
+    "gather", default=None
+)
+
+
+@contextlib.contextmanager
+def gathering(gather: Callable[[Any, Dtype], Any]) -> Iterator[None]:
+    """Says that in programs that are traced inside, parameters of blocks are stored in pieces.
+
+    Args:
+      gather: function of one block's parameters and the dtype of the computation that brings them
+        to where the block needs them.
+    """
+    token = _gather.set(gather)
+    try:
+        yield
+    finally:
+        _gather.reset(token)
 
 
 def make_ffn(

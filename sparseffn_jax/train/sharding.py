@@ -134,6 +134,11 @@ def replicated_leaves(tree: Any, larger_than: int = _LARGE) -> list[Replicated]:
     ]
 
 
+def is_in_block(path: Any) -> bool:
+    """Returns whether a leaf belongs to a block: those alone are named by numbers."""
+    return any(name.isdigit() for name in path_name(path).split("/"))
+
+
 def path_name(path: Any) -> str:
     """Joins the dictionary keys in a key path by slashes and leaves all other entries out."""
     return "/".join(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))

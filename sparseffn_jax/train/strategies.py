@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from sparseffn_jax.measure.memory import check_fits
+from sparseffn_jax.models.decoder import gathering
 from sparseffn_jax.ops import core_and_bypass
 from sparseffn_jax.train import sharding
 from sparseffn_jax.train.config import TrainConfig
@@ -147,13 +148,11 @@ class MeshSharding(SingleDevice):
         )
 
     def gather(self, params):
-        # Without this the partitioner may move activations to the pieces of the weights: it sees
-        # one axis over both batch and weights, and not that only the weights are to travel.
-        return jax.tree.map(
-            _gathered,
+        # Blocks gather their own parameters, one after the other.
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x, *where: x if sharding.is_in_block(path) else _gathered(x, *where),
             params,
-            sharding.shardings(self.mesh, params, gathered=True),
-            sharding.shardings(self.mesh, params),
+            *self._whole_and_pieces(params),
         )
 
     def place_batch(self, windows, rows):
@@ -182,8 +181,11 @@ class MeshSharding(SingleDevice):
         with self.tracing():
             return _compiled(step, state, frozen, teacher, batch)
 
+    @contextlib.contextmanager
     def tracing(self):
-        return core_and_bypass.divided() if self._divides_hidden_units else super().tracing()
+        divided = core_and_bypass.divided() if self._divides_hidden_units else super().tracing()
+        with gathering(self._gather_block), divided:
+            yield
 
     def report(self, placed):
         whole = sharding.replicated_leaves(placed) if self._is_split else []
@@ -191,6 +193,19 @@ class MeshSharding(SingleDevice):
             return None
         lines = [f"  {leaf.path} {leaf.shape}: {leaf.bytes / 2**20:.1f} MiB" for leaf in whole]
         return "\n".join([f"{len(whole)} large leaves are whole on every device:", *lines])
+
+    def _gather_block(self, params: Any, dtype: Any) -> Any:
+        def of_leaf(x: jax.Array, whole: NamedSharding, pieces: NamedSharding) -> jax.Array:
+            # What travels does so in the precision of the computation.
+            return x if whole == pieces else _gathered(x.astype(dtype), whole, pieces)
+
+        return jax.tree.map(of_leaf, params, *self._whole_and_pieces(params))
+
+    def _whole_and_pieces(self, params: Any) -> tuple[Any, Any]:
+        # Without these the partitioner may move activations to the pieces of the weights: it sees
+        # one axis over both batch and weights, and not that only the weights are to travel.
+        whole = sharding.shardings(self.mesh, params, gathered=True)
+        return whole, sharding.shardings(self.mesh, params)
 
     def _jit_sharded(self, function: Callable, argument: Any) -> Any:
         # What does not depend on the argument, such as a moment's zeros, would be replicated.
