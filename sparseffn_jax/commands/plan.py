@@ -187,9 +187,13 @@ class Plan:
         tokens = len(batch) * length
         if self.budget.device is None:
             clock, timing = FFNClock(model, tokens, train=train), "timing"
+            args = model, dense.params, batch, clock
+            time_model = functools.partial(ModelClock, *args, train=train)
         else:
             gpu = known_gpu(self.budget.device)
             clock, timing = EstimatedFFNClock(model, tokens, gpu, train=train), "compiling"
+            args = model, len(batch), length, clock, gpu
+            time_model = functools.partial(EstimatedModelClock, *args, train=train)
         configs = [config_of(spec, size) for size in sizes]
         with counter(f"{timing} size", console) as count:
             prices = clock.prices(configs, count)
@@ -199,11 +203,7 @@ class Plan:
             speedup, budget = clock.speedup, lambda aim: spec.n_layer / aim
         else:
             with stage(f"{timing} the model", console):
-                if isinstance(clock, FFNClock):
-                    whole = ModelClock(model, dense.params, batch, clock, train=train)
-                else:
-                    args = model, len(batch), length, clock, gpu
-                    whole = EstimatedModelClock(*args, train=train)
+                whole = time_model()
             speedup, budget = whole.speedup, whole.ffn_budget
         with stage("measuring the smallest layers", console):
             most = speedup(smallest)

@@ -330,7 +330,7 @@ class Planner:
         configs: Sequence[SparseFFNConfig | None],
         repair: float = REPAIR,
         on_layer: Callable[[int, int], None] | None = None,
-    ) -> float:
+    ) -> Trial:
         """Converts the model in closed form, and learns how much each layer repairs.
 
         Nothing is learnt of layers that stay dense.
