@@ -73,6 +73,23 @@ def test_both_read_the_same_at_their_own_rates_and_targets(settings, sides, monk
         check_comparable("sparse", shorter.conditions, "dense", dense.conditions)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_a_sparse_model_may_learn_from_the_text_too(settings, sides, monkeypatch, weight):
+    ours, model, params = sides
+    asked = []
+
+    def train(*arguments, teacher, **_):
+        asked.append((arguments[3].distill_weight, teacher is not None))
+        raise InterruptedError
+
+    monkeypatch.setattr(comparison, "train", train)
+    monkeypatch.setattr(ours, "_settings", dataclasses.replace(settings, distill_weight=weight))
+    for tune in (ours.tune_dense, lambda: ours.tune("sparse", model, params)):
+        with pytest.raises(InterruptedError):
+            tune()
+    assert asked == [(0.0, False), (weight, weight > 0.0)]
+
+
 def test_a_sparse_model_is_refused(sides, tmp_path):
     ours, model, params = sides
     save_pretrained(tmp_path / "sparse", model, params, tokenizer=ours.tokenizer)
@@ -87,6 +104,7 @@ def test_a_sparse_model_is_refused(sides, tmp_path):
         ({"calibration_windows": 0}, "calibration_windows=0 must be at least 1"),
         ({"distill_steps": -1}, "distill_steps=-1 must not be negative"),
         ({"dense_learning_rate": 0.0}, "dense_learning_rate=0.0 must be positive"),
+        ({"distill_weight": 1.5}, "distill_weight=1.5 must be between 0 and 1"),
     ],
 )
 def test_bad_settings_are_refused(settings, change, message):
