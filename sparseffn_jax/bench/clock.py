@@ -178,7 +178,27 @@ class TrainingStep:
         return run
 
 
-class ModelClock:
+class FFNShare:
+    """What part FFNs have in the time of a whole model.
+
+    Args:
+      n_layer: number of FFNs.
+      whole: the dense model's time over that of one dense FFN.
+    """
+
+    def __init__(self, n_layer: int, whole: float):
+        self._n_layer, self._whole = n_layer, whole
+
+    def ffn_budget(self, speedup: float) -> float:
+        """Returns what all FFNs may take for a speed-up of the model; one dense FFN takes 1.
+
+        Args:
+          speedup: time of the dense model over that of the sparse one.
+        """
+        return self._n_layer - self._whole * (1.0 - 1.0 / speedup)
+
+
+class ModelClock(FFNShare):
     """Measures what a whole model takes to evaluate some text, or for a training step on it.
 
     Args:
@@ -204,16 +224,7 @@ class ModelClock:
         self._train, self._repeats = train, repeats
         self._dense = self._run(model, params)
         (times,) = time_in_turn([self._dense], repeats=repeats)
-        # In units of what one dense FFN takes.
-        self._whole = float(np.median(times)) / clock.dense_seconds()
-
-    def ffn_budget(self, speedup: float) -> float:
-        """Returns what all FFNs may take for a speed-up of the model; one dense FFN takes 1.
-
-        Args:
-          speedup: time of the dense model over that of the sparse one.
-        """
-        return self._model.spec.n_layer - self._whole * (1.0 - 1.0 / speedup)
+        super().__init__(model.spec.n_layer, float(np.median(times)) / clock.dense_seconds())
 
     def speedup(self, configs: Sequence[SparseFFNConfig | None]) -> float:
         """Returns the speed-up of the whole model.

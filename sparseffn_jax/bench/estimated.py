@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from sparseffn_jax.bench import pictures
-from sparseffn_jax.bench.clock import step_config
+from sparseffn_jax.bench.clock import FFNShare, step_config
 from sparseffn_jax.bench.layer import DTYPES, FFNBenchSettings, Mode, grid, training_pass
 from sparseffn_jax.bench.settings import begin_report
 from sparseffn_jax.config import SparseFFNConfig
@@ -204,7 +204,7 @@ class EstimatedFFNClock:
         return self._seconds[config]
 
 
-class EstimatedModelClock:
+class EstimatedModelClock(FFNShare):
     """What a whole model takes on a GPU that is not there; stands in for a ``ModelClock``.
 
     Args:
@@ -229,16 +229,7 @@ class EstimatedModelClock:
         self._model, self._gpu, self._train = model, gpu, train
         self._batch = jax.ShapeDtypeStruct((batch_size, window + 1), jnp.int32)
         self._dense = self._of(model)
-        # In units of what one dense FFN takes.
-        self._whole = self._dense / clock.dense_seconds()
-
-    def ffn_budget(self, speedup: float) -> float:
-        """Returns what all FFNs may take for a speed-up of the model; one dense FFN takes 1.
-
-        Args:
-          speedup: time of the dense model over that of the sparse one.
-        """
-        return self._model.spec.n_layer - self._whole * (1.0 - 1.0 / speedup)
+        super().__init__(model.spec.n_layer, self._dense / clock.dense_seconds())
 
     def speedup(self, configs: Sequence[SparseFFNConfig | None]) -> float:
         """Returns the speed-up of the whole model.

@@ -52,6 +52,7 @@ class Budget:
         """Checks that there is one limit, and nothing beside it that has no meaning.
 
         Raises:
+          ModuleNotFoundError, RuntimeError: if what compiles for ``device`` is not there.
           ValueError: if not.
         """
         if len(self.given) != 1:
@@ -72,5 +73,6 @@ class Budget:
                     f"with --{name.replace('_', '-')} nothing is timed"
                 )
         if self.device is not None:
-            known_gpu(self.device)
+            # Without the compiler it is refused here, before anything is read.
+            known_gpu(self.device).devices()
         check_at_least("timed_tokens", self.timed_tokens, 1)

@@ -205,7 +205,7 @@ class Plan:
             with stage(f"{timing} the model", console):
                 whole = time_model()
             speedup, budget = whole.speedup, whole.ffn_budget
-        with stage("measuring the smallest layers", console):
+        with stage(f"{timing} the smallest layers", console):
             most = speedup(smallest)
         if limit * (1.0 - _SHORT) > most:
             raise ValueError(
@@ -231,7 +231,7 @@ class Plan:
             plan = make(aim)
             if plan == last:
                 break
-            with stage("measuring the plan", console):
+            with stage("checking the plan", console):
                 measured = measure(plan)
             reached, last = measured[name], plan
             how = "measured" if self.budget.device is None else "estimated"

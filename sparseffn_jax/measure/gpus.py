@@ -22,7 +22,8 @@ from jax.experimental import topologies
 from sparseffn_jax.measure.programs import Kernel, Program, read_program
 
 _FILE = resources.files("sparseffn_jax") / "assets" / "gpus.json"
-# What large matrix products and streams reach of the figures on the data sheet, on an H100.
+# What large matrix products and streams reach of the figures on the data sheet: chosen on the 58
+# times of an H100 in campaigns/results.
 _OF_FLOPS, _OF_BYTES = 0.7, 0.8
 # Of a kernel within a program, in seconds: the next one starts when the one before has ended.
 _LAUNCH = 2e-6
