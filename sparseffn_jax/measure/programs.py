@@ -3,7 +3,7 @@
 XLA's own ``cost_analysis`` counts the body of a loop once, whatever its trip count, and is empty
 for a program that was compiled for a device that is not there. Here loops count as often as they
 run, and each kernel has its operations, its bytes, and the program's inputs that it only copies.
-The text is HLO as XLA prints it after all its passes: https://openxla.org/xla/operation_semantics.
+The text is that of the program after all of XLA's passes.
 """
 
 import collections
@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sparseffn_jax.measure.hlo import Computation, Instruction, parse
 from sparseffn_jax.measure.memory import ProgramMemory, memory_of
 
 # What has no kernel of its own.
@@ -48,12 +49,6 @@ _COLLECTIVES = frozenset(
 )
 _SLICES = frozenset(("dynamic-slice", "gather", "slice"))
 _FLOATS = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
-# Bits of a number; complex ones have two of the bits in their name, as in "c64".
-_BITS = re.compile(r"[a-z]+(\d+)")
-_ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
-_NAME = re.compile(r"%([\w.\-]+)")
-_COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^  (ROOT )?%([\w.\-]+) = (.*)$")
 
 
 class Kernel(NamedTuple):
@@ -162,60 +157,11 @@ def read_kernels(text: str) -> list[Kernel]:
     Raises:
       ValueError: if the text is no program.
     """
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     if entry is None:
         raise ValueError("the text has no ENTRY: it is not the HLO of a program")
     origins = {i.name: i.name for i in entry.instructions.values() if i.opcode == "parameter"}
     return list(_Walk(computations).kernels(entry, origins, 1))
-
-
-class _Array(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        if self.dtype in ("token", "opaque"):
-            return 0
-        found = _BITS.match(self.dtype)
-        return -(-self.size * int(found[1] if found else 8) // 8)
-
-
-class _Instruction(NamedTuple):
-    name: str
-    opcode: str
-    arrays: tuple[_Array, ...]
-    operands: tuple[str, ...]
-    inside: str
-    attributes: str
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
-
-    def attribute(self, name: str) -> str:
-        """Returns the names or numbers behind ``name=``, in braces or not; empty without it."""
-        found = re.search(rf"\b{name}=(?:\{{([^{{}}]*)\}}|([^,\s]+))", self.attributes)
-        return (found[1] or found[2] or "") if found else ""
-
-    def numbers(self, name: str) -> list[int]:
-        return [int(number) for number in re.findall(r"\d+", self.attribute(name))]
-
-
-class _Computation(NamedTuple):
-    instructions: Mapping[str, _Instruction]
-    root: str
-
-    def users(self, name: str) -> list[_Instruction]:
-        return [i for i in self.instructions.values() if name in i.operands]
-
-    def parameters(self) -> list[_Instruction]:
-        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.inside))
 
 
 # A tuple's origins are a list.
@@ -225,11 +171,11 @@ _Origin = str | list[Any] | None
 class _Walk:
     """Goes through a program's computations in the order in which they run."""
 
-    def __init__(self, computations: Mapping[str, _Computation]):
+    def __init__(self, computations: Mapping[str, Computation]):
         self._computations = computations
 
     def kernels(
-        self, computation: _Computation, origins: Mapping[str, _Origin], times: int
+        self, computation: Computation, origins: Mapping[str, _Origin], times: int
     ) -> Iterator[Kernel]:
         """Yields the kernels of a computation.
 
@@ -251,8 +197,8 @@ class _Walk:
 
     def _of(
         self,
-        i: _Instruction,
-        computation: _Computation,
+        i: Instruction,
+        computation: Computation,
         known: dict[str, _Origin],
         given: list[_Origin],
         times: int,
@@ -266,7 +212,7 @@ class _Walk:
                 yield from self.kernels(inner, {parameter.name: state}, times * int(trips))
             known[i.name] = state
         elif i.opcode == "conditional":
-            names = _NAME.findall(i.attribute("branch_computations")) or [
+            names = i.names("branch_computations") or [
                 name.lstrip("%")
                 for name in (i.attribute("true_computation"), i.attribute("false_computation"))
             ]
@@ -284,10 +230,10 @@ class _Walk:
         elif i.opcode not in _FREE and not i.opcode.endswith("-done"):
             yield self._kernel(i, computation, given, times)
 
-    def _called(self, i: _Instruction, attribute: str) -> _Computation:
+    def _called(self, i: Instruction, attribute: str) -> Computation:
         return self._computations[i.attribute(attribute).lstrip("%")]
 
-    def _invariant(self, body: _Computation, given: _Origin) -> _Origin:
+    def _invariant(self, body: Computation, given: _Origin) -> _Origin:
         """Returns the origins of those of a loop's values that every turn hands on as they are."""
         if not isinstance(given, list):
             return None
@@ -308,7 +254,7 @@ class _Walk:
         ]
 
     def _kernel(
-        self, i: _Instruction, computation: _Computation, given: Sequence[_Origin], times: int
+        self, i: Instruction, computation: Computation, given: Sequence[_Origin], times: int
     ) -> Kernel:
         kind = i.opcode.removesuffix("-start")
         is_fusion = kind == "fusion"
@@ -343,7 +289,7 @@ class _Walk:
             is_collective,
         )
 
-    def _flops(self, computation: _Computation) -> tuple[int, int, str]:
+    def _flops(self, computation: Computation) -> tuple[int, int, str]:
         """Returns operations of matrix products and others, and the products' dtype."""
         matrix, other, dtype = 0, 0, ""
         for i in computation.instructions.values():
@@ -360,7 +306,7 @@ class _Walk:
         return matrix, other, dtype
 
 
-def _product_flops(i: _Instruction, computation: _Computation) -> int:
+def _product_flops(i: Instruction, computation: Computation) -> int:
     """Returns the operations of a matrix product; a multiply-add counts as two."""
     if i.opcode == "dot":
         contracted = i.numbers("lhs_contracting_dims")
@@ -373,7 +319,7 @@ def _product_flops(i: _Instruction, computation: _Computation) -> int:
     return 2 * i.arrays[0].size * math.prod(left[axis] for axis in contracted)
 
 
-def _other_flops(i: _Instruction, computation: _Computation) -> int:
+def _other_flops(i: Instruction, computation: Computation) -> int:
     if i.opcode == "fft":
         # Half of 5 N log2(N), as of a transform with real inputs or outputs.
         length = math.prod(i.numbers("fft_length"))
@@ -389,7 +335,7 @@ def _other_flops(i: _Instruction, computation: _Computation) -> int:
     return 0
 
 
-def _bytes_read(computation: _Computation, parameter: _Instruction) -> int:
+def _bytes_read(computation: Computation, parameter: Instruction) -> int:
     """Returns how much of a parameter a kernel reads: of one that it only slices, the slices."""
     total = 0
     for user in computation.users(parameter.name):
@@ -406,7 +352,7 @@ def _bytes_read(computation: _Computation, parameter: _Instruction) -> int:
     return min(total, parameter.nbytes)
 
 
-def _bytes_written(computation: _Computation) -> int:
+def _bytes_written(computation: Computation) -> int:
     root = computation.instructions[computation.root]
     results = [root]
     if root.opcode == "tuple":
@@ -426,55 +372,13 @@ def _bytes_written(computation: _Computation) -> int:
     return total
 
 
-def _wrapped(i: _Instruction, computation: _Computation) -> _Computation:
+def _wrapped(i: Instruction, computation: Computation) -> Computation:
     """Returns an instruction outside any fusion as a fusion of its own."""
     operands = {}
     for index, name in enumerate(i.operands):
         given = computation.instructions[name]
-        operands[f"{index}"] = _Instruction(
+        operands[f"{index}"] = Instruction(
             f"{index}", "parameter", given.arrays, (), f"{index}", ""
         )
     inner = i._replace(operands=tuple(operands), opcode=i.opcode.removesuffix("-start"))
-    return _Computation(operands | {i.name: inner}, i.name)
-
-
-def _parse(text: str) -> tuple[dict[str, _Computation], _Computation | None]:
-    computations: dict[str, _Computation] = {}
-    entry, name, instructions, root, is_entry = None, "", {}, "", False
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            name, instructions, root = header[2], {}, ""
-            is_entry = header[1] is not None
-        elif line == "}" and name:
-            computations[name] = _Computation(instructions, root)
-            entry = computations[name] if is_entry else entry
-            name = ""
-        elif name and (found := _INSTRUCTION.match(line)):
-            instructions[found[2]] = _instruction(found[2], found[3])
-            root = found[2] if found[1] else root
-    return computations, entry
-
-
-def _instruction(name: str, text: str) -> _Instruction:
-    """Parses ``type opcode(operands), attributes``."""
-    end = _closing(text) if text.startswith("(") else text.index(" ") - 1
-    kind, rest = text[: end + 1], text[end + 1 :].lstrip()
-    opcode, _, rest = rest.partition("(")
-    end = _closing("(" + rest) - 1
-    inside = rest[:end]
-    arrays = tuple(
-        _Array(dtype, tuple(int(size) for size in sizes.split(",") if size))
-        for dtype, sizes in _ARRAY.findall(kind)
-    )
-    operands = () if opcode in ("constant", "parameter") else tuple(_NAME.findall(inside))
-    return _Instruction(name, opcode, arrays, operands, inside, rest[end + 1 :])
-
-
-def _closing(text: str) -> int:
-    """Returns where the parenthesis is closed with which a text begins."""
-    depth = 0
-    for at, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if not depth:
-            return at
-    raise ValueError(f"{text[:80]!r} has no closing parenthesis: the program's text is cut off")
+    return Computation(operands | {i.name: inner}, i.name)
