@@ -49,6 +49,9 @@ def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig
         width = int(d_ff * ratio) // 128 * 128
         return layer(micro=sf.MicroRefinementConfig(sf.CoreConfig(width)))
 
+    def low_rank(plan: str | None = None) -> sf.SparseFFNConfig:
+        return layer(spectral=sf.SpectralConfig("low_rank", d_ff, rank, implementation=plan))
+
     rank = d_model // 5 // 16 * 16
     return {
         "dense": default(1.0),
@@ -56,7 +59,8 @@ def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig
         "default-0.25": default(0.25),
         "narrow-0.4": narrow(0.4),
         "narrow-0.25": narrow(0.25),
-        f"low-rank-{rank}": layer(spectral=sf.SpectralConfig("low_rank", d_ff, rank)),
+        f"low-rank-{rank}": low_rank(),
+        f"low-rank-{rank} apart": low_rank("two_gemms"),
         "dft-16": layer(spectral=sf.SpectralConfig("block_circulant", d_ff, block_size=16)),
     }
 

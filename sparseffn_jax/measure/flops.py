@@ -36,6 +36,10 @@ _SCATTERS = frozenset(("scatter-add", "scatter_add", "scatter-mul", "scatter_mul
 _COMPLEX_COST = {"mul": 6, "div": 11, "add": 2, "sub": 2, "add_any": 2, "neg": 2}
 
 
+# The name of a kernel, and the shapes of its inputs.
+KernelCall = tuple[str, tuple[tuple[int, ...], ...]]
+
+
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
     """The operations of one call of a function, and an upper bound of the bytes that it moves.
@@ -94,6 +98,30 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Flop
     closed = jax.make_jaxpr(function)(*args, **kwargs)
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     return _count(live)
+
+
+def count_kernels(jaxpr: Any) -> dict[KernelCall, FlopCount]:
+    """Counts the operations of the Pallas kernels that a program calls, of one call each.
+
+    Args:
+      jaxpr: the program, as ``jax.make_jaxpr`` or ``jax.jit(...).trace(...)`` returns it.
+
+    Returns:
+      The operations by the call's name and the shapes of its inputs: what the text of the compiled
+      program says of it.
+    """
+    counts: dict[KernelCall, FlopCount] = {}
+    for equation in _open(jaxpr).eqns:
+        if equation.primitive.name == "pallas_call":
+            shapes = tuple(tuple(variable.aval.shape) for variable in equation.invars)
+            name = equation.params["jaxpr"].debug_info.func_name
+            counts[name, shapes] = _count_equation(equation)
+            continue
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if hasattr(_open(inner), "eqns"):
+                    counts |= count_kernels(inner)
+    return counts
 
 
 def _count(jaxpr: Any) -> FlopCount:

@@ -19,12 +19,18 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from sparseffn_jax.measure.programs import Kernel, Program, read_program
+from sparseffn_jax.measure.flops import count_kernels
+from sparseffn_jax.measure.programs import TRITON, Kernel, Program, read_program
+from sparseffn_jax.ops import fused_hidden
+from sparseffn_jax.ops.plans.choice import refusing
 
 _FILE = resources.files("sparseffn_jax") / "assets" / "gpus.json"
 # What large matrix products and streams reach of the figures on the data sheet: chosen on the 58
 # times of an H100 in campaigns/results.
 _OF_FLOPS, _OF_BYTES = 0.7, 0.8
+# What kernels that Triton compiles reach of the products: about what attention reaches by it on an
+# H100 (Shah et al. 2024, 2407.08608, figure 5). No clock has seen ours yet.
+_OF_FLOPS_BY_TRITON = 0.5
 # Of a kernel within a program, in seconds: the next one starts when the one before has ended.
 _LAUNCH = 2e-6
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -77,8 +83,9 @@ class GPU:
         if kernel.is_collective:
             return _LAUNCH + kernel.bytes_sent / (_OF_BYTES * self.link_bytes_per_second)
         product = self.matrix_flops_per_second.get(kernel.dtype, self.flops_per_second)
+        share = _OF_FLOPS_BY_TRITON if kernel.kind in TRITON else _OF_FLOPS
         return _LAUNCH + max(
-            kernel.matrix_flops / (_OF_FLOPS * product),
+            kernel.matrix_flops / (share * product),
             kernel.other_flops / (_OF_FLOPS * self.flops_per_second),
             kernel.bytes_moved / (_OF_BYTES * self.memory_bytes_per_second),
         )
@@ -183,9 +190,13 @@ def compile_for(gpu: GPU, function: Callable[..., Any], *args: Any) -> Program:
         is_there = given is None or not given.device_set.isdisjoint(jax.devices())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here if is_there else given)
 
-    traced = jax.jit(function).trace(*jax.tree.map(placed, args))
+    reasons = {}
+    if (capability := ".".join(map(str, gpu.compute_capability))) != fused_hidden.CAPABILITY:
+        reasons["low_rank_layer", "fused"] = f"its tiles are not for capability {capability}"
+    with refusing(reasons):
+        traced = jax.jit(function).trace(*jax.tree.map(placed, args))
     lowered = traced.lower(lowering_platforms=("cuda",))
     with warnings.catch_warnings():
         # What is in the cache can only be loaded where the device is; it is compiled again.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
-        return read_program(lowered.compile())
+        return read_program(lowered.compile(), count_kernels(traced.jaxpr))

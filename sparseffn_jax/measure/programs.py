@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sparseffn_jax.measure.flops import FlopCount, KernelCall
 from sparseffn_jax.measure.hlo import Computation, Instruction, parse
 from sparseffn_jax.measure.memory import ProgramMemory, memory_of
 
@@ -47,6 +48,8 @@ _COLLECTIVES = frozenset(
         *("collective-permute", "ragged-all-to-all", "reduce-scatter"),
     )
 )
+# Calls of kernels that were written in Pallas for Triton, by older and newer versions of JAX.
+TRITON = frozenset(("__gpu$xla.gpu.triton", "triton_kernel_call_ffi"))
 _SLICES = frozenset(("dynamic-slice", "gather", "slice"))
 _FLOATS = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 
@@ -136,23 +139,27 @@ class Program:
         return dict(total)
 
 
-def read_program(compiled: Any) -> Program:
+def read_program(compiled: Any, counts: Mapping[KernelCall, FlopCount] | None = None) -> Program:
     """Reads what a compiled program does.
-
-    Kernels that were written by hand (Pallas, or another library's) do not say how many operations
-    they have; only those of matrix products by cuBLAS are known.
 
     Args:
       compiled: what ``jax.jit(...).lower(...).compile()`` returns.
+      counts: operations of Pallas kernels, as
+        :func:`~sparseffn_jax.measure.flops.count_kernels` returns them.
     """
-    return Program(tuple(read_kernels(compiled.as_text())), memory_of(compiled))
+    return Program(tuple(read_kernels(compiled.as_text(), counts)), memory_of(compiled))
 
 
-def read_kernels(text: str) -> list[Kernel]:
+def read_kernels(text: str, counts: Mapping[KernelCall, FlopCount] | None = None) -> list[Kernel]:
     """Reads the kernels of a program from its text.
+
+    Kernels that were written by hand (Pallas, or another library's) do not say in it how many
+    operations they have; only those of matrix products by cuBLAS are known from the text.
 
     Args:
       text: HLO as XLA prints it.
+      counts: operations of Pallas kernels, as
+        :func:`~sparseffn_jax.measure.flops.count_kernels` returns them.
 
     Raises:
       ValueError: if the text is no program.
@@ -161,7 +168,7 @@ def read_kernels(text: str) -> list[Kernel]:
     if entry is None:
         raise ValueError("the text has no ENTRY: it is not the HLO of a program")
     origins = {i.name: i.name for i in entry.instructions.values() if i.opcode == "parameter"}
-    return list(_Walk(computations).kernels(entry, origins, 1))
+    return list(_Walk(computations, counts or {}).kernels(entry, origins, 1))
 
 
 # A tuple's origins are a list.
@@ -171,8 +178,13 @@ _Origin = str | list[Any] | None
 class _Walk:
     """Goes through a program's computations in the order in which they run."""
 
-    def __init__(self, computations: Mapping[str, Computation]):
+    def __init__(
+        self,
+        computations: Mapping[str, Computation],
+        counts: Mapping[KernelCall, FlopCount],
+    ):
         self._computations = computations
+        self._counts = counts
 
     def kernels(
         self, computation: Computation, origins: Mapping[str, _Origin], times: int
@@ -270,6 +282,8 @@ class _Walk:
             # Operands stand before results.
             written = sum(array.nbytes for array in i.arrays[len(i.arrays) // 2 :])
         matrix, other, dtype = self._flops(whole)
+        if kind in TRITON:
+            matrix, other, dtype = self._handwritten(i, computation)
         only_moves = all(
             inner.opcode in _MOVES or inner.opcode in _FREE for inner in whole.instructions.values()
         )
@@ -288,6 +302,15 @@ class _Walk:
             sum(moved) if only_moves else 0,
             is_collective,
         )
+
+    def _handwritten(self, i: Instruction, computation: Computation) -> tuple[int, int, str]:
+        """Returns what :meth:`_flops` does, of a Pallas kernel; zeros if its count is missing."""
+        operands = [computation.instructions[name].arrays[0] for name in i.operands]
+        name = re.search(r'name = "([^"]*)"', i.attributes)
+        shapes = tuple(tuple(operand.shape) for operand in operands)
+        count = self._counts.get((name[1] if name else "", shapes), FlopCount())
+        dtype = _FLOATS.get(operands[0].dtype, operands[0].dtype) if count.dot else ""
+        return count.dot, count.elementwise, dtype
 
     def _flops(self, computation: Computation) -> tuple[int, int, str]:
         """Returns operations of matrix products and others, and the products' dtype."""

@@ -105,9 +105,8 @@ class SpectralBranch(_Spectral, _Branch):
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         config, branch = self.config, self.branch
-        activate, coefficients = Activate(config.activation), None
+        activate, coefficients = self.activate(), None
         if (polynomial := config.polynomial) is not None:
-            activate = Activate(config.activation, polynomial.degrees, polynomial.radius)
             by_group = self.polynomial
             if polynomial.groups > 1:
                 by_group = jnp.repeat(by_group, branch.width // polynomial.groups, axis=0)
@@ -120,11 +119,18 @@ class SpectralBranch(_Spectral, _Branch):
             x, self.weights(), self.blocks, activate, channels, **settings
         )
 
+    def activate(self) -> Activate:
+        """Returns the elementwise function of the hidden units."""
+        polynomial = self.config.polynomial
+        if polynomial is None:
+            return Activate(self.config.activation)
+        return Activate(self.config.activation, polynomial.degrees, polynomial.radius)
+
     def packed(self, tokens: int, platform: Platform) -> Packed:
         """Returns the weights packed for calls of some tokens, by the name of their layout."""
         weights, forced = self.weights(), self.branch.implementation
         if self.branch.transform == "low_rank":
-            plan = low_rank.choose(tokens, weights, platform, forced)
+            plan = low_rank.choose(tokens, weights, self.activate(), platform, forced)
             return {plan.layout: low_rank.pack(weights, plan)}
         plan = block_circulant.choose(tokens, weights, self.blocks, platform, forced)
         return {plan.layout: block_circulant.pack(weights, plan, self.blocks)}

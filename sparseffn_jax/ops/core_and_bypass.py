@@ -10,10 +10,7 @@ the weights side by side costs a copy of them, which a call of few tokens saves 
 and :func:`apply` runs the layer.
 """
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +24,6 @@ from sparseffn_jax.ops.plans.choice import pick
 from sparseffn_jax.ops.plans.costs import Platform
 
 _JOINED = "joined"
-_divided: contextvars.ContextVar[bool] = contextvars.ContextVar("divided", default=False)
 
 
 class Weights(NamedTuple):
@@ -129,11 +125,7 @@ def choose(
     estimates = costs.core_and_bypass_costs(
         *(tokens, d_in, maps, width, rank, d_out), is_packed=is_packed, platform=platform
     )
-    refused = {}
-    if _divided.get():
-        del estimates[_JOINED]
-        refused[_JOINED] = "the hidden units are divided among devices"
-    return MapPlan(pick("core_and_bypass", implementation, estimates, refused, problem, platform))
+    return MapPlan(pick("core_and_bypass", implementation, estimates, None, problem, platform))
 
 
 def pack(weights: Weights, plan: MapPlan) -> Weights | Joined:
@@ -184,17 +176,3 @@ def _joined(x: Array, packed: Joined, rank: int, activate: Activate, channels: C
         *us, components = jnp.split(first, list(range(width, columns + 1, width)), axis=-1)
         hidden = activate(us, channels)
         return jnp.concatenate([hidden, components], axis=-1) @ packed.second
-
-
-@contextlib.contextmanager
-def divided() -> Iterator[None]:
-    """Says that the programs that are traced inside the block divide hidden units among devices.
-
-    Weights that are divided along the side at which they would be joined would have to be sent
-    around.
-    """
-    token = _divided.set(True)
-    try:
-        yield
-    finally:
-        _divided.reset(token)

@@ -101,11 +101,13 @@ class HiddenPlan(NamedTuple):
       up: name of the plan of each map into the hidden units.
       down: name of the plan of the map out of the hidden units.
       tile: the largest number of tokens to take at a time; ``None`` takes all of them at once.
+      is_fused: whether one kernel runs everything as wide as the hidden units.
     """
 
     up: tuple[str, ...]
     down: str
     tile: int | None = None
+    is_fused: bool = False
 
     @property
     def layout(self) -> str:

@@ -9,6 +9,7 @@ and :func:`apply` runs a hidden layer between two such maps. :func:`low_rank_mat
 alone.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseffn_jax.ops import fused_hidden
 from sparseffn_jax.ops.hidden import (
     Activate,
     Channels,
@@ -30,6 +32,8 @@ from sparseffn_jax.ops.hidden import (
 from sparseffn_jax.ops.plans import costs
 from sparseffn_jax.ops.plans.choice import pick
 from sparseffn_jax.ops.plans.costs import Platform
+
+_FUSED = "fused"
 
 
 class Factors(NamedTuple):
@@ -76,7 +80,9 @@ def hidden_layer(
         return apply(x, ready or pack(weights, plan), plan, activate, channels)
 
     return by_platform(
-        lambda platform: choose(math.prod(x.shape[:-1]), weights, platform, implementation),
+        lambda platform: choose(
+            math.prod(x.shape[:-1]), weights, activate, platform, implementation
+        ),
         run,
         *(x, weights, channels),
     )
@@ -85,6 +91,7 @@ def hidden_layer(
 def choose(
     tokens: int,
     weights: HiddenMaps,
+    activate: Activate,
     platform: Platform,
     implementation: str | None = None,
 ) -> HiddenPlan:
@@ -93,16 +100,22 @@ def choose(
     Args:
       tokens: number of rows of the input.
       weights: the :class:`Factors` of each map, or arrays of the same shapes and dtype.
+      activate: the elementwise function of the hidden units.
       platform: the platform that the program is compiled for.
       implementation: name of the plan to force: ``"two_gemms"`` multiplies by one factor after the
-        other, ``"merged"`` by the product of both. ``None`` takes the cheapest for each map.
+        other, ``"merged"`` by the product of both, ``"fused"`` runs everything as wide as the
+        hidden units in one kernel of its own, which on CPU is interpreted. ``None`` takes the
+        cheapest for each map, or the kernel where that is cheaper: on one Hopper GPU, in half
+        precision.
 
     Returns:
       The plan of each map, with the tile of tokens that suits the platform.
 
     Raises:
-      ValueError: if there is no such plan.
+      ValueError: if there is no such plan, or it cannot run here.
     """
+    if _choose_layer(tokens, weights, activate, platform, implementation) == _FUSED:
+        return HiddenPlan(("two_gemms",) * len(weights.up), "two_gemms", is_fused=True)
     first = tuple(
         choose_map(tokens, factors, platform, implementation).name for factors in weights.up
     )
@@ -110,6 +123,30 @@ def choose(
     axes = weights.down.axes
     tile = costs.token_tile("low_rank", tokens, len(axes) * axes.dtype.itemsize, platform)
     return HiddenPlan(first, last, tile)
+
+
+def _choose_layer(
+    tokens: int,
+    weights: HiddenMaps,
+    activate: Activate,
+    platform: Platform,
+    implementation: str | None,
+) -> str:
+    """Picks between a plan for each map and the kernel that runs everything between them."""
+    if implementation != _FUSED and (implementation is not None or platform == "cpu"):
+        return "maps"
+    up = [factors.axes.shape[1] for factors in weights.up]
+    (width, down), d_out = weights.down.axes.shape, weights.down.filter.shape[1]
+    d_in, dtype = weights.up[0].axes.shape[0], weights.down.axes.dtype
+    refused = {}
+    if reason := fused_hidden.refusal([*up, down], activate, dtype):
+        refused[_FUSED] = reason
+    elif implementation is None and jax.device_count() > 1:
+        # A program may be divided among devices, and then cannot divide the kernel.
+        refused[_FUSED] = "there are several devices"
+    estimates = costs.low_rank_layer_costs(tokens, d_in, width, d_out, up, down)
+    problem = (tokens, d_in, width, d_out, *up, down, dtype.name)
+    return pick("low_rank_layer", implementation, estimates, refused, problem, platform)
 
 
 def pack(weights: HiddenMaps, plan: HiddenPlan) -> HiddenMaps:
@@ -134,8 +171,8 @@ def apply(
 ) -> Float[Array, "*batch o"]:
     """Applies low-rank maps, an elementwise function and another low-rank map.
 
-    It works in tiles of tokens that the backward pass recomputes, so that nothing as wide as the
-    hidden layer is kept.
+    It works in tiles of tokens, or in a kernel of its own, and the backward pass computes hidden
+    units again, so that nothing as wide as the hidden layer is kept.
 
     Args:
       x: inputs (..., d_in).
@@ -148,7 +185,21 @@ def apply(
       The outputs (..., d_out), in the dtype of ``x``, accumulated in float32.
     """
 
-    def rows(x):
+    def fused(interpret: bool, x: Array, packed: HiddenMaps, channels: Channels) -> Array:
+        with jax.named_scope("spectral_up"):
+            components = [x @ axes for axes, _ in packed.up]
+        axes, filter = packed.down
+        z = fused_hidden.hidden_layer(
+            *(components, [filter for _, filter in packed.up], axes, activate, channels),
+            interpret=interpret,
+        )
+        with jax.named_scope("spectral_down"):
+            return z @ filter
+
+    def apart(x: Array, packed: HiddenMaps, channels: Channels) -> Array:
+        return over_tokens(functools.partial(rows, packed, channels), x, plan.tile)
+
+    def rows(packed, channels, x):
         with jax.named_scope("spectral_up"):
             us = [multiply(x, matrices) for matrices in packed.up]
         with jax.named_scope("polynomial"):
@@ -156,7 +207,17 @@ def apply(
         with jax.named_scope("spectral_down"):
             return multiply(hidden, packed.down)
 
-    y = over_tokens(rows, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), plan.tile)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if plan.is_fused:
+        # Other platforms have no compiler for the kernel.
+        y = jax.lax.platform_dependent(
+            *(flat, packed, channels),
+            cpu=functools.partial(fused, True),
+            cuda=functools.partial(fused, False),
+            default=apart,
+        )
+    else:
+        y = apart(flat, packed, channels)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

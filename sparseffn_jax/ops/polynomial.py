@@ -75,14 +75,8 @@ def evaluate(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _evaluate(degrees, radius, u, coefficients):
-    value = u.astype(jnp.float32)
-    coefficient = dict(zip(degrees, coefficients.astype(jnp.float32), strict=True))
-    y = _clenshaw(jnp.clip(value / radius, -1.0, 1.0), coefficient)
-    # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
-    right = sum(k**2 * c for k, c in coefficient.items()) / radius
-    left = sum((-1) ** (k + 1) * k**2 * c for k, c in coefficient.items()) / radius
-    y = y + right * jnp.maximum(value - radius, 0.0) + left * jnp.minimum(value + radius, 0.0)
-    return y.astype(u.dtype)
+    kept = dict(zip(degrees, coefficients.astype(jnp.float32), strict=True))
+    return value(u.astype(jnp.float32), kept, radius).astype(u.dtype)
 
 
 def _evaluate_forward(degrees, radius, u, coefficients):
@@ -91,28 +85,61 @@ def _evaluate_forward(degrees, radius, u, coefficients):
 
 def _evaluate_backward(degrees, radius, stored, dy):
     u, coefficients = stored
-    slopes: dict[int, Any] = {}
-    for k, c in zip(degrees, coefficients.astype(jnp.float32), strict=True):
-        # T_k' = 2 k (T_(k-1) + T_(k-3) + ...), T_0 at half weight.
-        for j in range(k - 1, -1, -2):
-            slopes[j] = slopes.get(j, 0.0) + c * (k if j == 0 else 2 * k) / radius
-    du = jnp.zeros_like(u)
-    if slopes:
-        # Tangents go on with the slope at the ends: that of the clipped argument.
-        t = jnp.clip(u.astype(jnp.float32) / radius, -1.0, 1.0)
-        du = (dy.astype(jnp.float32) * _clenshaw(t, slopes)).astype(u.dtype)
-    terms = functools.partial(_weighted_terms, degrees, radius)
+    kept = dict(zip(degrees, coefficients.astype(jnp.float32), strict=True))
+    du = dy.astype(jnp.float32) * slope(u.astype(jnp.float32), kept, radius)
+    terms = functools.partial(weighted_terms, degrees, radius)
     dc = sum_to(coefficients.shape[1:], terms, dy, u)
-    return du, jnp.stack(dc).astype(coefficients.dtype)
+    return du.astype(u.dtype), jnp.stack(dc).astype(coefficients.dtype)
 
 
 _evaluate.defvjp(_evaluate_forward, _evaluate_backward)
 
 
-def _weighted_terms(degrees: Sequence[int], radius: float, dy: Array, u: Array) -> list[Array]:
+def value(
+    u: Float[Array, "..."], coefficients: Mapping[int, Any], radius: float
+) -> Float[Array, "..."]:
+    """Returns the polynomial's value, without a rule for its derivative.
+
+    Args:
+      u: pre-activations of any shape, in float32.
+      coefficients: for every kept degree, a coefficient that broadcasts against ``u``.
+      radius: half the length R > 0 of the interval [-R, R].
+    """
+    y = _clenshaw(jnp.clip(u / radius, -1.0, 1.0), coefficients)
+    # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
+    right = sum(k**2 * c for k, c in coefficients.items()) / radius
+    left = sum((-1) ** (k + 1) * k**2 * c for k, c in coefficients.items()) / radius
+    return y + right * jnp.maximum(u - radius, 0.0) + left * jnp.minimum(u + radius, 0.0)
+
+
+def slope(
+    u: Float[Array, "..."], coefficients: Mapping[int, Any], radius: float
+) -> Float[Array, "..."]:
+    """Returns the derivative of :func:`value` by ``u``; the arguments are the same."""
+    slopes: dict[int, Any] = {}
+    for k, c in coefficients.items():
+        # T_k' = 2 k (T_(k-1) + T_(k-3) + ...), T_0 at half weight.
+        for j in range(k - 1, -1, -2):
+            slopes[j] = slopes.get(j, 0.0) + c * (k if j == 0 else 2 * k) / radius
+    if not slopes:
+        return jnp.zeros_like(u)
+    # Tangents go on with the slope at the ends: that of the clipped argument.
+    return _clenshaw(jnp.clip(u / radius, -1.0, 1.0), slopes)
+
+
+def weighted_terms(
+    degrees: Sequence[int], radius: float, dy: Float[Array, "..."], u: Float[Array, "..."]
+) -> list[Array]:
     """Returns ``dy * T_k(u / radius)`` for every degree k, in float32.
 
-    ``T_k`` is continued by its tangents.
+    Summed over activations they are the gradient of the coefficients. ``T_k`` is continued by its
+    tangents.
+
+    Args:
+      degrees: the kept degrees, ascending.
+      radius: half the length R > 0 of the interval [-R, R].
+      dy: gradient of the polynomial's values.
+      u: pre-activations, of the shape of ``dy``.
     """
     dy, u = dy.astype(jnp.float32), u.astype(jnp.float32)
     t = jnp.clip(u / radius, -1.0, 1.0)

@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from sparseffn_jax.measure.memory import check_fits
 from sparseffn_jax.models.decoder import gathering
-from sparseffn_jax.ops import core_and_bypass
+from sparseffn_jax.ops.plans.choice import refusing
 from sparseffn_jax.train import sharding
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.step import Stage, TrainState, compiler_options, init_state
@@ -183,8 +183,13 @@ class MeshSharding(SingleDevice):
 
     @contextlib.contextmanager
     def tracing(self):
-        divided = core_and_bypass.divided() if self._divides_hidden_units else super().tracing()
-        with gathering(self._gather_block), divided:
+        # The partitioner cannot divide a kernel that was written by hand, and weights that are
+        # divided along the side at which they would be joined would have to be sent around.
+        reasons = {("low_rank_layer", "fused"): "the tokens are divided among devices"}
+        if self._divides_hidden_units:
+            reason = "the hidden units are divided among devices"
+            reasons["core_and_bypass", "joined"] = reason
+        with gathering(self._gather_block), refusing(reasons):
             yield
 
     def report(self, placed):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sparseffn_jax.config import SparseFFNConfig, SpectralConfig
 from sparseffn_jax.measure.gpus import GPU, compile_for, gpus
-from sparseffn_jax.measure.programs import Kernel
+from sparseffn_jax.measure.programs import TRITON, Kernel
 from sparseffn_jax.nn.sparse_ffn import SparseFFN
 from sparseffn_jax.sparsify.sizing import size_ffn
 
@@ -101,6 +102,25 @@ def test_the_default_layer_is_estimated_faster_than_dense(h100):
         for run, args, _ in (layer(LLAMA, ratio, 8192, packed=False) for ratio in (0.4, 1.0))
     )
     assert sparse < dense / 2.2
+
+
+def test_a_low_rank_layer_runs_in_one_kernel_where_its_tiles_fit(h100):
+    def program(gpu, plan=None):
+        branch = SpectralConfig("low_rank", 3072, 144, implementation=plan)
+        ffn = SparseFFN(SparseFFNConfig(768, 3072, spectral=branch), dtype=jnp.bfloat16)
+        x = shape(16384, 768)
+        variables = jax.eval_shape(ffn.init, jax.random.key(0), x)
+        return compile_for(gpu, ffn.apply, variables, x)
+
+    one, each = program(h100), program(h100, "two_gemms")
+    names = [kernel.scope.rpartition("/pallas_call")[0] for kernel in one.kernels]
+    assert sum(name.endswith("forward_kernel") for name in names) == 1
+    # The products are the same, whoever runs them.
+    products = [sum(kernel.matrix_flops for kernel in found.kernels) for found in (one, each)]
+    assert products[0] == products[1] == 4 * 16384 * 144 * (768 + 3072)
+    assert h100.seconds(one) < 0.6 * h100.seconds(each)
+    assert one.memory.temporary < 0.1 * each.memory.temporary
+    assert not any(kernel.kind in TRITON for kernel in program(gpus()["a100"]).kernels)
 
 
 def test_collectives_of_a_sharded_gradient_have_their_bytes(h100):

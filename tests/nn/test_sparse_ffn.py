@@ -381,6 +381,25 @@ def test_forced_plans_reach_the_operators_and_agree(name, spectral, micro):
     assert_close(y, reference(config, params64, x64))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("polynomial", [None, PolynomialConfig(3, groups=2)])
+def test_one_kernel_for_a_low_rank_layer_equals_a_plan_for_each_map(gated, polynomial):
+    def layer(plan):
+        branch = SpectralConfig("low_rank", 96, 16, implementation=plan)
+        config = SparseFFNConfig(48, 96, spectral=branch, polynomial=polynomial, gated=gated)
+        return SparseFFN(config, dtype=jnp.bfloat16)
+
+    (x, dy), _ = draw(0, (2, 37, 48), (2, 37, 48), dtype="bfloat16")
+    variables = layer("fused").init(jax.random.key(0), x)
+    found, wanted = (
+        value_and_vjp(layer(plan).apply, (variables, x), dy) for plan in ("fused", "two_gemms")
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_close(one, other, "bfloat16")
+    packed = layer("fused").pack(variables, x.shape[0] * x.shape[1])
+    assert_close(layer("fused").apply(packed, x), found[0], "bfloat16")
+
+
 def is_packed(path):
     return not any("bias" in key.key or key.key == "polynomial" for key in path)
 

@@ -10,6 +10,7 @@ from sparseffn_jax.ops import core_and_bypass
 from sparseffn_jax.ops.core_and_bypass import Weights
 from sparseffn_jax.ops.hidden import Activate, Channels, HiddenMaps, MapPlan
 from sparseffn_jax.ops.low_rank import Factors
+from sparseffn_jax.ops.plans.choice import refusing
 
 PLANS = ("joined", "two_gemms", "merged")
 D, WIDTH, RANK, OUT = 24, 20, 5, 28
@@ -101,11 +102,11 @@ def test_joining_must_pay_for_the_copy_of_the_weights(platform):
         choose(1, weights, platform, "fft")
 
 
-def test_divided_hidden_units_are_not_joined():
+def test_a_plan_that_is_refused_for_a_while():
     weights = weights_of(4096, 3712, 1024)
-    with core_and_bypass.divided():
+    with refusing({("core_and_bypass", "joined"): "it is too late"}):
         assert core_and_bypass.choose(65536, weights, "gpu").name == "two_gemms"
-        with pytest.raises(ValueError, match=r"cannot run as 'joined' here: the hidden units are"):
+        with pytest.raises(ValueError, match=r"cannot run as 'joined' here: it is too late"):
             core_and_bypass.choose(65536, weights, "gpu", "joined")
     assert core_and_bypass.choose(65536, weights, "gpu").name == "joined"
 

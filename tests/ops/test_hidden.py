@@ -63,7 +63,7 @@ def test_spectral_branches_are_the_same_in_tiles(operator, monkeypatch):
             return block_circulant.apply(x, packed, plan, blocks, activate, channels)
         first, last = (low_rank.Factors(*part) for part in (factors[:2], factors[2:]))
         weights = HiddenMaps((first,), last)
-        plan = low_rank.choose(len(x), weights, "cpu", "two_gemms")
+        plan = low_rank.choose(len(x), weights, activate, "cpu", "two_gemms")
         return low_rank.apply(x, low_rank.pack(weights, plan), plan, activate, channels)
 
     whole = value_and_vjp(layer, (x, bias, *factors), cotangent)

@@ -4,7 +4,7 @@ import pytest
 from numerics import DTYPES, assert_close, draw, value_and_vjp
 
 from sparseffn_jax.ops import low_rank
-from sparseffn_jax.ops.hidden import HiddenMaps
+from sparseffn_jax.ops.hidden import Activate, HiddenMaps
 
 PLANS = ("two_gemms", "merged")
 BATCHES = ((), (2, 3), (0,))
@@ -60,4 +60,28 @@ def test_refuses_an_unknown_plan():
     with pytest.raises(
         ValueError, match="low_rank has no plan 'fft': use one of two_gemms, merged"
     ):
-        low_rank.choose(2, weights, "cpu", "fft")
+        low_rank.choose(2, weights, Activate("relu"), "cpu", "fft")
+
+
+def test_one_kernel_runs_a_layer_on_a_hopper_gpu(monkeypatch):
+    def plan(tokens, dtype="bfloat16", platform="gpu", implementation=None):
+        into, out = jnp.zeros((768, 144), dtype), jnp.zeros((3072, 144), dtype)
+        weights = HiddenMaps(
+            (low_rank.Factors(into, out.T),), low_rank.Factors(out, jnp.zeros((144, 768), dtype))
+        )
+        return low_rank.choose(tokens, weights, Activate("silu"), platform, implementation)
+
+    assert plan(16384).is_fused
+    assert not plan(16384, platform="cpu").is_fused
+    assert not plan(16384, dtype="float32").is_fused
+    assert not plan(16384, implementation="two_gemms").is_fused
+    # A few tokens would go through all weights on a few multiprocessors.
+    assert not plan(64).is_fused
+    assert plan(64, implementation="fused").is_fused
+    assert plan(64, implementation="fused").layout == plan(64, implementation="two_gemms").layout
+    with pytest.raises(ValueError, match=r"cannot run as 'fused' here: it multiplies bfloat16"):
+        plan(64, "float32", "cpu", "fused")
+    # They may divide the program among them.
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert not plan(16384).is_fused
+    assert plan(16384, implementation="fused").is_fused

@@ -96,6 +96,9 @@ class PlanTable:
 _recording: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
     "recording", default=None
 )
+_refused: contextvars.ContextVar[Mapping[tuple[str, str], str]] = contextvars.ContextVar(
+    "refused", default=types.MappingProxyType({})
+)
 _tables: contextvars.ContextVar[Mapping[Platform, PlanTable]] = contextvars.ContextVar(
     "tables", default=types.MappingProxyType({})
 )
@@ -117,15 +120,18 @@ def pick(
     Args:
       operator: name of the operator.
       implementation: name of the plan to force, or ``None``.
-      costs: estimated cost of every plan that can run here, in multiply-adds of a large GEMM.
-      refused: the reason why each of the other plans cannot run here.
+      costs: estimated cost of every plan, in multiply-adds of a large GEMM.
+      refused: the reason why each of the plans that cannot run here cannot; those that
+        :func:`refusing` names are refused as well.
       problem: shapes and dtype, under which the :class:`PlanTable` in use may know a plan.
       platform: the platform that the program is compiled for.
 
     Raises:
       ValueError: if the forced plan is unknown or cannot run here; the message says why.
     """
-    refused = refused or {}
+    here = {name: why for (each, name), why in _refused.get().items() if each == operator}
+    refused = {**(refused or {}), **here}
+    costs = {name: cost for name, cost in costs.items() if name not in refused}
     if implementation is None:
         cheapest = min(costs, key=costs.__getitem__)
         measured = _tables.get().get(platform)
@@ -206,6 +212,20 @@ def use(table: PlanTable) -> Iterator[None]:
         yield
     finally:
         _tables.reset(token)
+
+
+@contextlib.contextmanager
+def refusing(reasons: Mapping[tuple[str, str], str]) -> Iterator[None]:
+    """Keeps operators from some of their plans in programs that are traced inside the block.
+
+    Args:
+      reasons: for the name of an operator and that of a plan, the reason why it cannot run.
+    """
+    token = _refused.set({**_refused.get(), **reasons})
+    try:
+        yield
+    finally:
+        _refused.reset(token)
 
 
 @contextlib.contextmanager

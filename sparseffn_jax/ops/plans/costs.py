@@ -4,6 +4,7 @@ A cost is counted in multiply-adds of a large GEMM. The constants are the handic
 of work carry, as measured on CPU; only their order of magnitude matters.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 Platform = Literal["cpu", "gpu"]
@@ -33,6 +34,9 @@ _SCATTERED = 120.0
 _MOVED = {"cpu": 20.0, "gpu": 200.0}
 # What any operation costs: a task for the CPU's thread pool, a kernel's launch on a GPU.
 _CALL = {"cpu": 2.4e5, "gpu": 1e9}
+# What products cost in the kernel that keeps hidden units on the chip, and how many tokens a GPU
+# needs to be busy with it.
+_FUSED_GEMM, _FUSED_TOKENS = 1.2, 8192
 # Bytes of hidden activations that a tile of tokens may have on CPU: what the cores' own caches hold
 # while the operations on them are still large enough to spread over the cores.
 _TILE_BYTES = {"low_rank": 6 << 20, "block_circulant": 3 << 20, "block_sparse": 3 << 20}
@@ -50,6 +54,33 @@ def low_rank_costs(tokens: int, d_in: int, rank: int, d_out: int) -> dict[str, f
     return {
         "two_gemms": tokens * rank * (d_in + d_out),
         "merged": (tokens + rank) * d_in * d_out,
+    }
+
+
+def low_rank_layer_costs(
+    tokens: int, d_in: int, width: int, d_out: int, up: Sequence[int], down: int
+) -> dict[str, float]:
+    """Estimates the cost on a GPU of both plans of a hidden layer between low-rank maps.
+
+    Args:
+      tokens: number of rows of the input.
+      d_in: number of input channels.
+      width: number of hidden units.
+      d_out: number of output channels.
+      up: number of components of each map into the hidden units.
+      down: number of components of the map out of them.
+    """
+    moved = 2 * _MOVED["gpu"] * tokens * width * len(up)
+    each = [(d_in, rank, width) for rank in up] + [(width, down, d_out)]
+    maps = sum(min(low_rank_costs(tokens, *sides).values()) for sides in each)
+    ends = tokens * (sum(up) * d_in + down * d_out)
+    # Each multiprocessor has a tile of tokens and goes through all hidden units by itself, in a
+    # kernel that is slower than the vendor's.
+    rows = max(tokens, _FUSED_TOKENS)
+    fused = _FUSED_GEMM * rows * width * (sum(up) + down)
+    return {
+        "maps": maps + moved + 2 * len(each) * _CALL["gpu"],
+        "fused": ends + fused + (len(each) + 1) * _CALL["gpu"],
     }
 
 

@@ -1,0 +1,462 @@
+"""A hidden layer between low-rank maps as one GPU kernel, whose hidden units never leave the chip.
+
+The layer is attention in other words: the components of the tokens stand for queries, the filter
+into the hidden units for keys, the axes out of them for values, and an elementwise function for the
+softmax. As in FlashAttention (Dao 2023, 2307.08691) the forward pass goes through the hidden units
+tile by tile. The backward pass computes them again in two kernels: one adds up the gradient of the
+components over hidden units, the other the gradients of the weights over tokens.
+
+Products take operands in their own precision and accumulate in float32; everything elementwise is
+in float32. The kernels are written in Pallas and compiled by Triton, which wants powers of two:
+ranks are cut into pieces of such widths.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float
+
+from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.hidden import Activate, Channels
+from sparseffn_jax.ops.polynomial import slope, value, weighted_terms
+
+# The narrowest operand of a matrix product, and the widest piece that a rank is cut into.
+_NARROWEST, _WIDEST = 16, 128
+# Hidden units of a tile, and groups of 32 threads that work on it; stages of the loads' pipeline.
+_UNITS, _WARPS, _STAGES = 64, 8, 2
+# That of Hopper's GPUs, for whose registers and shared memory the tiles were chosen: with them the
+# compiler spills for an A100, and refuses some ranks for a B200.
+CAPABILITY = "9.0"
+# Multiprocessors of an H100, and the most shares of the tokens that are taken at the same time for
+# one tile of hidden units, so that all of them have work; each share has gradients of its own.
+_CORES, _MOST_SHARES = 132, 8
+
+
+class _Operands(NamedTuple):
+    """The arrays of a layer, or the kernels' references to them.
+
+    Attributes:
+      components: (T, rank) of each map into the hidden units.
+      filters: (rank, m) of each of them.
+      axes: (m, rank); the axes of the map out of the hidden units.
+      biases: (m,) of each map into the hidden units; empty if there are none.
+      coefficients: (terms, m or 1) of a polynomial; empty for a plain activation.
+    """
+
+    components: tuple[Any, ...]
+    filters: tuple[Any, ...]
+    axes: Any
+    biases: tuple[Any, ...]
+    coefficients: tuple[Any, ...]
+
+
+class _Gradients(NamedTuple):
+    """The gradients of some hidden units' weights, in pieces along the ranks, units first."""
+
+    filters: list[list[Array]]
+    axes: list[Array]
+    biases: list[Array]
+    coefficients: list[Array]
+
+
+class _Tile(NamedTuple):
+    """How many tokens, and how many hidden units, a kernel takes at a time."""
+
+    rows: int
+    units: int
+
+
+class _Tiles(NamedTuple):
+    """The tiles of the three kernels, and the number of shares of the tokens in the third."""
+
+    forward: _Tile
+    components: _Tile
+    weights: _Tile
+    shares: int
+
+
+def refusal(ranks: Sequence[int], activate: Activate, dtype: Any) -> str | None:
+    """Returns the reason why the kernels cannot run, or ``None`` if they can.
+
+    Args:
+      ranks: number of components of every map.
+      activate: the elementwise function of the hidden units.
+      dtype: dtype of the operands.
+    """
+    components, is_gated = sum(_up(rank, _NARROWEST) for rank in ranks), len(ranks) > 2
+    # As many as can be added up in registers, as the compiler says for an H100.
+    most = (192 if is_gated else 256) if activate.degrees else 512
+    if components > most:
+        return f"ranks add up to {components}, and registers hold {most} components"
+    if not activate.degrees and activate.activation == "gelu":
+        return "Triton does not have the error function of an exact GELU"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies bfloat16 or float16, not {dtype}"
+    if (capability := _compute_capability()) != CAPABILITY:
+        return f"it needs a GPU of compute capability {CAPABILITY}, not {capability}"
+    return None
+
+
+@functools.cache
+def _compute_capability() -> str:
+    """Returns that of this machine's GPU; without one, programs are taken to be for Hopper."""
+    try:
+        return jax.local_devices(backend="gpu")[0].compute_capability
+    except RuntimeError:
+        return CAPABILITY
+
+
+def hidden_layer(
+    components: Sequence[Float[Array, "T r"]],
+    filters: Sequence[Float[Array, "r m"]],
+    axes: Float[Array, "m s"],
+    activate: Activate,
+    channels: Channels,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "T s"]:
+    """Computes ``activate(components @ filters) @ axes``.
+
+    Args:
+      components: the tokens' components for each map into the hidden units, (T, rank).
+      filters: the weights of each map's components in the hidden units, (rank, m).
+      axes: the axes of the map out of the hidden units, (m, rank); ranks may differ, and add up to
+        at most 512 over all maps.
+      activate: the elementwise function that is applied to the hidden units.
+      channels: biases and coefficients of ``activate``.
+      interpret: whether to run the kernels in Pallas's interpreter, which needs no GPU.
+
+    Returns:
+      The components (T, rank) of the outputs, in the dtype of ``axes``.
+    """
+    tokens, units = len(components[0]), len(axes)
+    ranks = [_up(len(filter), _NARROWEST) for filter in filters]
+    components_of_all = sum(ranks) + _up(axes.shape[1], _NARROWEST)
+    columns = _up(units, _UNITS)
+    tiles, rows = _tiles(tokens, columns, components_of_all, len(filters) > 1, activate.degrees)
+
+    def padded(array: Array, *sides: int) -> Array:
+        return jnp.pad(array, [(0, to - side) for to, side in zip(sides, array.shape, strict=True)])
+
+    coefficients = () if channels.coefficients is None else (channels.coefficients,)
+    operands = _Operands(
+        tuple(padded(c, rows, rank) for c, rank in zip(components, ranks, strict=True)),
+        tuple(padded(f, rank, columns) for f, rank in zip(filters, ranks, strict=True)),
+        padded(axes, columns, _up(axes.shape[1], _NARROWEST)),
+        tuple(padded(bias, columns) for bias in channels.biases),
+        tuple(padded(c, len(c), columns if c.shape[1] > 1 else 1) for c in coefficients),
+    )
+    z: Any = _layer(activate, tiles, interpret, operands)
+    return z[:tokens, : axes.shape[1]]
+
+
+def _up(side: int, multiple: int) -> int:
+    return multiple * -(-side // multiple)
+
+
+def _tiles(
+    tokens: int, units: int, components: int, is_gated: bool, degrees: Sequence[int]
+) -> tuple[_Tiles, int]:
+    """Returns the largest tiles whose sums fit the registers, and the number of rows to pad to."""
+    # Larger ones would leave multiprocessors without work.
+    rows = 128 if tokens > 8192 else 64
+    count = -(-tokens // rows)
+
+    def turns(shares: int) -> int:
+        return -(-(units // _UNITS) * shares // _CORES) * -(-count // shares)
+
+    shares = min(range(1, _MOST_SHARES + 1), key=turns)
+    tiles = _Tiles(
+        _Tile(rows, _UNITS),
+        _Tile(64, 32) if degrees or components > 320 else _Tile(rows, _UNITS),
+        _Tile(16 if degrees else 64 if components <= (192 if is_gated else 288) else 32, _UNITS),
+        shares,
+    )
+    return tiles, rows * _up(count, shares)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _layer(activate, tiles, interpret, operands):
+    tokens, rank = len(operands.components[0]), operands.axes.shape[1]
+    kernel = functools.partial(_forward_kernel, activate, tiles.forward)
+    out = jax.ShapeDtypeStruct((tokens, rank), operands.axes.dtype)
+    return _call(kernel, (tokens // tiles.forward.rows,), operands, (), out, interpret)
+
+
+def _layer_forward(activate, tiles, interpret, operands):
+    return _layer(activate, tiles, interpret, operands), operands
+
+
+def _layer_backward(activate, tiles, interpret, operands, dz):
+    components, filters, axes, biases, coefficients = operands
+    tokens, units = len(components[0]), len(axes)
+    kernel = functools.partial(_components_kernel, activate, tiles.components)
+    out = [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in components]
+    grid = (tokens // tiles.components.rows,)
+    d_components = _call(kernel, grid, operands, (dz,), out, interpret)
+
+    def shared(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((tiles.shares, *shape), jnp.float32)
+
+    out = _Operands(
+        (),
+        tuple(shared(*filter.shape[::-1]) for filter in filters),
+        shared(*axes.shape),
+        tuple(shared(units) for _ in biases),
+        # One for each unit, also of coefficients that units share.
+        tuple(shared(len(c), units) for c in coefficients),
+    )
+    turns = tokens // tiles.weights.rows // tiles.shares
+    kernel = functools.partial(_weights_kernel, activate, tiles.weights, turns)
+    grid = (units // tiles.weights.units, tiles.shares)
+    leaves = _call(kernel, grid, operands, (dz,), jax.tree.leaves(out), interpret)
+    sums = jax.tree.unflatten(jax.tree.structure(out), [leaf.sum(axis=0) for leaf in leaves])
+    gradients = _Operands(
+        tuple(d_components),
+        tuple(d_filter.T for d_filter in sums.filters),
+        sums.axes,
+        sums.biases,
+        tuple(
+            dc.sum(axis=1, keepdims=True) if c.shape[1] == 1 else dc
+            for dc, c in zip(sums.coefficients, coefficients, strict=True)
+        ),
+    )
+    return (jax.tree.map(lambda d, given: d.astype(given.dtype), gradients, operands),)
+
+
+_layer.defvjp(_layer_forward, _layer_backward)
+
+
+def _call(
+    kernel: Any,
+    grid: tuple[int, ...],
+    operands: _Operands,
+    others: tuple[Array, ...],
+    out: Any,
+    interpret: bool,
+) -> Any:
+    """Runs a kernel, which gets references to the operands, the other inputs and the outputs."""
+    leaves, structure = jax.tree.flatten(operands)
+
+    def body(*refs: Any) -> None:
+        given = jax.tree.unflatten(structure, refs[: len(leaves)])
+        kernel(given, *refs[len(leaves) :])
+
+    # Profiles, and what reads compiled programs, find the kernel by this name.
+    body.__name__ = body.__qualname__ = kernel.func.__name__.strip("_")
+    return pl.pallas_call(
+        body,
+        out_shape=out,
+        grid=grid,
+        interpret=interpret,
+        name=body.__name__,
+        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+    )(*leaves, *others)
+
+
+def _forward_kernel(activate: Activate, tile: _Tile, given: _Operands, z_ref: Any) -> None:
+    rows = pl.ds(pl.program_id(0) * tile.rows, tile.rows)
+    components = [_pieces(ref, rows) for ref in given.components]
+
+    def turn(j: Array, sums: list[Array]) -> list[Array]:
+        units = pl.ds(j * tile.units, tile.units)
+        us = _pre_activations(components, given, units, axis=1)
+        hidden = _hidden(activate, us, _coefficients(activate, given, units, axis=1))
+        return _added(sums, hidden.astype(z_ref.dtype), _pieces(given.axes, units))
+
+    pieces = _cut(z_ref.shape[1])
+    zeros = [jnp.zeros((tile.rows, piece.size), jnp.float32) for piece in pieces]
+    sums = jax.lax.fori_loop(0, len(given.axes) // tile.units, turn, zeros)
+    for piece, total in zip(pieces, sums, strict=True):
+        z_ref[rows, piece] = total.astype(z_ref.dtype)
+
+
+def _components_kernel(
+    activate: Activate, tile: _Tile, given: _Operands, dz_ref: Any, *out: Any
+) -> None:
+    """Adds up the gradient of the components of some tokens over all hidden units."""
+    rows = pl.ds(pl.program_id(0) * tile.rows, tile.rows)
+    components = [_pieces(ref, rows) for ref in given.components]
+    dz = _pieces(dz_ref, rows)
+
+    def turn(j: Array, sums: list[list[Array]]) -> list[list[Array]]:
+        units = pl.ds(j * tile.units, tile.units)
+        us = _pre_activations(components, given, units, axis=1)
+        dh = _sum_of_products(dz, _pieces(given.axes, units))
+        coefficients = _coefficients(activate, given, units, axis=1)
+        _, dus, _ = _derivatives(activate, us, coefficients, dh)
+        return [
+            [
+                total + _dot(du.astype(dz_ref.dtype), filter[piece, units], (1, 1))
+                for total, piece in zip(totals, _cut(len(filter)), strict=True)
+            ]
+            for totals, du, filter in zip(sums, dus, given.filters, strict=True)
+        ]
+
+    zeros = [
+        [jnp.zeros((tile.rows, piece.size), jnp.float32) for piece in _cut(ref.shape[1])]
+        for ref in out
+    ]
+    sums = jax.lax.fori_loop(0, len(given.axes) // tile.units, turn, zeros)
+    for ref, totals in zip(out, sums, strict=True):
+        for piece, total in zip(_cut(ref.shape[1]), totals, strict=True):
+            ref[rows, piece] = total.astype(ref.dtype)
+
+
+def _weights_kernel(
+    activate: Activate, tile: _Tile, turns: int, given: _Operands, dz_ref: Any, *out: Any
+) -> None:
+    """Adds up the gradients of the weights of some hidden units over a share of the tokens.
+
+    Hidden units are the rows here: what is multiplied by the tokens' components then lies in
+    registers as the product wants it, and the tensor cores' smallest number of rows, 64, falls on
+    the units and not on a piece of a rank.
+    """
+    units, share = pl.ds(pl.program_id(0) * tile.units, tile.units), pl.program_id(1)
+    coefficients = _coefficients(activate, given, units, axis=0)
+    dtype = dz_ref.dtype
+
+    def turn(i: Array, sums: _Gradients) -> _Gradients:
+        rows = pl.ds((share * turns + i) * tile.rows, tile.rows)
+        components, dz = [_pieces(ref, rows) for ref in given.components], _pieces(dz_ref, rows)
+        us = _pre_activations(components, given, units, axis=0)
+        dh = _sum_of_products(_pieces(given.axes, units), dz)
+        hidden, dus, terms = _derivatives(activate, us, coefficients, dh)
+        return _Gradients(
+            [
+                _added(totals, du.astype(dtype), parts)
+                for totals, du, parts in zip(sums.filters, dus, components, strict=True)
+            ],
+            _added(sums.axes, hidden.astype(dtype), dz),
+            [total + du.sum(axis=1) for total, du in zip(sums.biases, dus, strict=False)],
+            [s + term.sum(axis=1) for s, term in zip(sums.coefficients, terms, strict=True)],
+        )
+
+    def zeros(*shape: int) -> Array:
+        return jnp.zeros((tile.units, *shape), jnp.float32)
+
+    start = _Gradients(
+        [[zeros(piece.size) for piece in _cut(len(filter))] for filter in given.filters],
+        [zeros(piece.size) for piece in _cut(given.axes.shape[1])],
+        [zeros() for _ in given.biases],
+        [zeros() for _ in coefficients or ()],
+    )
+    sums = jax.lax.fori_loop(0, turns, turn, start)
+    refs = iter(out)
+    for totals in (*sums.filters, sums.axes):
+        ref = next(refs)
+        for piece, total in zip(_cut(ref.shape[-1]), totals, strict=True):
+            ref[share, units, piece] = total
+    for total in sums.biases:
+        next(refs)[share, units] = total
+    for term, total in enumerate(sums.coefficients):
+        out[-1][share, term, units] = total
+
+
+def _cut(rank: int) -> list[Any]:
+    """Cuts a rank, a multiple of 16, into slices whose widths are powers of two."""
+    pieces, start = [], 0
+    while start < rank:
+        width = min(_WIDEST, 1 << int(math.log2(rank - start)))
+        pieces.append(pl.ds(start, width))
+        start += width
+    return pieces
+
+
+def _pieces(ref: Any, rows: Any) -> list[Array]:
+    """Reads rows of the components."""
+    return [ref[rows, piece] for piece in _cut(ref.shape[1])]
+
+
+def _dot(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:
+    """Multiplies matrices, summing over an axis of each; the result is in float32."""
+    axes = (((over[0],), (over[1],)), ((), ()))
+    # Whatever precision the user asks of products in float32, these are in half precision.
+    return jax.lax.dot_general(
+        a, b, axes, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32
+    )
+
+
+def _sum_of_products(left: Sequence[Array], right: Sequence[Array], over=(1, 1)) -> Any:
+    """Returns one product of matrices that are cut into pieces along the axis it sums over."""
+    return sum(_dot(a, b, over) for a, b in zip(left, right, strict=True))
+
+
+def _added(totals: Sequence[Array], left: Array, right: Sequence[Array]) -> list[Array]:
+    """Adds a product to its sums, which are in pieces as the right operand is."""
+    return [total + _dot(left, piece) for total, piece in zip(totals, right, strict=True)]
+
+
+def _pre_activations(
+    components: Sequence[Sequence[Array]], given: _Operands, units: Any, axis: int
+) -> list[Array]:
+    """Returns the pre-activations of some units by each map, with its bias, in float32.
+
+    The hidden units lie along ``axis``, the tokens along the other.
+    """
+    us = []
+    for parts, filter in zip(components, given.filters, strict=True):
+        weights = [filter[piece, units] for piece in _cut(len(filter))]
+        us.append(
+            _sum_of_products(parts, weights, (1, 0))
+            if axis == 1
+            else _sum_of_products(weights, parts, (0, 1))
+        )
+    biases = [_beside(bias[units], axis) for bias in given.biases]
+    return [u + bias for u, bias in zip(us, biases, strict=True)] if biases else us
+
+
+def _coefficients(
+    activate: Activate, given: _Operands, units: Any, axis: int
+) -> dict[int, Array] | None:
+    """Reads the coefficients of some hidden units, which lie along ``axis``, by their degrees."""
+    if not given.coefficients:
+        return None
+    (ref,) = given.coefficients
+    if ref.shape[1] == 1:
+        return {k: ref[term, 0].astype(jnp.float32) for term, k in enumerate(activate.degrees)}
+    return {k: _beside(ref[term, units], axis) for term, k in enumerate(activate.degrees)}
+
+
+def _beside(numbers: Array, axis: int) -> Array:
+    """Returns numbers, one a hidden unit, in float32 and so that they broadcast against units."""
+    numbers = numbers.astype(jnp.float32)
+    return numbers[None, :] if axis == 1 else numbers[:, None]
+
+
+def _hidden(
+    activate: Activate, us: Sequence[Array], coefficients: Mapping[int, Array] | None
+) -> Array:
+    """Returns the hidden units, in float32."""
+    if coefficients is None:
+        phi = get_activation(activate.activation)(us[0])
+    else:
+        phi = value(us[0], coefficients, activate.radius)
+    return phi if len(us) == 1 else phi * us[1]
+
+
+def _derivatives(
+    activate: Activate,
+    us: Sequence[Array],
+    coefficients: Mapping[int, Array] | None,
+    dh: Array,
+) -> tuple[Array, list[Array], list[Array]]:
+    """Returns hidden units, gradients of pre-activations, and those of coefficients by token."""
+    d_phi = dh if len(us) == 1 else dh * us[1]
+    terms: list[Array] = []
+    if coefficients is None:
+        phi, pullback = jax.vjp(get_activation(activate.activation), us[0])
+        (du,) = pullback(d_phi)
+    else:
+        phi = value(us[0], coefficients, activate.radius)
+        du = d_phi * slope(us[0], coefficients, activate.radius)
+        terms = weighted_terms(activate.degrees, activate.radius, d_phi, us[0])
+    if len(us) == 1:
+        return phi, [du], terms
+    return phi * us[1], [du, dh * phi], terms
