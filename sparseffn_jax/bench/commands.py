@@ -9,7 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from sparseffn_jax.bench.estimated import estimate_table, run_ffn_estimate
+from sparseffn_jax.bench.estimated import (
+    estimate_table,
+    model_estimate_table,
+    run_ffn_estimate,
+    run_model_estimate,
+)
 from sparseffn_jax.bench.layer import FFNBenchSettings, ffn_tables, run_ffn_bench
 from sparseffn_jax.bench.model import ModelBenchSettings, model_table, run_model_bench
 from sparseffn_jax.bench.quality import QualitySettings, run_quality
@@ -61,13 +66,21 @@ class BenchModel(ModelBenchSettings):
     """Measure a whole model: evaluation, training step, generation, beside Hugging Face's PyTorch.
 
     Attributes:
+      device: Estimate for this GPU (a100, h100, h200, b200), which need not be here, instead of
+        measuring: the programs are compiled for it, and nothing runs.
       plans: Table of measured plans to choose by, as "sparseffn inspect --autotune" writes it.
     """
 
+    device: str | None = None
     plans: Path | None = None
 
     def run(self, console: Console) -> None:
         """Runs the command."""
+        if self.device is not None:
+            result = run_model_estimate(self, self.device, Console(stderr=True))
+            title = f"{self.model or 'GPT-2 ' + self.size}, {self.dtype}, on {result['gpu']}"
+            console.print(model_estimate_table(title, result["rows"]))
+            return
         with using(self.plans):
             result = run_model_bench(self, console)
         console.print(model_table(result))

@@ -105,14 +105,8 @@ def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str,
         do not fit it.
     """
     records.make_folder(settings.out)
-    dense = _dense_model(settings)
+    dense, ffn = models_of(settings)
     spec = dense.spec
-    if (needed := max(settings.window, settings.prompt + settings.decoded)) > spec.n_positions:
-        raise ValueError(
-            f"window={settings.window} and prompt={settings.prompt} with decoded="
-            f"{settings.decoded} need {needed} positions: the model has {spec.n_positions}"
-        )
-    ffn = _sparse_ffn(spec, settings)
     models = {"dense": dense, "sparse": dense.clone(ffns=(ffn,) * spec.n_layer)}
     vocabulary: int = dense.config.vocab_size
     tokens = np.random.default_rng(0).integers(
@@ -192,6 +186,25 @@ def model_table(result: dict[str, Any]) -> Table:
         f"unequal layers: {seconds['unequal']:.1f} s",
     )
     return table
+
+
+def models_of(settings: ModelBenchSettings) -> tuple[Decoder, SparseFFNConfig]:
+    """Returns the dense model, and the FFN that the sparse one has in every layer.
+
+    Args:
+      settings: which model is measured, and on what.
+
+    Raises:
+      CheckpointError, FileNotFoundError, ValueError: as :func:`run_model_bench`.
+    """
+    dense = _dense_model(settings)
+    spec = dense.spec
+    if (needed := max(settings.window, settings.prompt + settings.decoded)) > spec.n_positions:
+        raise ValueError(
+            f"window={settings.window} and prompt={settings.prompt} with decoded="
+            f"{settings.decoded} need {needed} positions: the model has {spec.n_positions}"
+        )
+    return dense, _sparse_ffn(spec, settings)
 
 
 def _dense_model(settings: ModelBenchSettings) -> Decoder:

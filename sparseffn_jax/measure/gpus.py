@@ -171,7 +171,9 @@ def gpus() -> Mapping[str, GPU]:
     )
 
 
-def compile_for(gpu: GPU, function: Callable[..., Any], *args: Any) -> Program:
+def compile_for(
+    gpu: GPU, function: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
+) -> Program:
     """Compiles a function for a GPU that need not be there.
 
     Args:
@@ -179,6 +181,7 @@ def compile_for(gpu: GPU, function: Callable[..., Any], *args: Any) -> Program:
       function: any JAX function.
       *args: its arguments: trees of arrays, or of anything else with a shape and a dtype. Those
         with a sharding over devices of :meth:`GPU.devices` keep it; the others lie on one device.
+      donate_argnums: numbers of the arguments whose memory results may be written to.
 
     Raises:
       ModuleNotFoundError, RuntimeError: as :meth:`GPU.devices`.
@@ -194,7 +197,7 @@ def compile_for(gpu: GPU, function: Callable[..., Any], *args: Any) -> Program:
     if (capability := ".".join(map(str, gpu.compute_capability))) != fused_hidden.CAPABILITY:
         reasons["low_rank_layer", "fused"] = f"its tiles are not for capability {capability}"
     with refusing(reasons):
-        traced = jax.jit(function).trace(*jax.tree.map(placed, args))
+        traced = jax.jit(function, donate_argnums=donate_argnums).trace(*jax.tree.map(placed, args))
     lowered = traced.lower(lowering_platforms=("cuda",))
     with warnings.catch_warnings():
         # What is in the cache can only be loaded where the device is; it is compiled again.

@@ -7,7 +7,7 @@ Shape letters: B prompts, T their padded length, N new tokens, V the vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -204,7 +204,7 @@ def start(
     padding = np.sum(mask == 0, axis=1, dtype=np.int32)
     return _prefill(
         _ByValue(model), max_new_tokens, params, ids, padding, key,
-        _as_data(sampling, vocab_size), _as_ids(eos_token_id),
+        as_data(sampling, vocab_size), _as_ids(eos_token_id),
     )  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def advance(
     Raises:
       ValueError: if ``top_k`` exceeds the vocabulary.
     """
-    data = _as_data(sampling, model.config.vocab_size)
+    data = as_data(sampling, model.config.vocab_size)
     return _decode(
         _ByValue(model), platform_of(params), params, state, np.int32(length), data,
         _as_ids(eos_token_id),
@@ -265,7 +265,7 @@ def left_pad(
 def choose(
     logits: Float[Array, "b v"],
     seen: Bool[Array, "b v"],
-    settings: dict[str, Array],
+    settings: Mapping[str, Any],
     key: PRNGKeyArray,
 ) -> Int[Array, " b"]:
     """Chooses a token for each row.
@@ -357,7 +357,7 @@ def _prefill(static, max_new_tokens, params, prompt, padding, key, settings, end
         done=jnp.zeros(batch_size, bool),
         key=key,
     )
-    return _append(static.model, params, state, prompt, settings, ends)
+    return append(static.model, params, state, prompt, settings, ends)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -370,7 +370,7 @@ def _decode(static, platform, params, state, length, settings, ends):
 
     def step(state):
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
-        return _append(static.model, params, state, last, settings, ends, packed)
+        return append(static.model, params, state, last, settings, ends, packed)
 
     state = jax.lax.while_loop(goes_on, step, state)
     last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
@@ -378,8 +378,26 @@ def _decode(static, platform, params, state, length, settings, ends):
     return state._replace(tokens=jnp.where(is_new, state.tokens, last))
 
 
-def _append(model, params, state, tokens, settings, ends, packed=None):
-    """Runs the model on the last tokens of the sequences and appends the tokens that it chooses."""
+def append(
+    model: Decoder,
+    params: Any,
+    state: DecodeState,
+    tokens: Int[Array, "b t"],
+    settings: Mapping[str, Any],
+    ends: Int[Array, " e"],
+    packed: Any = None,
+) -> DecodeState:
+    """Runs the model on the last tokens of the sequences and appends the tokens that it chooses.
+
+    Args:
+      model: the decoder.
+      params: parameters of the decoder.
+      state: the sequences so far.
+      tokens: those of their tokens that the cache does not hold yet.
+      settings: what :func:`as_data` returns.
+      ends: the tokens that end a row.
+      packed: weights that :func:`~sparseffn_jax.models.decoder.pack_ffns` packed.
+    """
     count, capacity = tokens.shape[1], state.tokens.shape[1]
     places = state.length - count + jnp.arange(count)
     is_token = jnp.arange(capacity) >= state.padding[:, None]
@@ -407,7 +425,16 @@ def _append(model, params, state, tokens, settings, ends, packed=None):
     )
 
 
-def _as_data(sampling: Sampling, vocab_size: int) -> dict[str, np.number]:
+def as_data(sampling: Sampling, vocab_size: int) -> dict[str, np.number]:
+    """Returns settings as scalars for a program, without ``None``.
+
+    Args:
+      sampling: how tokens are chosen.
+      vocab_size: number of tokens in the vocabulary.
+
+    Raises:
+      ValueError: if ``top_k`` exceeds the vocabulary.
+    """
     if sampling.top_k is not None and sampling.top_k > vocab_size:
         raise ValueError(f"top_k={sampling.top_k} must lie between 1 and vocab_size={vocab_size}")
     return {

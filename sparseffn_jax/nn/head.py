@@ -61,7 +61,7 @@ class Head:
         In float32 there is nothing to convert, and the result is the same; so it is, at the cost of
         memory, of an untied head whose V is no multiple of 8.
         """
-        dtype, shape = self._product_dtype(hidden), self.blocked()
+        dtype, shape = self.product_dtype(hidden), self.blocked()
         # Where a mesh deals out D instead of V, it adds up logits, and not those of every block.
         is_d_whole = self.tied or self.vocab_size % _PIECES == 0
         if dtype == jnp.float32 or shape[1] == 1 or not is_d_whole:
@@ -88,15 +88,17 @@ class Head:
     def hidden_gradient(
         self, hidden: Float[Array, "B t D"], slope: Float[Array, "B t V"]
     ) -> Float[Array, "B t D"]:
-        """Returns a loss's float32 gradient at hidden states, given that at their logits."""
-        dtype, shape = self._product_dtype(hidden), self.blocked()
+        """Returns a loss's float32 gradient at hidden states, given that at their logits.
+
+        Products are in the dtype of ``slope``, of the values that the forward pass has multiplied.
+        """
+        dtype, shape = self.product_dtype(hidden), self.blocked()
         if dtype == jnp.float32 or shape[1] == 1:
-            weight = self.weight.astype(dtype).astype(jnp.float32)
+            weight = self.weight.astype(dtype).astype(slope.dtype)
             return _einsum("btv,vd->btd" if self.tied else "btv,dv->btd", slope, weight)
 
-        # The product is with float32, to which half precision is converted first.
         def block(index):
-            return self._block(index, dtype).astype(jnp.float32)
+            return self._block(index, dtype).astype(slope.dtype)
 
         numbers = jnp.arange(shape[1])
         if self.tied:
@@ -126,7 +128,8 @@ class Head:
         pieces = math.gcd(rows // count, _PIECES)
         return pieces, count, rows // count // pieces, columns
 
-    def _product_dtype(self, hidden: Array) -> Any:
+    def product_dtype(self, hidden: Array) -> Any:
+        """Returns the dtype in which hidden states are multiplied by the weight."""
         return jnp.dtype(canonicalize_dtype(hidden, self.weight, self.bias, dtype=self.dtype))
 
     def _block(self, index: Array, dtype: Any) -> Array:
@@ -178,7 +181,8 @@ class HeadGradient(NamedTuple):
         """Returns the gradient with a chunk's added, given the loss's gradient at the logits."""
         bias, weight = self.bias, self.weight
         if bias is not None:
-            bias += slope.reshape(bias.shape[0], -1, bias.shape[1]).sum(axis=1)
+            by_shard = slope.astype(jnp.float32).reshape(bias.shape[0], -1, bias.shape[1])
+            bias += by_shard.sum(axis=1)
         if weight is not None:
             weight = _add_products(head, weight, hidden, slope)
         return HeadGradient(weight, bias)
@@ -192,9 +196,12 @@ class HeadGradient(NamedTuple):
 def _add_products(head: Head, total: Array, hidden: Array, slope: Array) -> Array:
     shards, *blocked = total.shape
     # The values that the forward pass has multiplied.
-    hidden = hidden.astype(head._product_dtype(hidden)).astype(jnp.float32)
+    hidden = hidden.astype(head.product_dtype(hidden)).astype(slope.dtype)
     rows, columns = (slope, hidden) if head.tied else (hidden, slope)
     tokens = (shards, hidden.shape[0] // shards, hidden.shape[1])
+    if blocked[1] == 1:
+        rows, columns = (x.reshape(*tokens, -1) for x in (rows, columns))
+        return total + _einsum("gbtr,gbtc->grc", rows, columns).reshape(total.shape)
     rows = jnp.moveaxis(rows.reshape(*tokens, *blocked[:3]), 4, 0)
     columns = columns.reshape(*tokens, -1)
 

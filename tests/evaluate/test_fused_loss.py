@@ -23,10 +23,16 @@ from sparseffn_jax.train.step import init_state, make_stage, make_step
 B, T, D, V = 2, 11, 24, 39
 
 
+def set_chunk(monkeypatch, entries):
+    for name in ("_CPU", "_GPU"):
+        work = getattr(fused_loss, name)._replace(entries=entries)
+        monkeypatch.setattr(fused_loss, name, work)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of two tokens a row and blocks of a few channels, so that there are many of each."""
-    monkeypatch.setattr(fused_loss, "_CHUNK_ENTRIES", 2 * B * V)
+    set_chunk(monkeypatch, 2 * B * V)
     monkeypatch.setattr(heads, "_WHOLE_ENTRIES", 0)
     monkeypatch.setattr(heads, "_BLOCK_ENTRIES", D * V // 3)
 
@@ -183,7 +189,7 @@ WORDS, WINDOW, ROWS = 12_289, 64, 4
 
 @pytest.fixture
 def chunks_of_eight(monkeypatch):
-    monkeypatch.setattr(fused_loss, "_CHUNK_ENTRIES", ROWS * 8 * WORDS)
+    set_chunk(monkeypatch, ROWS * 8 * WORDS)
 
 
 def equations(jaxpr):
@@ -256,7 +262,7 @@ def test_evaluators_hold_the_logits_of_a_chunk(chunks_of_eight, monkeypatch):
     make_scorer(model, WINDOW, ROWS)
     sum_losses, score_batch = programs
     monkeypatch.undo()
-    monkeypatch.setattr(fused_loss, "_CHUNK_ENTRIES", ROWS * 8 * WORDS)
+    set_chunk(monkeypatch, ROWS * 8 * WORDS)
     counted = jax.ShapeDtypeStruct((ROWS, WINDOW), bool)
     counts = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
     for program, argument in ((sum_losses, counts), (score_batch, counted)):
