@@ -273,7 +273,10 @@ def _losses_and_slope(
         soft_weights = weight * temperature * weights[..., None]
         slope += exponentials * (soft_weights / total)
         slope -= soft_exponentials * (soft_weights / soft_total)
-    return loss, cross_entropy, slope + _put_at_targets(-hard_weights, targets, slope)
+    at_targets = jax.lax.platform_dependent(
+        *(-hard_weights, targets, slope), cpu=_scattered, default=_compared
+    )
+    return loss, cross_entropy, slope + at_targets
 
 
 def _log_softmax(logits: Array) -> tuple[Array, Array, Array]:
@@ -288,20 +291,23 @@ def _logits(head: Head | None, hidden: Array) -> Array:
     return hidden.astype(jnp.float32) if head is None else head.logits_by_blocks(hidden)
 
 
-def _put_at_targets(values: Array, targets: Array, slope: Array) -> Array:
-    """Returns zeros of the shape of a slope, with one value for each token at its target."""
+def _scattered(values: Array, targets: Array, slope: Array) -> Array:
+    """Returns zeros of the shape of a slope, with one value for each token at its target.
 
-    def scatter(values, targets, slope):
-        # The transpose of a gather: on a mesh it sends nothing, where `slope.at[...]` would gather
-        # all targets. XLA turns the sum, but not a difference, into a scatter onto the slope.
-        return jax.vjp(lambda x: _at_targets(x, targets), slope)[1](values)[0]
+    It is the transpose of a gather: on a mesh it sends nothing, where ``slope.at[...]`` would
+    gather all targets. XLA turns its sum with a slope, but not the difference, into a scatter onto
+    the slope itself.
+    """
+    return jax.vjp(lambda x: _at_targets(x, targets), slope)[1](values)[0]
 
-    def compare(values, targets, slope):
-        # Part of the operation that computes the slope, which a scatter would read and write again.
-        words = jax.lax.broadcasted_iota(targets.dtype, slope.shape, slope.ndim - 1)
-        return jnp.where(words == targets[..., None], values[..., None], 0.0)
 
-    return jax.lax.platform_dependent(values, targets, slope, cpu=scatter, default=compare)
+def _compared(values: Array, targets: Array, slope: Array) -> Array:
+    """Returns what :func:`_scattered` does, as part of the operation that computes the slope.
+
+    On a GPU a scatter would read the slope and write it again.
+    """
+    words = jax.lax.broadcasted_iota(targets.dtype, slope.shape, slope.ndim - 1)
+    return jnp.where(words == targets[..., None], values[..., None], 0.0)
 
 
 def _at_targets(x: Array, targets: Array) -> Array:

@@ -4,14 +4,24 @@ Shape letters: B batch, T tokens, S keys (cached ones included), H heads, G key/
 width.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jaxtyping import Array, Bool, Float, Int
+
+from sparseffn_jax.ops.plans import costs
+from sparseffn_jax.ops.plans.choice import compute_capability, pick
 
 # Blocks of queries: more and smaller ones take longer to compile, and no less in a whole training
 # step.
 _LEAST_BLOCK, _MOST_BLOCKS = 256, 4
+# Rows of a tile, and the widest head for which the compiler needs no more registers than there are;
+# GPUs (A100, H100 and H200, B200) whose shared memory holds the tiles.
+_FLASH, _FLASH_ROWS, _FLASH_WIDTH = "flash", 128, 128
+_FLASH_CAPABILITIES = ("8.0", "9.0", "10.0")
 
 
 class CausalAttention(nn.Module):
@@ -131,9 +141,64 @@ def _attend_without_cache(query, key, value, mask, scale):
     tokens = query.shape[1]
     if query.dtype == jnp.float32:
         return in_blocks(query, key, value)
-    return jax.lax.platform_dependent(
-        query, key, value, cpu=in_blocks, default=jax.checkpoint(whole)
+    branches = {"cpu": in_blocks, "default": jax.checkpoint(whole)}
+    if _choose_on_gpu(query, mask) == _FLASH:
+        branches["cuda"] = functools.partial(flash_attention, scale=scale)
+    return jax.lax.platform_dependent(query, key, value, **branches)
+
+
+def _choose_on_gpu(query: Array, mask: Array | None) -> str:
+    """Picks between attention with its weights in memory, and without."""
+    rows, tokens, heads, width = query.shape
+    refused = {}
+    if mask is not None:
+        refused[_FLASH] = "its mask is the causal one alone"
+    elif tokens % _FLASH_ROWS:
+        refused[_FLASH] = f"{tokens} tokens are no multiple of {_FLASH_ROWS}"
+    elif width > _FLASH_WIDTH:
+        refused[_FLASH] = f"registers do not hold heads of {width} channels"
+    elif compute_capability() not in (None, *_FLASH_CAPABILITIES):
+        refused[_FLASH] = f"it was not compiled for compute capability {compute_capability()}"
+    elif jax.device_count() > 1:
+        # A program may be divided among devices, and then cannot divide the kernel.
+        refused[_FLASH] = "there are several devices"
+    problem = (rows, tokens, heads, width, query.dtype.name)
+    estimates = costs.attention_costs(rows, tokens, heads, width)
+    return pick("attention", None, estimates, refused, problem, "gpu")
+
+
+def flash_attention(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B T G K"],
+    value: Float[Array, "B T G K"],
+    *,
+    scale: float | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H K"]:
+    """Runs causal attention by JAX's kernel for Triton, which keeps its weights on the chip.
+
+    The method is FlashAttention (Dao 2023, 2307.08691), forward and backward.
+
+    Args:
+      query: queries; T is a multiple of 128, and K at most 128.
+      key: keys; H is a multiple of G.
+      value: values.
+      scale: factor of the logits; by default ``K ** -0.5``.
+      interpret: whether to run the kernel in Pallas's interpreter, which needs no GPU.
+
+    Returns:
+      The outputs of the heads, in the dtype of ``query``.
+    """
+    groups = query.shape[2] // key.shape[2]
+    out: Array = mha(
+        *(query, jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2), None),
+        sm_scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        causal=True,
+        block_sizes=BlockSizes(_FLASH_ROWS, *(_FLASH_ROWS // 2,) * 5),
+        num_warps=8,
+        interpret=interpret,
     )
+    return out
 
 
 def _attend_in_blocks(query, key, value, mask, scale):

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.hidden import Activate, Channels
+from sparseffn_jax.ops.plans.choice import compute_capability
 from sparseffn_jax.ops.polynomial import slope, value, weighted_terms
 
 # The narrowest operand of a matrix product, and the widest piece that a rank is cut into.
@@ -98,18 +99,10 @@ def refusal(ranks: Sequence[int], activate: Activate, dtype: Any) -> str | None:
         return "Triton does not have the error function of an exact GELU"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 or float16, not {dtype}"
-    if (capability := _compute_capability()) != CAPABILITY:
+    # Without a GPU here, programs are taken to be for Hopper.
+    if (capability := compute_capability() or CAPABILITY) != CAPABILITY:
         return f"it needs a GPU of compute capability {CAPABILITY}, not {capability}"
     return None
-
-
-@functools.cache
-def _compute_capability() -> str:
-    """Returns that of this machine's GPU; without one, programs are taken to be for Hopper."""
-    try:
-        return jax.local_devices(backend="gpu")[0].compute_capability
-    except RuntimeError:
-        return CAPABILITY
 
 
 def hidden_layer(

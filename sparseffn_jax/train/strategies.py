@@ -185,7 +185,8 @@ class MeshSharding(SingleDevice):
     def tracing(self):
         # The partitioner cannot divide a kernel that was written by hand, and weights that are
         # divided along the side at which they would be joined would have to be sent around.
-        reasons = {("low_rank_layer", "fused"): "the tokens are divided among devices"}
+        reason = "the tokens are divided among devices"
+        reasons = {("low_rank_layer", "fused"): reason, ("attention", "flash"): reason}
         if self._divides_hidden_units:
             reason = "the hidden units are divided among devices"
             reasons["core_and_bypass", "joined"] = reason

@@ -14,6 +14,7 @@ from transformers import GPT2Config
 from sparseffn_jax.evaluate import fused_loss, losses
 from sparseffn_jax.evaluate.fused_loss import Mixture, Outputs, mean_loss, token_losses
 from sparseffn_jax.evaluate.perplexity import make_scorer
+from sparseffn_jax.measure.gpus import compile_for, gpus
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.nn import head as heads
 from sparseffn_jax.nn.head import Head
@@ -121,6 +122,33 @@ def test_half_precision_sums_in_float32(small_chunks, dtype, tied):
         # The gradient is rounded once, at its end, to the dtype of what it is for.
         for actual, leaf in zip(jax.tree.leaves(gradient), expected[2], strict=False):
             assert_close(actual, leaf, 1e-6 + 0.5 * float(jnp.finfo(actual.dtype).eps))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 4e-3), (jnp.float16, 5e-4)])
+def test_a_gpu_multiplies_slopes_in_bfloat16(small_chunks, monkeypatch, dtype, tolerance, tied):
+    monkeypatch.setattr(fused_loss, "_CPU", fused_loss._GPU)
+    outputs, exact = draw(0, tied, dtype=dtype)
+    outputs = outputs._replace(hidden=outputs.hidden.astype(jnp.float32))
+    head = outputs.head.replace(weight=outputs.head.weight.astype(jnp.float32))
+    run = jax.value_and_grad(mean_loss, has_aux=True)
+    (loss, _), gradient = jax.jit(run)(outputs._replace(head=head), TARGETS)
+    expected = reference(exact, TARGETS, tied=tied)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+    errors = []
+    for actual, leaf in zip(jax.tree.leaves(gradient), expected[2], strict=True):
+        assert_close(actual, leaf, tolerance)
+        errors.append(np.linalg.norm(np.asarray(actual, np.float64) - leaf))
+    # float16 has not the range for slopes, which then stay in float32.
+    assert (min(errors[:2]) > 1e-6) == (dtype == jnp.bfloat16)
+
+
+def test_values_at_targets_are_the_same_by_scatter_and_by_comparison():
+    slope = jnp.zeros((B, T, V))
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(B, T)), jnp.float32)
+    expected = np.eye(V)[TARGETS] * np.asarray(values)[..., None]
+    for put in (fused_loss._scattered, fused_loss._compared):
+        np.testing.assert_array_equal(put(values, jnp.asarray(TARGETS), slope), expected)
 
 
 def test_a_loss_scale_saves_what_float16_would_round_to_zero():
@@ -320,3 +348,21 @@ def test_a_large_vocabulary_needs_little_more_than_the_heads_gradient(dtype, tie
     needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
     print(f"\n{dtype}, tied={tied}, distill_weight={distill_weight}: {needed / 1e9:.2f} GB")
     assert needed < 2e9
+
+
+def test_a_large_vocabulary_fits_a_gpu_as_well():
+    hidden, weight = (
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 2048, 2048), (2048, 128256))
+    )
+    targets = jax.ShapeDtypeStruct((4, 2048), jnp.int32)
+
+    def loss(hidden, weight, targets):
+        outputs = Outputs(hidden, Head(weight, dtype=jnp.bfloat16))
+        return mean_loss(outputs, targets)[0]
+
+    program = compile_for(gpus()["h100"], jax.value_and_grad(loss, (0, 1)), hidden, weight, targets)
+    assert program.memory.temporary < 2e9
+    # Three products in half precision, each of which is done once.
+    assert {k.dtype for k in program.kernels if k.matrix_flops} == {"bfloat16"}
+    products = sum(k.times * k.matrix_flops for k in program.kernels)
+    assert 6 * 8192 * 2048 * 128256 <= products < 1.05 * 6 * 8192 * 2048 * 128256

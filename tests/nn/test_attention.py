@@ -1,12 +1,17 @@
 """Attention without a cache, in blocks of queries, against NumPy in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparseffn_jax.measure.gpus import compile_for, gpus
+from sparseffn_jax.measure.programs import TRITON
 from sparseffn_jax.nn import attention
 from sparseffn_jax.nn.attention import CausalAttention
+from sparseffn_jax.ops.plans.choice import refusing
 
 B, T, H, G, K = 2, 11, 6, 3, 4
 
@@ -89,3 +94,50 @@ def test_no_weights_are_stored_for_the_backward_pass(dtype):
     saved = jax.tree.leaves(jax.eval_shape(residuals, *arrays))
     floats = [leaf.size for leaf in saved if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert max(floats) <= 2 * 512 * 8
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_the_kernel_for_gpus_is_exact_forward_and_backward(heads):
+    tokens, width = 256, 32
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((2, tokens, h, width)) for h in (4, heads, heads)]
+    given = [jnp.asarray(x, jnp.float32) for x in arrays]
+    weights = jnp.asarray(rng.standard_normal((2, tokens, 4, width)), jnp.float32)
+
+    def loss(attend, *arrays):
+        return jnp.vdot(attend(*arrays), weights)
+
+    def plain(query, key, value):
+        return jax.nn.dot_product_attention(query, key, value, scale=0.2, is_causal=True)
+
+    kernel = functools.partial(attention.flash_attention, scale=0.2, interpret=True)
+    found, wanted = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, f), (0, 1, 2)))(*given)
+        for f in (kernel, plain)
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+# Tokens, head width, and whether there is padding or a window.
+@pytest.mark.parametrize(
+    ("tokens", "width", "settings", "is_flash"),
+    [
+        (256, 64, {}, True),
+        (256, 128, {}, True),
+        (250, 64, {}, False),
+        (256, 256, {}, False),
+        (256, 64, {"window": 100}, False),
+        (256, 64, {"window": 256}, True),
+    ],
+)
+def test_a_gpu_runs_the_kernel_where_it_fits(tokens, width, settings, is_flash):
+    arrays = [jax.ShapeDtypeStruct((2, tokens, h, width), jnp.bfloat16) for h in (4, 2, 2)]
+    gpu = gpus()["h100"]
+    attend_here = functools.partial(attend, **settings)
+    program = compile_for(gpu, attend_here, *arrays)
+    assert any(kernel.kind in TRITON for kernel in program.kernels) == is_flash
+    with refusing({("attention", "flash"): "the tokens are divided among devices"}):
+        # Another function, or JAX would give the program back that it traced before.
+        program = compile_for(gpu, lambda *arrays: attend_here(*arrays), *arrays)
+    assert not any(kernel.kind in TRITON for kernel in program.kernels)

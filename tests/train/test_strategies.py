@@ -188,7 +188,9 @@ def test_on_gpus_each_device_sums_up_its_own_piece_of_the_gradient():
     scalars = [jax.ShapeDtypeStruct((), x.dtype, sharding=everywhere) for x in STEP_SCALARS]
     step = jax.jit(update, out_shardings=(shardings(strategy.mesh, state), everywhere))
     args = strategy.abstract(state), strategy.abstract(frozen), None, batch, *scalars
-    lowered = step.trace(*args).lower(lowering_platforms=("cuda",))
+    with strategy.tracing():
+        traced = step.trace(*args)
+    lowered = traced.lower(lowering_platforms=("cuda",))
     sent = read_program(lowered.compile()).collective_bytes
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     # Weights travel in 16 bits, for the forward and for the backward pass; gradients in 16 or 32.
