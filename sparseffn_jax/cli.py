@@ -5,9 +5,11 @@ import os
 import sys
 from typing import Annotated
 
+import jax
 import tyro
 from rich.console import Console
 
+from sparseffn_jax import __version__
 from sparseffn_jax.bench.commands import BenchAll, BenchFFN, BenchModel, BenchQuality
 from sparseffn_jax.commands.common import keep_compiled_programs
 from sparseffn_jax.commands.convert import Convert
@@ -68,6 +70,12 @@ Command = (
 )
 
 
+_OUT_OF_MEMORY = (
+    "the device has no more memory: give a smaller --batch-size or a shorter --window, or --remat "
+    "where the command has it"
+)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs ``sparseffn``.
 
@@ -79,6 +87,9 @@ def main(argv: list[str] | None = None) -> None:
         compiles in the user's cache folder.
     """
     errors = Console(stderr=True, soft_wrap=True)
+    if (sys.argv[1:] if argv is None else argv) == ["--version"]:
+        print(f"sparseffn_jax {__version__}")
+        return
     if argv is None:
         keep_compiled_programs()
     try:
@@ -98,6 +109,11 @@ def main(argv: list[str] | None = None) -> None:
     except Terminated as terminated:
         errors.print(str(terminated), markup=False, highlight=False)
         raise
+    except jax.errors.JaxRuntimeError as error:
+        if os.environ.get("SPARSEFFN_TRACEBACK") or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        errors.print(f"error: {_OUT_OF_MEMORY}: {error}", markup=False, highlight=False)
+        sys.exit(2)
     except (ValueError, OSError, ImportError, MemoryError, DivergenceError) as error:
         if os.environ.get("SPARSEFFN_TRACEBACK"):
             raise

@@ -5,6 +5,9 @@ import hashlib
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ import sparseffn_jax as sf
 from sparseffn_jax.bench.clock import FFNClock, ModelClock
 from sparseffn_jax.cli import main
 from sparseffn_jax.commands import convert
+from sparseffn_jax.commands.evaluate import Evaluate
 from sparseffn_jax.measure import memory
 from sparseffn_jax.train.run_lock import hold_run_folder
 
@@ -341,6 +345,10 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("evaluate --model {dense} --text {dir}/nothing.txt", "nothing.txt"),
         ("evaluate --model {dense} --text {empty}", "tokens"),
         ("evaluate --model {dense} --text {binary}", "not UTF-8"),
+        ("evaluate --model {dense} --text nothing.txt", "no file or folder 'nothing.txt'"),
+        ("evaluate --model {dense} --text my_corpus/", "no file or folder 'my_corpus/'"),
+        ("evaluate --model {dense} --text {parquet}", "write it as .jsonl"),
+        ("evaluate --model {dense} --text {jsonl}", 'line 2: expected a JSON object with a string'),
         ("evaluate --model {dense} --text {short} --window 33", "n_positions=32"),
         ("evaluate --model {dense} --text {short} --json {short}/out.json", "cannot write"),
         ("evaluate --model {dense} --txt {short}", "--txt"),
@@ -349,7 +357,12 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("generate --model {dense} --temperature -1", "temperature=-1"),
         ("inspect --model {dense} --tokens 0", "tokens=0"),
         ("convert --model {sparse} --out {dir}/out --text {corpus}", "already sparse"),
-        ("convert --model {dense} --out {dense} --text {corpus}", "overwrite"),
+        ("convert --model {dense} --out {sparse} --text {corpus}", "--overwrite"),
+        ("convert --model {dense} --out {dense} --text {corpus} --overwrite",
+         "is the model that is read"),
+        ("finetune --model {run}/model --out {run} --text {corpus}", "is the model that is read"),
+        ("finetune --model {dense} --teacher {embedded} --distill-weight 1 --out {dir}/run "
+         "--text {corpus}", "the teacher has a vocabulary of 1024 tokens"),
         ("convert --model {dense} --out {dir}/out --flops 0 --text {corpus}", "flops=0.0"),
         ("convert --model {dense} --out {dir}/out --text {empty}", "empty"),
         ("plan --model {dense} --out {dir}/plan --text {corpus}", "give one of --flops"),
@@ -385,6 +398,8 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
 def test_wrong_use_is_refused(folder, sparse, tmp_path, capfd, argv, message):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    (tmp_path / "lines.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
     places = {
         "dense": folder / "dense",
         "sparse": sparse,
@@ -392,12 +407,49 @@ def test_wrong_use_is_refused(folder, sparse, tmp_path, capfd, argv, message):
         "short": folder / "short.txt",
         "empty": tmp_path / "empty.txt",
         "binary": tmp_path / "binary.txt",
+        "parquet": tmp_path / "table.parquet",
+        "jsonl": tmp_path / "lines.jsonl",
+        "run": tmp_path / "run",
+        "embedded": sf.EMBEDDED_MODEL,
         "dir": tmp_path,
     }
     before = fingerprint(folder)
     err = refused(capfd, *argv.format(**places).split())
     assert message in err
     assert fingerprint(folder) == before
+
+
+def test_ctrl_c_ends_an_import():
+    argv = [sys.executable, "-X", "importtime", "-m", "sparseffn_jax", "inspect"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if b"numpy" in line)
+        process.send_signal(signal.SIGINT)
+        process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+
+
+def test_the_version(capsys):
+    run("--version")
+    assert capsys.readouterr().out == f"sparseffn_jax {sf.__version__}\n"
+
+
+def test_a_device_without_memory_is_no_traceback(folder, monkeypatch, capfd):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of 80 GB")
+
+    monkeypatch.setattr(Evaluate, "run", full)
+    argv = "evaluate", "--model", folder / "dense", "--text", folder / "short.txt"
+    err = refused(capfd, *argv)
+    assert "smaller --batch-size" in err
+    assert "out of 80 GB" in err
+
+    def broken(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(Evaluate, "run", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        run(*argv)
 
 
 PLAN = ("--calibration-tokens", 2048, "--trials", 1)

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -67,13 +67,23 @@ def find_folder(source: PathLike) -> Path:
     return folder
 
 
-def check_replaceable(folder: PathLike, overwrite: bool) -> None:
+def check_replaceable(folder: PathLike, overwrite: bool, sources: Collection[str] = ()) -> None:
     """Checks that ``save_pretrained`` may write ``folder``, before the work that leads there.
+
+    Args:
+      folder: the folder to write.
+      overwrite: whether a model that is there may be replaced.
+      sources: names of models that are read, which must stay.
 
     Raises:
       CheckpointError: if something is there that must not be replaced.
     """
     target = Path(folder).expanduser()
+    for source in sources:
+        if Path(source).expanduser().resolve() == target.resolve():
+            raise CheckpointError(
+                f"{target} is the model that is read, and would be replaced: name another folder"
+            )
     if not target.exists():
         return
     if not target.is_dir():
@@ -83,7 +93,7 @@ def check_replaceable(folder: PathLike, overwrite: bool) -> None:
     if not overwrite:
         raise CheckpointError(
             f"{target} is not empty, nothing was written: name another folder, or pass "
-            "overwrite=True to replace it"
+            "overwrite=True (--overwrite) to replace it"
         )
     if not (target / "config.json").is_file():
         raise CheckpointError(

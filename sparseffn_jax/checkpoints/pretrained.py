@@ -75,6 +75,13 @@ class Pretrained:
     ffns: tuple[SparseFFNConfig | None, ...] = ()
     folder: Path | None = None
 
+    def __repr__(self) -> str:
+        spec, sparse = self.spec, sum(ffn is not None for ffn in self.ffns)
+        return (
+            f"Pretrained({self.config.model_type}, {spec.n_layer} layers of d_model="
+            f"{spec.d_model} and d_ff={spec.d_ff}, {sparse} of them sparse, from {self.folder})"
+        )
+
     @property
     def spec(self) -> DecoderSpec:
         """What the config says, under names that are the same in all model families."""

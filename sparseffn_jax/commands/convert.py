@@ -80,7 +80,7 @@ class Convert:
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("distill_steps", self.distill_steps, 0)
         self._check_budget()
-        check_replaceable(self.out, self.overwrite)
+        check_replaceable(self.out, self.overwrite, [self.model])
         if self._plan is not None:
             self._make_plan(self._plan, console)
         with stage("loading the model", console):

@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from sparseffn_jax.checkpoints.folders import check_replaceable
 from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from sparseffn_jax.commands.common import DTYPES, Precision, matching_tokenizer
 from sparseffn_jax.evaluate.windows import check_window
@@ -68,6 +69,8 @@ class Finetune:
         self.cluster.start()
         strategy = make_strategy(self.strategy, self.mesh)
         strategy.check(self.train)
+        # What is read stays; the last run's result is replaced.
+        check_replaceable(self._result, True, [self.model, *filter(None, [self.teacher])])
         make_folder(self.out)
         with stage("loading the model"):
             pretrained = load_pretrained(self.model)
@@ -93,6 +96,9 @@ class Finetune:
         )
         if not is_first():
             return
-        folder = self.out / "model"
-        save_pretrained(folder, model, result.params, tokenizer=tokenizer, overwrite=True)
-        console.print(f"wrote {folder} (batches {result.data_hash[:12]})")
+        save_pretrained(self._result, model, result.params, tokenizer=tokenizer, overwrite=True)
+        console.print(f"wrote {self._result} (batches {result.data_hash[:12]})")
+
+    @property
+    def _result(self) -> Path:
+        return self.out / "model"

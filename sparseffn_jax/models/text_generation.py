@@ -1,5 +1,6 @@
 """Text in, text out: prompts of any lengths, stop strings, and pieces of text as they come."""
 
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,8 +47,8 @@ def generate_text(
       One text for each prompt, without the prompt.
 
     Raises:
-      ValueError: if a stop string is empty, and under the conditions that
-        :func:`sparseffn_jax.generate` lists.
+      ValueError: if ``prompts`` is one string or a stop string is empty, and under the conditions
+        that :func:`sparseffn_jax.generate` lists.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -100,8 +101,8 @@ def stream_text(
       A tuple with one piece for each prompt; a piece may be empty.
 
     Raises:
-      ValueError: if a stop string is empty, and under the conditions that
-        :func:`sparseffn_jax.generate` lists.
+      ValueError: if ``prompts`` is one string or a stop string is empty, and under the conditions
+        that :func:`sparseffn_jax.generate` lists.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -118,6 +119,8 @@ def stream_text(
       '__'
       "'"
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is one string: give a list, as [{reprlib.repr(prompts)}]")
     if "" in stop:
         raise ValueError("a stop string is empty: it would stop before the first token")
     sampling = Sampling() if sampling is None else sampling

@@ -6,6 +6,8 @@ batches. The state of a grain iterator, a small JSON object, records the positio
 
 import dataclasses
 import hashlib
+import json
+import reprlib
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ _STDLIB_SKIP = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data")
 )
 _TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".text"))
+_JSON_LINES, _PARQUET = ".jsonl", ".parquet"
 _PIECE_CHARACTERS = 16_384
 _LEAST_PIECES = 20
 
@@ -67,7 +70,8 @@ def load_windows(
 
     Args:
       source: ``"stdlib"`` (the source code of the running Python's standard library), a text file,
-        a folder of text files, or the name of a Hugging Face dataset with a ``text`` column.
+        a ``.jsonl`` file whose lines have a ``"text"``, a folder of such files, or the name of a
+        Hugging Face dataset with a ``text`` column.
       tokenizer: a transformers fast tokenizer with an end-of-text token.
       window: number of tokens that a window predicts; at most the model's ``n_positions``.
       validation_fraction: share of the documents that are kept for validation, between 0 and 1.
@@ -106,8 +110,9 @@ def load_windows(
 def read_documents(source: str) -> list[Document]:
     """Reads every document of a source.
 
-    A single file is cut into documents of about 16 kB, or into 20 documents if it is short, so that
-    it can be split. It is cut at blank lines where there are any.
+    A line of a ``.jsonl`` file, a JSON object with a string ``text``, is a document. Any other file
+    is one; if it is the only one, it is cut into documents of about 16 kB, or into 20 documents if
+    it is short, so that it can be split. It is cut at blank lines where there are any.
 
     Args:
       source: a source of text, as :func:`load_windows` takes it.
@@ -122,9 +127,15 @@ def read_documents(source: str) -> list[Document]:
             Path(sysconfig.get_path("stdlib")), frozenset((".py",)), _STDLIB_SKIP
         )
     elif path.is_dir():
-        documents = _read_folder(path, _TEXT_SUFFIXES, frozenset())
+        documents = _read_folder(path, _TEXT_SUFFIXES | {_JSON_LINES}, frozenset())
     elif path.is_file():
-        documents = _cut(Document(path.name, read_text(path)))
+        documents = _read_file(path, path.name)
+        documents = _cut(documents[0]) if len(documents) == 1 else documents
+    elif _is_path(source):
+        raise FileNotFoundError(
+            f"there is no file or folder {source!r}: check its spelling, or give the name of a "
+            "Hugging Face dataset"
+        )
     else:
         documents = _read_dataset(source)
     documents = [document for document in documents if document.text.strip()]
@@ -146,7 +157,7 @@ def read_whole(source: str) -> str:
       ValueError: if there is no text in it, or a file is not UTF-8.
     """
     path = Path(source)
-    if path.is_file():
+    if path.is_file() and path.suffix != _JSON_LINES:
         return read_text(path)
     return "\n\n".join(document.text for document in read_documents(source))
 
@@ -157,6 +168,11 @@ def read_text(path: Path) -> str:
     Raises:
       ValueError: if the file is not UTF-8.
     """
+    if path.suffix == _PARQUET:
+        raise ValueError(
+            f"{path} is a table, not text: write it as .jsonl, one JSON object with a "
+            '"text" in each line'
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -239,12 +255,43 @@ def make_batches(
     return iter(dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(in_line))
 
 
+def _is_path(source: str) -> bool:
+    """Tells whether a source can be no dataset's name, which is a word, or two with a slash."""
+    return (
+        source.startswith(("/", ".", "~"))
+        or source.endswith("/")
+        or source.count("/") > 1
+        or Path(source).suffix in _TEXT_SUFFIXES | {_JSON_LINES, _PARQUET}
+    )
+
+
+def _read_file(path: Path, name: str) -> list[Document]:
+    """Reads a text file, which is one document, or JSON lines, each of which is one."""
+    if path.suffix != _JSON_LINES:
+        return [Document(name, read_text(path))]
+    documents = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (KeyError, RecursionError, TypeError, ValueError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(
+                f'{path}, line {number}: expected a JSON object with a string "text", not '
+                f"{reprlib.repr(line)}"
+            )
+        documents.append(Document(f"{name}#{number}", text))
+    return documents
+
+
 def _read_folder(folder: Path, suffixes: frozenset[str], skip: frozenset[str]) -> list[Document]:
     documents = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.suffix in suffixes and skip.isdisjoint(name.parts) and path.is_file():
-            documents.append(Document(name.as_posix(), read_text(path)))
+            documents += _read_file(path, name.as_posix())
     return documents
 
 

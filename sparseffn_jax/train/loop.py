@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 
 from sparseffn_jax.evaluate.losses import check_token_ids
+from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.progress import stage
 from sparseffn_jax.train import processes
 from sparseffn_jax.train.checkpoints import CheckpointStore
@@ -154,7 +155,7 @@ def train(
     """
     strategy = strategy or SingleDevice()
     strategy.check(config)
-    _check_teacher(config, teacher)
+    _check_teacher(config, model, teacher)
     check_token_ids(model, params, windows.train)
     check_token_ids(model, params, windows.validation)
     out_dir, writes = Path(out_dir), processes.is_first()
@@ -222,9 +223,16 @@ def _deferred_signals() -> Iterator[list[int]]:
         restore()
 
 
-def _check_teacher(config: TrainConfig, teacher: Any) -> None:
+def _check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:
     wants_teacher = config.distill_weight > 0 or config.hidden_weight > 0
     if wants_teacher and teacher is None:
         raise ValueError("distill_weight and hidden_weight need a teacher to distil from")
     if teacher is not None and not wants_teacher:
         raise ValueError("a teacher is given, but distill_weight and hidden_weight are both 0")
+    if teacher is not None and isinstance(model, Decoder) and isinstance(teacher[0], Decoder):
+        theirs, ours = (each.config.vocab_size for each in (teacher[0], model))
+        if theirs != ours:
+            raise ValueError(
+                f"the teacher has a vocabulary of {theirs} tokens, the model one of {ours}: "
+                "distil from a model with the same tokenizer"
+            )

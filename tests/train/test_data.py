@@ -1,4 +1,5 @@
 import hashlib
+import json
 
 import grain
 import numpy as np
@@ -7,11 +8,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sparseffn_jax.evaluate.windows import cut_windows
+from sparseffn_jax.train import data
 from sparseffn_jax.train.data import (
     Document,
     load_windows,
     make_batches,
     read_documents,
+    read_whole,
     split_documents,
     tokenize,
 )
@@ -112,6 +115,30 @@ def test_folder_gives_its_text_files_by_relative_name(tmp_path):
     assert read_documents(str(tmp_path)) == [Document("a.txt", "ay"), Document("sub/b.md", "bee")]
 
 
+def test_each_line_of_json_lines_is_a_document(tmp_path):
+    lines = [json.dumps({"text": text, "id": 1}) for text in ("one", "two\n\nthree")]
+    (tmp_path / "some.jsonl").write_text("\n\n".join(lines) + "\n")
+    expected = [Document("some.jsonl#1", "one"), Document("some.jsonl#3", "two\n\nthree")]
+    assert read_documents(str(tmp_path / "some.jsonl")) == expected
+    (tmp_path / "more.txt").write_text("four")
+    assert read_documents(str(tmp_path)) == [Document("more.txt", "four"), *expected]
+    assert read_whole(str(tmp_path / "some.jsonl")) == "one\n\ntwo\n\nthree"
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"text": 3}', '{"messages": []}', 5000 * "["])
+def test_a_line_without_a_text_is_named(tmp_path, line):
+    (tmp_path / "some.jsonl").write_text(f'{{"text": "one"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"some.jsonl, line 2: expected a JSON object with a str"):
+        read_documents(str(tmp_path / "some.jsonl"))
+
+
+@pytest.mark.parametrize("source", ["text.txt", "corpus/", "./corpus", "a/b/c", "~/corpus"])
+def test_what_can_be_no_datasets_name_is_not_asked_for(source, monkeypatch):
+    monkeypatch.setattr(data, "_read_dataset", lambda name: pytest.fail(name))
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        read_documents(source)
+
+
 def test_the_standard_library_is_a_corpus():
     names = {document.name for document in read_documents("stdlib")}
     assert {"argparse.py", "asyncio/events.py"} <= names
@@ -131,11 +158,11 @@ def test_file_that_is_not_utf8(tmp_path):
         read_documents(str(path))
 
 
-def test_missing_path_and_dataset(tmp_path, monkeypatch):
+def test_missing_dataset(monkeypatch):
     # Without the datasets library, as without the network, the name can be had from nowhere.
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(FileNotFoundError, match="no file, folder or Hugging Face dataset"):
-        read_documents(str(tmp_path / "nothing.txt"))
+        read_documents("no-such/corpus")
 
 
 def test_text_too_short_for_a_window(tmp_path, tokenizer):
