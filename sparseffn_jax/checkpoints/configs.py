@@ -1,11 +1,14 @@
 """Reads and writes ``config.json``.
 
 It holds transformers' keys and, for a sparse model, ``sparse_ffn``: a list with ``null`` or a
-``SparseFFNConfig`` for each layer.
+``SparseFFNConfig`` for each layer. A sparse model has a ``model_type`` of its own, so that
+transformers does not take it for a dense one and make up its FFNs. The file beside it that
+``auto_map`` names has the classes by which transformers loads it, if its user lets it run code.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,10 @@ from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.models.families import family
 
+# The file in a sparse model's folder by which transformers loads it.
+MODELING = "modeling_sparseffn.py"
+_CODE = resources.files("sparseffn_jax") / "assets" / MODELING
+_PREFIX = "sparseffn_"
 _SIZES = (
     "vocab_size",
     "max_position_embeddings",
@@ -38,10 +45,29 @@ def read_config(folder: Path) -> tuple[Any, tuple[SparseFFNConfig | None, ...]]:
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json: give a model folder as transformers'")
     values = read_json(file)
+    if is_sparse(values):
+        values["model_type"] = values["model_type"].removeprefix(_PREFIX)
+        values.pop("auto_map", None)
     decoder = known_family(values.get("model_type"), str(file))
     sparse_ffn = values.pop("sparse_ffn", None)
     config = make_config(decoder, values, str(file))
     return config, _read_ffns(sparse_ffn, config.num_hidden_layers, file)
+
+
+def is_sparse(values: Mapping[str, Any]) -> bool:
+    """Tells whether a config has the ``model_type`` of a sparse model.
+
+    Args:
+      values: what ``config.json`` holds.
+    """
+    model_type = values.get("model_type")
+    return isinstance(model_type, str) and model_type.startswith(_PREFIX)
+
+
+def modeling_code(model: Decoder) -> str | None:
+    """Returns the Python file by which transformers loads a sparse model of this family, if any."""
+    code = _CODE.read_text(encoding="utf-8")
+    return code if f"class {_sparse_class(model)}(" in code else None
 
 
 def make_config(decoder: type[Decoder], values: dict[str, Any], where: str) -> Any:
@@ -110,9 +136,21 @@ def config_json(model: Decoder, dtypes: Collection[str]) -> str:
         entries.append(None if ffn is None else ffn.to_dict())
     if any(entries):
         values["sparse_ffn"] = entries
+        values["model_type"] = _PREFIX + model.config.model_type
+        if modeling_code(model) is not None:
+            module, name = MODELING.removesuffix(".py"), _sparse_class(model)
+            values["architectures"] = [name]
+            values["auto_map"] = {
+                "AutoConfig": f"{module}.Sparse{type(model.config).__name__}",
+                "AutoModelForCausalLM": f"{module}.{name}",
+            }
     else:
         values["architectures"] = [type(model).__name__]
     return json.dumps(values, indent=2) + "\n"
+
+
+def _sparse_class(model: Decoder) -> str:
+    return f"Sparse{type(model).__name__}"
 
 
 def _read_ffns(entries: Any, n_layer: int, file: Path) -> tuple[SparseFFNConfig | None, ...]:

@@ -20,7 +20,13 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError
 
-from sparseffn_jax.checkpoints.configs import config_json, known_family, read_config
+from sparseffn_jax.checkpoints.configs import (
+    MODELING,
+    config_json,
+    known_family,
+    modeling_code,
+    read_config,
+)
 from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.folders import (
     PathLike,
@@ -167,8 +173,9 @@ def save_pretrained(
     """Writes a model as a folder that :func:`load_pretrained` reads back bit for bit.
 
     The folder holds ``config.json``, for a sparse model with a key ``sparse_ffn`` (a list with
-    ``null`` or a ``SparseFFNConfig`` for each layer), and ``model.safetensors``. It appears
-    under its name only when it is complete.
+    ``null`` or a ``SparseFFNConfig`` for each layer), and ``model.safetensors``; for a sparse model
+    also the classes by which transformers' ``AutoModelForCausalLM`` loads it with
+    ``trust_remote_code=True``. It appears under its name only when it is complete.
 
     Args:
       folder: the folder to write, whose parents are made.
@@ -203,6 +210,8 @@ def save_pretrained(
         check_replaceable(target, overwrite)
         with replacing(target) as staging:
             (staging / "config.json").write_text(config, encoding="utf-8")
+            if any(model.ffns) and (code := modeling_code(model)) is not None:
+                (staging / MODELING).write_text(code, encoding="utf-8")
             write_safetensors(staging, weights, model.names, dtype, max_shard_size)
             write_tokenizer(staging, tokenizer)
     except (OSError, SafetensorError) as error:

@@ -7,9 +7,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from sparseffn_jax.checkpoints.configs import is_sparse, read_config
 from sparseffn_jax.checkpoints.errors import CheckpointError, is_failure, one_line
 from sparseffn_jax.checkpoints.folders import TOKENIZER_FILES, PathLike, find_gguf
 from sparseffn_jax.checkpoints.gguf_tokenizer import read_gguf_tokenizer
+from sparseffn_jax.checkpoints.untrusted import read_json
 
 
 def load_tokenizer(source: PathLike) -> Any:
@@ -40,7 +42,9 @@ def load_tokenizer(source: PathLike) -> Any:
         source = folder
     try:
         # Never the code that a folder may bring: without a word transformers would ask for leave.
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), trust_remote_code=False, config=_config_of(folder)
+        )
     # The tokenizers library raises bare Exceptions, and panics.
     except BaseException as error:
         if not is_failure(error):
@@ -51,6 +55,15 @@ def load_tokenizer(source: PathLike) -> Any:
     if not tokenizer.is_fast:
         raise CheckpointError(f"the tokenizer of {source} has no fast form, tokenizer.json")
     return tokenizer
+
+
+def _config_of(folder: Path) -> Any:
+    """Returns a sparse model's config, whose ``model_type`` transformers does not know."""
+    file = folder / "config.json"
+    if file.is_file() and is_sparse(read_json(file)):
+        config, _ = read_config(folder)
+        return config
+    return None
 
 
 def check_tokenizer(tokenizer: Any, config: Any) -> None:

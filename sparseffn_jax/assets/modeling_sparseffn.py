@@ -1,65 +1,100 @@
-"""SparseFFN in PyTorch: short and plain, to port from and to check against.
+"""Sparse models for transformers: this file lies in the folder of each, beside its weights.
 
-    python examples/sparse_ffn_pytorch.py --model runs/demo/model --prompt "def main():"
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-Needs PyTorch, transformers and safetensors, and nothing of sparseffn_jax: it reads the folder that
-``sparseffn_jax.save_pretrained`` writes, which is Hugging Face's own format except for the
-parameters under ``mlp`` and the key ``sparse_ffn`` of config.json, and puts a :class:`SparseFFN`
-in the place of every ``mlp`` that is sparse. Every family works: GPT-2, GPT-J, LLaMA, Mistral.
-
-It says what is computed, not how fast: masked weights are multiplied as zeros.
+It needs PyTorch and transformers, and nothing of sparseffn_jax, which writes the folder: Hugging
+Face's own format except for the parameters under ``mlp`` and the key ``sparse_ffn`` of
+config.json, a list with ``null`` or the parts of a :class:`SparseFFN` for each layer. What is
+masked by blocks is multiplied as zeros; everything else is as small as it is stored.
 """
 
-import argparse
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.activations import ACT2FN
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Loads a sparse model and prints what it writes after a prompt."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder with a tokenizer")
-    parser.add_argument("--prompt", default="def main():\n")
-    parser.add_argument("--tokens", type=int, default=60)
-    options = parser.parse_args(arguments)
-    model, tokenizer = load(options.model), AutoTokenizer.from_pretrained(options.model)
-    prompt = tokenizer(options.prompt, return_tensors="pt")
-    ids = model.generate(**prompt, max_new_tokens=options.tokens, do_sample=False)
-    print(tokenizer.decode(ids[0]))
+class SparseGPT2Config(GPT2Config):
+    """A GPT-2's config, with ``sparse_ffn``."""
+
+    model_type = "sparseffn_gpt2"
 
 
-def load(folder: Path) -> Any:
-    """Returns the folder's model as a transformers model in eval mode, in the stored dtype.
+class SparseGPTJConfig(GPTJConfig):
+    """A GPT-J's config, with ``sparse_ffn``."""
 
-    Raises:
-      ValueError: if the stored tensors are not those that the config describes.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    tensors: dict[str, Tensor] = {}
-    for shard in folder.glob("*.safetensors"):
-        tensors |= load_file(shard)
-    model = AutoModelForCausalLM.from_config(config)
-    base = model.base_model
-    blocks = base.layers if hasattr(base, "layers") else base.h
-    ffns = json.loads((folder / "config.json").read_text()).get("sparse_ffn", [])
-    for block, ffn in zip(blocks, ffns, strict=bool(ffns)):
+    model_type = "sparseffn_gptj"
+
+
+class SparseLlamaConfig(LlamaConfig):
+    """A LLaMA's config, with ``sparse_ffn``."""
+
+    model_type = "sparseffn_llama"
+
+
+class SparseMistralConfig(MistralConfig):
+    """A Mistral's config, with ``sparse_ffn``."""
+
+    model_type = "sparseffn_mistral"
+
+
+class SparseGPT2LMHeadModel(GPT2LMHeadModel):
+    """A GPT-2 with sparse FFNs."""
+
+    config_class = SparseGPT2Config
+
+    def __init__(self, config: SparseGPT2Config):
+        super().__init__(config)
+        _replace_ffns(config, self.transformer.h)
+
+
+class SparseGPTJForCausalLM(GPTJForCausalLM):
+    """A GPT-J with sparse FFNs."""
+
+    config_class = SparseGPTJConfig
+
+    def __init__(self, config: SparseGPTJConfig):
+        super().__init__(config)
+        _replace_ffns(config, self.transformer.h)
+
+
+class SparseLlamaForCausalLM(LlamaForCausalLM):
+    """A LLaMA with sparse FFNs."""
+
+    config_class = SparseLlamaConfig
+
+    def __init__(self, config: SparseLlamaConfig):
+        super().__init__(config)
+        _replace_ffns(config, self.model.layers)
+
+
+class SparseMistralForCausalLM(MistralForCausalLM):
+    """A Mistral with sparse FFNs."""
+
+    config_class = SparseMistralConfig
+
+    def __init__(self, config: SparseMistralConfig):
+        super().__init__(config)
+        _replace_ffns(config, self.model.layers)
+
+
+def _replace_ffns(config: Any, blocks: Any) -> None:
+    for block, ffn in zip(blocks, config.sparse_ffn, strict=True):
         if ffn is not None:
             block.mlp = SparseFFN(ffn)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-    if unexpected or set(missing) - set(tied):
-        raise ValueError(f"{folder} lacks {missing} and has {unexpected} besides")
-    model.tie_weights()
-    return model.to(next(iter(tensors.values())).dtype).eval()
 
 
 class SparseFFN(nn.Module):
@@ -250,7 +285,8 @@ class Mask(NamedTuple):
         if mask is None:
             return None
         rows = [[digit == "1" for digit in row] for row in mask["blocks"]]
-        return cls(tuple(mask["block_shape"]), torch.tensor(rows))
+        # Whatever device the weights are made on: these are numbers to reckon with.
+        return cls(tuple(mask["block_shape"]), torch.tensor(rows, device="cpu"))
 
     def of_units(self, axis: int, kept: Tensor) -> "Mask":
         """Returns the mask over those rows or columns that are kept, whole blocks of them."""
@@ -264,7 +300,7 @@ class Mask(NamedTuple):
         otherwise the living blocks, ``(n, bi, bo)``, by output block and then by input block.
         """
         (bi, bo), (rows, columns) = self.block_shape, self.blocks.shape
-        places = torch.arange(rows * bi * columns * bo).view(rows, bi, columns, bo)
+        places = torch.arange(rows * bi * columns * bo, device="cpu").view(rows, bi, columns, bo)
         live_rows, live_columns = self.blocks.any(1), self.blocks.any(0)
         if self.blocks.sum() == live_rows.sum() * live_columns.sum():
             return places[live_rows][:, :, live_columns].flatten(2).flatten(0, 1)
@@ -274,19 +310,20 @@ class Mask(NamedTuple):
 class BlockSparseLinear(nn.Module):
     """A linear map whose kernel, ``(in, out)``, holds only the living blocks."""
 
-    places: Tensor
-
     def __init__(self, channels: int, features: int, mask: Mask | None, bias: bool = False):
         super().__init__()
         if bias:
             self.bias = _empty(features)
-        self.shape = channels, features
-        mask = mask or Mask(self.shape, torch.ones(1, 1, dtype=torch.bool))
-        stored = mask.stored()
-        self.register_buffer("places", stored.flatten(), persistent=False)
-        self.kernel = _empty(*stored.shape)
+        self.shape, self.mask = (channels, features), mask
+        self.kernel = _empty(*(self.shape if mask is None else mask.stored().shape))
+        # No buffer: transformers would not fill one that is not stored.
+        self.places: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            return x @ self.kernel
+        if self.places is None or self.places.device != x.device:
+            self.places = self.mask.stored().flatten().to(x.device)
         dense = self.kernel.new_zeros(math.prod(self.shape))
         return x @ dense.scatter(0, self.places, self.kernel.flatten()).view(self.shape)
 
@@ -330,7 +367,3 @@ def _kept(mask: Sequence[bool] | None, count: int) -> list[int]:
 
 def _empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,15 @@
-"""The PyTorch reference and the JAX layer share a file format and nothing else."""
+"""Sparse folders in transformers: its classes and the JAX layer share a file format alone."""
 
-import importlib.util
-from pathlib import Path
+import json
 
 import numpy as np
 import pytest
 from tiny_models import D, make_config, make_model
+from transformers import AutoModelForCausalLM, dynamic_module_utils, pipeline
 from transformers.activations import ACT2FN
 
-from sparseffn_jax.checkpoints.pretrained import save_pretrained
+from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL, load_pretrained, save_pretrained
+from sparseffn_jax.checkpoints.tokenizers import load_tokenizer
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -16,12 +17,15 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
+from sparseffn_jax.models.generation import generate
 from sparseffn_jax.ops.activations import ACTIVATIONS
 from sparseffn_jax.ops.masks import BlockMask
+from sparseffn_jax.sparsify.convert import sparsify
+from sparseffn_jax.sparsify.sizing import size_ffn
+from sparseffn_jax.train.data import load_windows
 
 torch = pytest.importorskip("torch")
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "sparse_ffn_pytorch.py"
 RNG = np.random.default_rng(0)
 SCATTERED = BlockMask.from_array(RNG.random((4, 4)) < 0.5, (8, 8))
 SCATTERED_IN = BlockMask.from_array(RNG.random((4, 6)) < 0.5, (8, 4))
@@ -83,50 +87,81 @@ LAYERS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def code_of_folders(tmp_path, monkeypatch):
+    """Where transformers copies the code of model folders to."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
-def check_logits(example, folder, model, params):
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def check_logits(folder, model, params):
     ids = np.arange(20).reshape(2, 10)
     expected = model.apply({"params": params}, ids)
     save_pretrained(folder, model, params)
     with torch.no_grad():
-        actual = example.load(folder)(torch.tensor(ids)).logits.numpy()
+        actual = load(folder)(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
     assert np.std(expected) > 0.1
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_logits(tmp_path, example, name):
+def test_logits(tmp_path, name):
     layer = LAYERS[name]
     config = make_config("gpt2", n_embd=layer.d_model, n_head=2)
     # The other layer stays dense.
-    check_logits(example, tmp_path, *make_model("gpt2", (layer, None), config))
+    check_logits(tmp_path / "model", *make_model("gpt2", (layer, None), config))
 
 
 @pytest.mark.parametrize("family", ["gptj", "llama", "mistral"])
-def test_other_families(tmp_path, example, family):
+def test_other_families(tmp_path, family):
     spec = make_model(family)[0].spec
     layer = SparseFFNConfig(
         D, spec.d_ff, spec.activation, spectral=SpectralConfig("low_rank", 48, rank=8),
         polynomial=SLOPE, micro=micro(up_mask=SCATTERED_IN, down_mask=SCATTERED_OUT),
         gated=spec.gated, bias=spec.ffn_bias,
     )  # fmt: skip
-    check_logits(example, tmp_path, *make_model(family, (layer, layer)))
+    check_logits(tmp_path / "model", *make_model(family, (layer, layer)))
 
 
-def test_tensors_that_do_not_fit_are_named(tmp_path, example):
-    model, params = make_model("gpt2", (LAYERS["corrections"], None))
-    save_pretrained(tmp_path, model, params)
-    text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace('"bias": false', '"bias": true'))
-    with pytest.raises(ValueError, match=r"lacks .*mlp\.bias.* and has \[\] besides"):
-        example.load(tmp_path)
+def test_without_leave_to_run_code_transformers_refuses(tmp_path):
+    save_pretrained(tmp_path / "model", *make_model("gpt2", (LAYERS["corrections"], None)))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=False)
+
+
+def test_the_folder_is_read_as_before_and_by_this_library_without_its_code(tmp_path):
+    ffns = (LAYERS["corrections"], None)
+    save_pretrained(tmp_path / "model", *make_model("gpt2", ffns))
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert values["model_type"] == "sparseffn_gpt2"
+    (tmp_path / "model" / "modeling_sparseffn.py").write_text("raise RuntimeError('run')")
+    loaded = load_pretrained(tmp_path / "model")
+    assert (loaded.config.model_type, loaded.ffns) == ("gpt2", ffns)
+    assert not hasattr(loaded.config, "auto_map")
+    # As folders were before they had a type of their own.
+    values["model_type"] = "gpt2"
+    del values["auto_map"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    assert load_pretrained(tmp_path / "model").ffns == ffns
+
+
+def test_a_pipeline_writes_what_generate_does(tmp_path):
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    spec = load_pretrained(EMBEDDED_MODEL).spec
+    ffn = size_ffn(spec.d_model, spec.d_ff, 0.5, spec.activation)
+    dense = load_pretrained(EMBEDDED_MODEL)
+    text = load_windows("stdlib", tokenizer, 256).train[:8, :-1]
+    model, params = sparsify(dense.model(), dense.params, ffn, text, distill_steps=0)
+    save_pretrained(tmp_path / "model", model, params, tokenizer=tokenizer)
+    prompt = "def read_config(path):\n"
+    ids = load_tokenizer(tmp_path / "model").encode(prompt)
+    expected = generate(model, params, [ids], 24)[0].tolist()
+    writer = pipeline("text-generation", str(tmp_path / "model"), trust_remote_code=True)
+    (written,) = writer(prompt, max_new_tokens=24, do_sample=False)
+    assert written["generated_text"] == tokenizer.decode(expected)
 
 
 def test_transformers_knows_every_activation():
