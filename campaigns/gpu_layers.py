@@ -32,6 +32,8 @@ from sparseffn_jax.measure.memory import memory_of
 from sparseffn_jax.measure.records import versions, write_json
 from sparseffn_jax.measure.timing import chained
 
+# The largest sum of ranks that the kernel for low-rank layers takes.
+_FUSED = 512
 _QUEUED, _DECODED, _ROUNDS = 30, 64, 5
 
 
@@ -59,8 +61,8 @@ def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig
         "default-0.25": default(0.25),
         "narrow-0.4": narrow(0.4),
         "narrow-0.25": narrow(0.25),
-        f"low-rank-{rank}": low_rank(),
-        f"low-rank-{rank} apart": low_rank("two_gemms"),
+        f"low-rank-{rank}": low_rank("two_gemms"),
+        **({f"low-rank-{rank} fused": low_rank()} if 2 * rank <= _FUSED else {}),
         "dft-16": layer(spectral=sf.SpectralConfig("block_circulant", d_ff, block_size=16)),
     }
 

@@ -24,6 +24,7 @@ from sparseffn_jax.bench.comparison import (
 from sparseffn_jax.bench.fairness import check_comparable
 from sparseffn_jax.bench.planned import PlannedMethod, Planning
 from sparseffn_jax.bench.settings import begin_report, check_counts
+from sparseffn_jax.checkpoints.folders import check_replaceable
 from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL, save_pretrained
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate import losses
@@ -104,6 +105,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
       RunFolderError: if another run is writing to ``out``.
     """
     started = time.perf_counter()
+    check_replaceable(settings.out / "model", True, [settings.model])
     with hold_run_folder(settings.out):
         job = _Job(settings, console)
         # The runs of an earlier demo, of another sweep perhaps, would be taken for this one's.

@@ -359,8 +359,9 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("convert --model {sparse} --out {dir}/out --text {corpus}", "already sparse"),
         ("convert --model {dense} --out {sparse} --text {corpus}", "--overwrite"),
         ("convert --model {dense} --out {dense} --text {corpus} --overwrite",
-         "is the model that is read"),
-        ("finetune --model {run}/model --out {run} --text {corpus}", "is the model that is read"),
+         "holds the model that is read"),
+        ("demo --model {run}/model --text {corpus} --out {run}", "holds the model that is read"),
+        ("finetune --model {run}/model/a --out {run} --text {corpus}", "holds the model that is"),
         ("finetune --model {dense} --teacher {embedded} --distill-weight 1 --out {dir}/run "
          "--text {corpus}", "the teacher has a vocabulary of 1024 tokens"),
         ("convert --model {dense} --out {dir}/out --flops 0 --text {corpus}", "flops=0.0"),

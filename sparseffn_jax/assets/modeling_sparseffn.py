@@ -323,7 +323,9 @@ class BlockSparseLinear(nn.Module):
         if self.mask is None:
             return x @ self.kernel
         if self.places is None or self.places.device != x.device:
-            self.places = self.mask.stored().flatten().to(x.device)
+            # Training may go on with what evaluation has made.
+            with torch.inference_mode(False):
+                self.places = self.mask.stored().flatten().to(x.device)
         dense = self.kernel.new_zeros(math.prod(self.shape))
         return x @ dense.scatter(0, self.places, self.kernel.flatten()).view(self.shape)
 

@@ -77,9 +77,12 @@ class BenchModel(ModelBenchSettings):
     def run(self, console: Console) -> None:
         """Runs the command."""
         if self.device is not None:
+            if self.plans is not None:
+                raise ValueError("--plans are of this machine: nothing runs here with --device")
             result = run_model_estimate(self, self.device, Console(stderr=True))
             title = f"{self.model or 'GPT-2 ' + self.size}, {self.dtype}, on {result['gpu']}"
             console.print(model_estimate_table(title, result["rows"]))
+            console.print(f"wrote {self.out / f'model-{self.device}.json'}")
             return
         with using(self.plans):
             result = run_model_bench(self, console)

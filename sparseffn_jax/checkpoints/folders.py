@@ -80,9 +80,11 @@ def check_replaceable(folder: PathLike, overwrite: bool, sources: Collection[str
     """
     target = Path(folder).expanduser()
     for source in sources:
-        if Path(source).expanduser().resolve() == target.resolve():
+        read = Path(source).expanduser().resolve()
+        if target.resolve() in (read, *read.parents):
             raise CheckpointError(
-                f"{target} is the model that is read, and would be replaced: name another folder"
+                f"{target} holds the model that is read, {source}, and would be replaced: name "
+                "another folder"
             )
     if not target.exists():
         return

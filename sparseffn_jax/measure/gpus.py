@@ -21,8 +21,7 @@ from jax.experimental import topologies
 
 from sparseffn_jax.measure.flops import count_kernels
 from sparseffn_jax.measure.programs import TRITON, Kernel, Program, read_program
-from sparseffn_jax.ops import fused_hidden
-from sparseffn_jax.ops.plans.choice import refusing
+from sparseffn_jax.ops.plans.kernels import Target, compiling_for
 
 _FILE = resources.files("sparseffn_jax") / "assets" / "gpus.json"
 # What large matrix products and streams reach of the figures on the data sheet: chosen on the 58
@@ -193,11 +192,13 @@ def compile_for(
         is_there = given is None or not given.device_set.isdisjoint(jax.devices())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here if is_there else given)
 
-    reasons = {}
-    if (capability := ".".join(map(str, gpu.compute_capability))) != fused_hidden.CAPABILITY:
-        reasons["low_rank_layer", "fused"] = f"its tiles are not for capability {capability}"
-    with refusing(reasons):
-        traced = jax.jit(function, donate_argnums=donate_argnums).trace(*jax.tree.map(placed, args))
+    shapes = jax.tree.map(placed, args)
+    shared = max((len(leaf.sharding.device_set) for leaf in jax.tree.leaves(shapes)), default=1)
+    capability = ".".join(map(str, gpu.compute_capability))
+    with compiling_for(Target(capability, shared)):
+        # A function of its own: JAX would give back what it has traced of this one for another GPU.
+        anew = jax.jit(lambda *args: function(*args), donate_argnums=donate_argnums)
+        traced = anew.trace(*shapes)
     lowered = traced.lower(lowering_platforms=("cuda",))
     with warnings.catch_warnings():
         # What is in the cache can only be loaded where the device is; it is compiled again.

@@ -9,18 +9,17 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseffn_jax.ops.plans import costs
-from sparseffn_jax.ops.plans.choice import compute_capability, pick
+from sparseffn_jax.ops.plans.choice import pick
+from sparseffn_jax.ops.plans.kernels import triton_refusal
 
 # Blocks of queries: more and smaller ones take longer to compile, and no less in a whole training
 # step.
 _LEAST_BLOCK, _MOST_BLOCKS = 256, 4
-# Rows of a tile, and the widest head for which the compiler needs no more registers than there are;
-# GPUs (A100, H100 and H200, B200) whose shared memory holds the tiles.
-_FLASH, _FLASH_ROWS, _FLASH_WIDTH = "flash", 128, 128
+# Rows of a tile; the narrowest head that is an operand of a product, and the widest for which there
+# are registers; GPUs (A100, H100 and H200, B200) whose shared memory holds the tiles.
+_FLASH, _FLASH_ROWS, _FLASH_WIDTHS = "flash", 128, (16, 128)
 _FLASH_CAPABILITIES = ("8.0", "9.0", "10.0")
 
 
@@ -149,22 +148,21 @@ def _attend_without_cache(query, key, value, mask, scale):
 
 def _choose_on_gpu(query: Array, mask: Array | None) -> str:
     """Picks between attention with its weights in memory, and without."""
-    rows, tokens, heads, width = query.shape
+    _, tokens, heads, width = query.shape
     refused = {}
     if mask is not None:
         refused[_FLASH] = "its mask is the causal one alone"
     elif tokens % _FLASH_ROWS:
         refused[_FLASH] = f"{tokens} tokens are no multiple of {_FLASH_ROWS}"
-    elif width > _FLASH_WIDTH:
-        refused[_FLASH] = f"registers do not hold heads of {width} channels"
-    elif compute_capability() not in (None, *_FLASH_CAPABILITIES):
-        refused[_FLASH] = f"it was not compiled for compute capability {compute_capability()}"
-    elif jax.device_count() > 1:
-        # A program may be divided among devices, and then cannot divide the kernel.
-        refused[_FLASH] = "there are several devices"
-    problem = (rows, tokens, heads, width, query.dtype.name)
-    estimates = costs.attention_costs(rows, tokens, heads, width)
-    return pick("attention", None, estimates, refused, problem, "gpu")
+    elif not _FLASH_WIDTHS[0] <= width <= _FLASH_WIDTHS[1]:
+        refused[_FLASH] = f"it has no tiles for heads of {width} channels"
+    elif query.dtype not in (jnp.bfloat16, jnp.float16):
+        refused[_FLASH] = f"it multiplies bfloat16 or float16, not {query.dtype}"
+    elif reason := triton_refusal(_FLASH_CAPABILITIES):
+        refused[_FLASH] = reason
+    problem = (tokens, heads, width, query.dtype.name)
+    # One kernel and no T x T array in memory: where it runs it is the faster one.
+    return pick("attention", None, {_FLASH: 0.0, "weights": 1.0}, refused, problem, "gpu")
 
 
 def flash_attention(
@@ -180,7 +178,7 @@ def flash_attention(
     The method is FlashAttention (Dao 2023, 2307.08691), forward and backward.
 
     Args:
-      query: queries; T is a multiple of 128, and K at most 128.
+      query: queries; T is a multiple of 128, and K from 16 to 128.
       key: keys; H is a multiple of G.
       value: values.
       scale: factor of the logits; by default ``K ** -0.5``.
@@ -189,6 +187,8 @@ def flash_attention(
     Returns:
       The outputs of the heads, in the dtype of ``query``.
     """
+    from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+
     groups = query.shape[2] // key.shape[2]
     out: Array = mha(
         *(query, jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2), None),

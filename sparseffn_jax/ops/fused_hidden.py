@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.hidden import Activate, Channels
-from sparseffn_jax.ops.plans.choice import compute_capability
+from sparseffn_jax.ops.plans.kernels import triton, triton_refusal
 from sparseffn_jax.ops.polynomial import slope, value, weighted_terms
 
 # The narrowest operand of a matrix product, and the widest piece that a rank is cut into.
@@ -33,7 +32,7 @@ _NARROWEST, _WIDEST = 16, 128
 _UNITS, _WARPS, _STAGES = 64, 8, 2
 # That of Hopper's GPUs, for whose registers and shared memory the tiles were chosen: with them the
 # compiler spills for an A100, and refuses some ranks for a B200.
-CAPABILITY = "9.0"
+_CAPABILITIES = ("9.0",)
 # Multiprocessors of an H100, and the most shares of the tokens that are taken at the same time for
 # one tile of hidden units, so that all of them have work; each share has gradients of its own.
 _CORES, _MOST_SHARES = 132, 8
@@ -82,13 +81,16 @@ class _Tiles(NamedTuple):
     shares: int
 
 
-def refusal(ranks: Sequence[int], activate: Activate, dtype: Any) -> str | None:
+def refusal(
+    ranks: Sequence[int], activate: Activate, dtype: Any, *, is_forced: bool = False
+) -> str | None:
     """Returns the reason why the kernels cannot run, or ``None`` if they can.
 
     Args:
       ranks: number of components of every map.
       activate: the elementwise function of the hidden units.
       dtype: dtype of the operands.
+      is_forced: whether the user asks for them: then they run beside other devices too.
     """
     components, is_gated = sum(_up(rank, _NARROWEST) for rank in ranks), len(ranks) > 2
     # As many as can be added up in registers, as the compiler says for an H100.
@@ -99,10 +101,7 @@ def refusal(ranks: Sequence[int], activate: Activate, dtype: Any) -> str | None:
         return "Triton does not have the error function of an exact GELU"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 or float16, not {dtype}"
-    # Without a GPU here, programs are taken to be for Hopper.
-    if (capability := compute_capability() or CAPABILITY) != CAPABILITY:
-        return f"it needs a GPU of compute capability {CAPABILITY}, not {capability}"
-    return None
+    return triton_refusal(_CAPABILITIES, is_forced=is_forced)
 
 
 def hidden_layer(
@@ -119,8 +118,8 @@ def hidden_layer(
     Args:
       components: the tokens' components for each map into the hidden units, (T, rank).
       filters: the weights of each map's components in the hidden units, (rank, m).
-      axes: the axes of the map out of the hidden units, (m, rank); ranks may differ, and add up to
-        at most 512 over all maps.
+      axes: the axes of the map out of the hidden units, (m, rank); ranks may differ, and
+        :func:`refusal` says what they may add up to.
       activate: the elementwise function that is applied to the hidden units.
       channels: biases and coefficients of ``activate``.
       interpret: whether to run the kernels in Pallas's interpreter, which needs no GPU.
@@ -249,7 +248,7 @@ def _call(
         grid=grid,
         interpret=interpret,
         name=body.__name__,
-        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        compiler_params=triton().CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
     )(*leaves, *others)
 
 

@@ -138,14 +138,12 @@ def _choose_layer(
     up = [factors.axes.shape[1] for factors in weights.up]
     (width, down), d_out = weights.down.axes.shape, weights.down.filter.shape[1]
     d_in, dtype = weights.up[0].axes.shape[0], weights.down.axes.dtype
-    refused = {}
-    if reason := fused_hidden.refusal([*up, down], activate, dtype):
-        refused[_FUSED] = reason
-    elif implementation is None and jax.device_count() > 1:
-        # A program may be divided among devices, and then cannot divide the kernel.
-        refused[_FUSED] = "there are several devices"
+    is_forced = implementation is not None
+    reason = fused_hidden.refusal([*up, down], activate, dtype, is_forced=is_forced)
+    refused = {_FUSED: reason} if reason else {}
     estimates = costs.low_rank_layer_costs(tokens, d_in, width, d_out, up, down)
-    problem = (tokens, d_in, width, d_out, *up, down, dtype.name)
+    function = (activate.activation, *activate.degrees)
+    problem = (tokens, d_in, width, d_out, *up, down, *function, dtype.name)
     return pick("low_rank_layer", implementation, estimates, refused, problem, platform)
 
 

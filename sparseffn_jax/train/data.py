@@ -110,9 +110,9 @@ def load_windows(
 def read_documents(source: str) -> list[Document]:
     """Reads every document of a source.
 
-    A line of a ``.jsonl`` file, a JSON object with a string ``text``, is a document. Any other file
-    is one; if it is the only one, it is cut into documents of about 16 kB, or into 20 documents if
-    it is short, so that it can be split. It is cut at blank lines where there are any.
+    A line of a ``.jsonl`` file, a JSON object with a string ``text``, is a document, and so is any
+    other file. A source of one document is cut into pieces of about 16 kB, or into 20 if it is
+    short, so that it can be split: at blank lines where there are any.
 
     Args:
       source: a source of text, as :func:`load_windows` takes it.
@@ -121,7 +121,7 @@ def read_documents(source: str) -> list[Document]:
       FileNotFoundError: if ``source`` is no file, folder or dataset that can be read.
       ValueError: if there is no text in it, or a file is not UTF-8.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if source == STDLIB:
         documents = _read_folder(
             Path(sysconfig.get_path("stdlib")), frozenset((".py",)), _STDLIB_SKIP
@@ -147,7 +147,7 @@ def read_documents(source: str) -> list[Document]:
 def read_whole(source: str) -> str:
     """Returns a source as one text.
 
-    A file is returned as it is; several documents are joined by blank lines.
+    A text file is returned as it is; several documents are joined by blank lines.
 
     Args:
       source: a source of text, as :func:`load_windows` takes it.
@@ -156,7 +156,7 @@ def read_whole(source: str) -> str:
       FileNotFoundError: if ``source`` is no file, folder or dataset that can be read.
       ValueError: if there is no text in it, or a file is not UTF-8.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file() and path.suffix != _JSON_LINES:
         return read_text(path)
     return "\n\n".join(document.text for document in read_documents(source))
@@ -270,17 +270,18 @@ def _read_file(path: Path, name: str) -> list[Document]:
     if path.suffix != _JSON_LINES:
         return [Document(name, read_text(path))]
     documents = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    # Not splitlines: JSON allows other ends of a line within a string.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
         except (KeyError, RecursionError, TypeError, ValueError):
             text = None
-        if not isinstance(text, str):
+        if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(
-                f'{path}, line {number}: expected a JSON object with a string "text", not '
-                f"{reprlib.repr(line)}"
+                f'{path}, line {number}: expected a JSON object with a string "text" of Unicode, '
+                f"not {reprlib.repr(line)}"
             )
         documents.append(Document(f"{name}#{number}", text))
     return documents

@@ -116,23 +116,26 @@ def test_folder_gives_its_text_files_by_relative_name(tmp_path):
 
 
 def test_each_line_of_json_lines_is_a_document(tmp_path):
-    lines = [json.dumps({"text": text, "id": 1}) for text in ("one", "two\n\nthree")]
+    texts = ("one", "two\n\nth\u2028ree")
+    lines = [json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in texts]
     (tmp_path / "some.jsonl").write_text("\n\n".join(lines) + "\n")
-    expected = [Document("some.jsonl#1", "one"), Document("some.jsonl#3", "two\n\nthree")]
+    expected = [Document("some.jsonl#1", "one"), Document("some.jsonl#3", "two\n\nth\u2028ree")]
     assert read_documents(str(tmp_path / "some.jsonl")) == expected
     (tmp_path / "more.txt").write_text("four")
     assert read_documents(str(tmp_path)) == [Document("more.txt", "four"), *expected]
-    assert read_whole(str(tmp_path / "some.jsonl")) == "one\n\ntwo\n\nthree"
+    assert read_whole(str(tmp_path / "some.jsonl")) == "one\n\ntwo\n\nth\u2028ree"
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"text": 3}', '{"messages": []}', 5000 * "["])
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", "3", '{"text": 3}', '{"text": "\\ud800"}', 5000 * "["]
+)
 def test_a_line_without_a_text_is_named(tmp_path, line):
     (tmp_path / "some.jsonl").write_text(f'{{"text": "one"}}\n{line}\n')
     with pytest.raises(ValueError, match=r"some.jsonl, line 2: expected a JSON object with a str"):
         read_documents(str(tmp_path / "some.jsonl"))
 
 
-@pytest.mark.parametrize("source", ["text.txt", "corpus/", "./corpus", "a/b/c", "~/corpus"])
+@pytest.mark.parametrize("source", ["text.txt", "corpus/", "./corpus", "a/b/c", "~/no-corpus"])
 def test_what_can_be_no_datasets_name_is_not_asked_for(source, monkeypatch):
     monkeypatch.setattr(data, "_read_dataset", lambda name: pytest.fail(name))
     with pytest.raises(FileNotFoundError, match="no file or folder"):

@@ -154,14 +154,6 @@ def pick(
     return plan
 
 
-def compute_capability() -> str | None:
-    """Returns that of this machine's NVIDIA GPU, such as ``"9.0"``; ``None`` without one."""
-    try:
-        return jax.local_devices(backend="gpu")[0].compute_capability
-    except RuntimeError:
-        return None
-
-
 def platform_of(tree: Any) -> Platform:
     """Returns the platform of the devices that a tree's arrays, or shapes with shardings, lie on.
 

@@ -84,23 +84,6 @@ def low_rank_layer_costs(
     }
 
 
-def attention_costs(rows: int, tokens: int, heads: int, width: int) -> dict[str, float]:
-    """Estimates the cost on a GPU of each plan of causal attention.
-
-    Args:
-      rows: number of sequences.
-      tokens: number of tokens of a sequence.
-      heads: number of heads.
-      width: width of a head.
-    """
-    weights = rows * tokens * tokens * heads
-    return {
-        # Logits, their largest, their sum, and what they weigh, each in a kernel of its own.
-        "weights": 2 * weights * width + 2 * _MOVED["gpu"] * weights + 4 * _CALL["gpu"],
-        "flash": weights * width + _CALL["gpu"],
-    }
-
-
 def core_and_bypass_costs(
     tokens: int,
     d_in: int,
