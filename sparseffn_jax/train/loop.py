@@ -230,8 +230,8 @@ def _check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:
     if teacher is not None and not wants_teacher:
         raise ValueError("a teacher is given, but distill_weight and hidden_weight are both 0")
     # Hidden states alone may come from a model with another vocabulary.
-    if config.distill_weight > 0 and all(isinstance(m, Decoder) for m in (model, teacher[0])):
-        theirs, ours = (each.config.vocab_size for each in (teacher[0], model))
+    if teacher is not None and config.distill_weight > 0 and isinstance(model, Decoder):
+        theirs, ours = teacher[0].config.vocab_size, model.config.vocab_size
         if theirs != ours:
             raise ValueError(
                 f"the teacher has a vocabulary of {theirs} tokens, the model one of {ours}: "

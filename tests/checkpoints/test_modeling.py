@@ -126,6 +126,16 @@ def test_other_families(tmp_path, family):
     check_logits(tmp_path / "model", *make_model(family, (layer, layer)))
 
 
+def test_a_model_that_was_evaluated_can_be_trained(tmp_path):
+    model, params = make_model("gpt2", (LAYERS["unstructured masks"], None))
+    save_pretrained(tmp_path / "model", model, params)
+    loaded, ids = load(tmp_path / "model"), torch.arange(20).view(2, 10)
+    with torch.inference_mode():
+        loaded(ids)
+    loaded(ids, labels=ids).loss.backward()
+    assert loaded.transformer.h[0].mlp.core.up.kernel.grad.abs().sum() > 0
+
+
 def test_without_leave_to_run_code_transformers_refuses(tmp_path):
     save_pretrained(tmp_path / "model", *make_model("gpt2", (LAYERS["corrections"], None)))
     with pytest.raises(ValueError, match="trust_remote_code"):
