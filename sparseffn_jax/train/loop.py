@@ -11,7 +11,6 @@ from typing import Any
 import flax.linen as nn
 
 from sparseffn_jax.evaluate.losses import check_token_ids
-from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.progress import stage
 from sparseffn_jax.train import processes
 from sparseffn_jax.train.checkpoints import CheckpointStore
@@ -230,9 +229,10 @@ def _check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:
     if teacher is not None and not wants_teacher:
         raise ValueError("a teacher is given, but distill_weight and hidden_weight are both 0")
     # Hidden states alone may come from a model with another vocabulary.
-    if teacher is not None and config.distill_weight > 0 and isinstance(model, Decoder):
-        theirs, ours = teacher[0].config.vocab_size, model.config.vocab_size
-        if theirs != ours:
+    if teacher is not None and config.distill_weight > 0:
+        theirs, ours = (getattr(m, "config", None) for m in (teacher[0], model))
+        theirs, ours = (getattr(config, "vocab_size", None) for config in (theirs, ours))
+        if None not in (theirs, ours) and theirs != ours:
             raise ValueError(
                 f"the teacher has a vocabulary of {theirs} tokens, the model one of {ours}: "
                 "distillation needs models of one vocabulary"
