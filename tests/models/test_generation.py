@@ -175,7 +175,7 @@ def test_the_repetition_penalty_equals_transformers(penalty):
 
 def test_draws_have_the_truncated_distribution():
     logits = np.tile(random_logits()[:1], (20_000, 1))
-    settings = generation._as_data(Sampling(1.0, 2.0, top_k=6, top_p=0.9), VOCAB)
+    settings = generation.as_data(Sampling(1.0, 2.0, top_k=6, top_p=0.9), VOCAB)
     unseen = np.zeros(logits.shape, bool)
     draws = jax.jit(generation.choose)(logits, unseen, settings, jax.random.key(0))
     kept = np.sort(logits[0].astype(np.float64) / 2.0)[::-1][:6]
@@ -243,11 +243,11 @@ def test_sparse_ffns_decode_what_the_whole_model_says_and_are_laid_out_before_th
     # The masked plan puts every block into a matrix of zeros: two a layer, and none in the loop.
     state = generation._prefill.eval_shape(
         generation._ByValue(model), 12, params, prompt, jnp.zeros(1, jnp.int32),
-        jax.random.key(0), generation._as_data(Sampling(), VOCAB), jnp.array([-1]),
+        jax.random.key(0), generation.as_data(Sampling(), VOCAB), jnp.array([-1]),
     )  # fmt: skip
     traced = generation._decode.trace(
         generation._ByValue(model), platform_of(params), params, state, 16,
-        generation._as_data(Sampling(), VOCAB), jnp.array([-1]),
+        generation.as_data(Sampling(), VOCAB), jnp.array([-1]),
     )  # fmt: skip
     (loop,) = (e for e in traced.jaxpr.eqns if e.primitive.name == "while")
     shape = "f32[2,4,16,32]"
