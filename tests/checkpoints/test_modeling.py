@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import transformers
 from tiny_models import D, make_config, make_model
-from transformers import AutoModelForCausalLM, dynamic_module_utils, pipeline
-from transformers.activations import ACT2FN
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL, load_pretrained, save_pretrained
 from sparseffn_jax.checkpoints.tokenizers import load_tokenizer
@@ -169,10 +169,12 @@ def test_a_pipeline_writes_what_generate_does(tmp_path):
     prompt = "def read_config(path):\n"
     ids = load_tokenizer(tmp_path / "model").encode(prompt)
     expected = generate(model, params, [ids], 24)[0].tolist()
-    writer = pipeline("text-generation", str(tmp_path / "model"), trust_remote_code=True)
+    writer = transformers.pipeline(
+        "text-generation", str(tmp_path / "model"), trust_remote_code=True
+    )
     (written,) = writer(prompt, max_new_tokens=24, do_sample=False)
     assert written["generated_text"] == tokenizer.decode(expected)
 
 
 def test_transformers_knows_every_activation():
-    assert set(ACTIVATIONS) <= set(ACT2FN)
+    assert set(ACTIVATIONS) <= set(transformers.activations.ACT2FN)
