@@ -15,11 +15,11 @@ from rich.console import Console
 from transformers import GPT2Config, LlamaConfig
 
 import sparseffn_jax as sf
-from sparseffn_jax.bench.estimated import (
+from sparseffn_jax.bench.estimated import known_gpu
+from sparseffn_jax.bench.estimated_model import (
     Pass,
     compile_pass,
     estimate_model,
-    known_gpu,
     model_estimate_table,
     promised_speedup,
 )

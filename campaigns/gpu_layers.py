@@ -31,9 +31,9 @@ from sparseffn_jax.measure.gpus import compile_for
 from sparseffn_jax.measure.memory import memory_of
 from sparseffn_jax.measure.records import versions, write_json
 from sparseffn_jax.measure.timing import chained
+from sparseffn_jax.ops import fused_hidden
+from sparseffn_jax.ops.hidden import Activate
 
-# The largest sum of ranks that the kernel for low-rank layers takes.
-_FUSED = 512
 _QUEUED, _DECODED, _ROUNDS = 30, 64, 5
 
 
@@ -55,6 +55,8 @@ def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig
         return layer(spectral=sf.SpectralConfig("low_rank", d_ff, rank, implementation=plan))
 
     rank = d_model // 5 // 16 * 16
+    ranks, bfloat16 = [rank] * (3 if gated else 2), jnp.dtype(jnp.bfloat16)
+    fits = fused_hidden.refusal(ranks, Activate(activation), bfloat16) is None
     return {
         "dense": default(1.0),
         "default-0.4": default(0.4),
@@ -62,7 +64,7 @@ def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig
         "narrow-0.4": narrow(0.4),
         "narrow-0.25": narrow(0.25),
         f"low-rank-{rank}": low_rank("two_gemms"),
-        **({f"low-rank-{rank} fused": low_rank()} if 2 * rank <= _FUSED else {}),
+        **({f"low-rank-{rank} fused": low_rank()} if fits else {}),
         "dft-16": layer(spectral=sf.SpectralConfig("block_circulant", d_ff, block_size=16)),
     }
 

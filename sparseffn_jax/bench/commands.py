@@ -9,12 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from sparseffn_jax.bench.estimated import (
-    estimate_table,
-    model_estimate_table,
-    run_ffn_estimate,
-    run_model_estimate,
-)
+from sparseffn_jax.bench.estimated import estimate_table, run_ffn_estimate
+from sparseffn_jax.bench.estimated_model import model_estimate_table, run_model_estimate
 from sparseffn_jax.bench.layer import FFNBenchSettings, ffn_tables, run_ffn_bench
 from sparseffn_jax.bench.model import ModelBenchSettings, model_table, run_model_bench
 from sparseffn_jax.bench.quality import QualitySettings, run_quality

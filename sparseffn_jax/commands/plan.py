@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseffn_jax.bench.clock import FFNClock, ModelClock
-from sparseffn_jax.bench.estimated import EstimatedFFNClock, EstimatedModelClock, known_gpu
+from sparseffn_jax.bench.estimated import EstimatedFFNClock, known_gpu
+from sparseffn_jax.bench.estimated_model import EstimatedModelClock
 from sparseffn_jax.bench.pictures import plot_plan
 from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained

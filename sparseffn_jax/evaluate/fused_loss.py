@@ -12,6 +12,7 @@ a chunk, and G shards of the batch.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,29 @@ from jaxtyping import Array, Bool, Float, Int
 from sparseffn_jax.nn.head import Head, HeadGradient, scan
 
 
+def _at_targets(x: Array, targets: Array) -> Array:
+    return jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
+
+
+def _scattered(values: Array, targets: Array, slope: Array) -> Array:
+    """Returns zeros of the shape of a slope, with one value for each token at its target.
+
+    It is the transpose of a gather: on a mesh it sends nothing, where ``slope.at[...]`` would
+    gather all targets. XLA turns its sum with a slope, but not the difference, into a scatter onto
+    the slope itself.
+    """
+    return jax.vjp(lambda x: _at_targets(x, targets), slope)[1](values)[0]
+
+
+def _compared(values: Array, targets: Array, slope: Array) -> Array:
+    """Returns what :func:`_scattered` does, as part of the operation that computes the slope.
+
+    On a GPU a scatter would read the slope and write it again.
+    """
+    words = jax.lax.broadcasted_iota(targets.dtype, slope.shape, slope.ndim - 1)
+    return jnp.where(words == targets[..., None], values[..., None], 0.0)
+
+
 class _Work(NamedTuple):
     """How a platform goes through the chunks.
 
@@ -30,14 +54,17 @@ class _Work(NamedTuple):
       halves: whether the gradient's products with bfloat16 are in bfloat16, as under PyTorch's
         autocast: half of the memory traffic, and more than twice the speed. float16 has not the
         range for it.
+      put: function of values, targets and a slope that puts each token's value at its target.
     """
 
     entries: int
     halves: bool
+    put: Callable[[Array, Array, Array], Array]
 
 
 # 64 MiB and 256 MiB of float32. A GPU reads and writes the head's gradient in every chunk.
-_CPU, _GPU = _Work(2**24, halves=False), _Work(2**26, halves=True)
+_CPU = _Work(2**24, halves=False, put=_scattered)
+_GPU = _Work(2**26, halves=True, put=_compared)
 
 
 class Outputs(NamedTuple):
@@ -235,7 +262,9 @@ def _in_chunks(
         hidden, targets, weights, soft_hidden = chunk
         logits = _logits(head, hidden)
         soft = None if teacher is None else _logits(teacher.head, soft_hidden)
-        loss, cross_entropy, slope = _losses_and_slope(mixture, logits, targets, soft, weights)
+        loss, cross_entropy, slope = _losses_and_slope(
+            mixture, work, logits, targets, soft, weights
+        )
         if work.halves and head is not None and head.product_dtype(hidden) == jnp.bfloat16:
             slope = slope.astype(jnp.bfloat16)
         gradient = None
@@ -255,7 +284,12 @@ def _in_chunks(
 
 
 def _losses_and_slope(
-    mixture: Mixture, logits: Array, targets: Array, soft_logits: Array | None, weights: Array
+    mixture: Mixture,
+    work: _Work,
+    logits: Array,
+    targets: Array,
+    soft_logits: Array | None,
+    weights: Array,
 ) -> tuple[Array, Array, Array]:
     """Returns each token's loss and cross-entropy, and the weighted loss's gradient at logits."""
     weight, temperature = mixture.distill_weight, mixture.temperature
@@ -273,10 +307,7 @@ def _losses_and_slope(
         soft_weights = weight * temperature * weights[..., None]
         slope += exponentials * (soft_weights / total)
         slope -= soft_exponentials * (soft_weights / soft_total)
-    at_targets = jax.lax.platform_dependent(
-        *(-hard_weights, targets, slope), cpu=_scattered, default=_compared
-    )
-    return loss, cross_entropy, slope + at_targets
+    return loss, cross_entropy, slope + work.put(-hard_weights, targets, slope)
 
 
 def _log_softmax(logits: Array) -> tuple[Array, Array, Array]:
@@ -289,29 +320,6 @@ def _log_softmax(logits: Array) -> tuple[Array, Array, Array]:
 
 def _logits(head: Head | None, hidden: Array) -> Array:
     return hidden.astype(jnp.float32) if head is None else head.logits_by_blocks(hidden)
-
-
-def _scattered(values: Array, targets: Array, slope: Array) -> Array:
-    """Returns zeros of the shape of a slope, with one value for each token at its target.
-
-    It is the transpose of a gather: on a mesh it sends nothing, where ``slope.at[...]`` would
-    gather all targets. XLA turns its sum with a slope, but not the difference, into a scatter onto
-    the slope itself.
-    """
-    return jax.vjp(lambda x: _at_targets(x, targets), slope)[1](values)[0]
-
-
-def _compared(values: Array, targets: Array, slope: Array) -> Array:
-    """Returns what :func:`_scattered` does, as part of the operation that computes the slope.
-
-    On a GPU a scatter would read the slope and write it again.
-    """
-    words = jax.lax.broadcasted_iota(targets.dtype, slope.shape, slope.ndim - 1)
-    return jnp.where(words == targets[..., None], values[..., None], 0.0)
-
-
-def _at_targets(x: Array, targets: Array) -> Array:
-    return jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
 
 
 def _chunk_count(work: _Work, rows: int, tokens: int, logits: int) -> int:

@@ -39,8 +39,6 @@ _COMPLEX_COST = {"mul": 6, "div": 11, "add": 2, "sub": 2, "add_any": 2, "neg": 2
 
 # The name of a kernel, and the shapes of its inputs.
 KernelCall = tuple[str, tuple[tuple[int, ...], ...]]
-
-
 # Products of queries by keys, or the like, in JAX's kernels for attention, which this library calls
 # with a causal mask alone.
 _CAUSAL_ATTENTION = {"mha_forward": 2, "mha_backward": 7}

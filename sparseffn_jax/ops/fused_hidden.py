@@ -164,10 +164,11 @@ def _tiles(
         return -(-(units // _UNITS) * shares // _CORES) * -(-count // shares)
 
     shares = min(range(1, _MOST_SHARES + 1), key=turns)
+    of_weights = 64 if components <= (192 if is_gated else 288) else 32
     tiles = _Tiles(
         _Tile(rows, _UNITS),
         _Tile(64, 32) if degrees or components > 320 else _Tile(rows, _UNITS),
-        _Tile(16 if degrees else 64 if components <= (192 if is_gated else 288) else 32, _UNITS),
+        _Tile(16 if degrees else of_weights, _UNITS),
         shares,
     )
     return tiles, rows * _up(count, shares)

@@ -230,8 +230,10 @@ def _check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:
         raise ValueError("a teacher is given, but distill_weight and hidden_weight are both 0")
     # Hidden states alone may come from a model with another vocabulary.
     if teacher is not None and config.distill_weight > 0:
-        theirs, ours = (getattr(m, "config", None) for m in (teacher[0], model))
-        theirs, ours = (getattr(config, "vocab_size", None) for config in (theirs, ours))
+        theirs, ours = (
+            getattr(getattr(each, "config", None), "vocab_size", None)
+            for each in (teacher[0], model)
+        )
         if None not in (theirs, ours) and theirs != ours:
             raise ValueError(
                 f"the teacher has a vocabulary of {theirs} tokens, the model one of {ours}: "

@@ -5,11 +5,11 @@ import pytest
 from transformers import LlamaConfig
 
 import sparseffn_jax as sf
-from sparseffn_jax.bench.estimated import (
-    EstimatedFFNClock,
+from sparseffn_jax.bench.estimated import EstimatedFFNClock, estimate_layer, known_gpu
+from sparseffn_jax.bench.estimated_model import (
     EstimatedModelClock,
-    estimate_layer,
-    known_gpu,
+    compile_pass,
+    estimate_model,
 )
 
 CONFIG = LlamaConfig(
@@ -55,3 +55,26 @@ def test_a_budget_of_ffn_time_gives_the_speedup_of_the_model(model, narrow, trai
     # As nearly as the layer is fused with what lies around it. In training the optimizer has less
     # to do as well, which prices of layers do not know.
     assert (0.0 if train else 0.8 * price) < whole.ffn_budget(reached) < 1.2 * price
+
+
+@pytest.mark.parametrize("name", ["evaluation", "training step", "decoding"])
+def test_a_models_speedup_is_beside_what_its_layers_promise(model, narrow, name):
+    gpu = known_gpu("h100")
+    compiled = compile_pass(model, name, 8, 512, gpu)
+    row = estimate_model(model, compiled, narrow, name, 8, 512, gpu)
+    assert row["tokens"] == (8 if name == "decoding" else TOKENS)
+    assert row["dense_seconds"] == gpu.seconds(compiled) > row["sparse_seconds"]
+    assert row["speedup"] == row["dense_seconds"] / row["sparse_seconds"]
+    assert row["ffn_speedup"] > row["promised"] > 1.0
+    # In training the optimizer has less to do as well, which layers do not know.
+    assert row["speedup"] > 0.9 * row["promised"]
+    assert row["sparse_bytes"] < row["dense_bytes"]
+
+
+def test_a_decoding_step_writes_its_token_into_the_cache_in_place(model):
+    program = compile_pass(model, "decoding", 8, 512, known_gpu("h100"))
+    cache = 2 * 8 * 512 * 1024 * 2
+    assert program.memory.aliased >= cache
+    # It reads the weights and the cache once, or little more.
+    weights = program.memory.arguments - cache
+    assert weights < program.bytes_moved < 1.5 * (weights + 2 * cache)

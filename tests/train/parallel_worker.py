@@ -180,7 +180,7 @@ def communication(bytes_sent):
     from sparseffn_jax.train.strategies import make_strategy
 
     # Chunks of two tokens: what the loss sends in one of them, it sends eight times.
-    fused_loss._CPU = fused_loss._Work(2 * VOCAB_SIZE, halves=False)
+    fused_loss._CPU = fused_loss._CPU._replace(entries=2 * VOCAB_SIZE)
     model, params = make_model((None, SPARSE_FFN), tie_word_embeddings=False)
     windows, config = make_windows(), TrainConfig(recipe="full", batch_size=8)
     stage, sent, in_loops = make_stage(config, params, 0), {}, {}
