@@ -3,8 +3,9 @@
 python campaigns/gpu_layers.py --out campaigns/results/DATE-DEVICE/layers.json
 python campaigns/gpu_layers.py --estimate h100 --measured FILE --out FILE
 
-With --estimate each row also has the time that is estimated from the program that XLA compiles for
-that GPU; with --measured the clock's times are those of an earlier run, and no GPU is needed.
+Beside the clock's time stands what is estimated from the same compiled program. With --estimate
+each program is compiled for that GPU instead; with --measured the clock's times are those of an
+earlier run, and no GPU is needed.
 
 Forward and training calls are queued and waited for together, so that the time is the device's and
 not that of starting a program from Python; decoded tokens follow each other within one program.
@@ -27,8 +28,10 @@ import sparseffn_jax as sf
 from sparseffn_jax.bench.estimated import known_gpu
 from sparseffn_jax.bench.layer import Mode
 from sparseffn_jax.bench.pictures import NARROW_TABLE
-from sparseffn_jax.measure.gpus import compile_for
+from sparseffn_jax.measure.flops import count_kernels
+from sparseffn_jax.measure.gpus import compile_for, gpu_here
 from sparseffn_jax.measure.memory import memory_of
+from sparseffn_jax.measure.programs import read_program
 from sparseffn_jax.measure.records import versions, write_json
 from sparseffn_jax.measure.timing import chained
 from sparseffn_jax.ops import fused_hidden
@@ -90,13 +93,14 @@ def operands_of(config: sf.SparseFFNConfig, tokens: int, mode: Mode) -> tuple[An
     return ffn.apply, ({"params": params}, x)
 
 
-def measure(config: sf.SparseFFNConfig, tokens: int, mode: Mode) -> tuple[float, int]:
-    """Returns the seconds of one call, and the bytes of the program's temporary memory."""
+def measure(config: sf.SparseFFNConfig, tokens: int, mode: Mode) -> dict[str, Any]:
+    """Returns a call's time and what is estimated for it, and the program's temporary memory."""
     function, operands = operands_of(config, tokens, mode)
     queued, calls = _QUEUED, 1
     if mode == "decoding":
         function, queued, calls = chained(function, _DECODED), 3, _DECODED
-    program = jax.jit(function).lower(*operands).compile()
+    traced = jax.jit(function).trace(*operands)
+    program = traced.lower().compile()
     result = jax.block_until_ready(program(*operands))
     seconds = []
     for _ in range(_ROUNDS):
@@ -105,7 +109,17 @@ def measure(config: sf.SparseFFNConfig, tokens: int, mode: Mode) -> tuple[float,
             result = program(*operands)
         jax.block_until_ready(result)
         seconds.append((time.perf_counter() - started) / queued / calls)
-    return float(np.median(seconds)), memory_of(program).temporary
+    row = {
+        "us": 1e6 * float(np.median(seconds)),
+        "temporary_mib": memory_of(program).temporary / 2**20,
+    }
+    if (gpu := gpu_here()) is not None:
+        read = read_program(program, count_kernels(traced.jaxpr))
+        row |= {
+            "estimated_us": 1e6 * gpu.seconds(read) / calls,
+            "kernels": round(read.launches / calls),
+        }
+    return row
 
 
 def main() -> None:
@@ -143,8 +157,7 @@ def main() -> None:
                     "promised": 1.0 / sf.flops_ratio(config),
                 }
                 if before is None:
-                    seconds, temporary = measure(config, tokens, mode)
-                    row |= {"us": 1e6 * seconds, "temporary_mib": temporary / 2**20}
+                    row |= measure(config, tokens, mode)
                 elif _key(row) in clocked:
                     row["us"] = clocked[_key(row)]
                 if gpu:

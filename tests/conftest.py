@@ -47,3 +47,11 @@ def _compile_once(shared_folder):
     for name, value in settings.items():
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def optimizations():
+    """The compiler's optimizations, which other tests do without."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -170,6 +170,12 @@ def gpus() -> Mapping[str, GPU]:
     )
 
 
+def gpu_here() -> GPU | None:
+    """Returns what is known of the GPU that JAX runs on, or ``None``."""
+    kind = jax.devices()[0].device_kind
+    return next((gpu for gpu in gpus().values() if gpu.description == kind), None)
+
+
 def compile_for(
     gpu: GPU, function: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
 ) -> Program:
@@ -185,7 +191,8 @@ def compile_for(
     Raises:
       ModuleNotFoundError, RuntimeError: as :meth:`GPU.devices`.
     """
-    here = jax.sharding.SingleDeviceSharding(gpu.devices()[0, 0])
+    device = gpu.devices()[0, 0]
+    here = jax.sharding.SingleDeviceSharding(device)
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
         given = getattr(leaf, "sharding", None)
@@ -199,7 +206,9 @@ def compile_for(
         # A function of its own: JAX would give back what it has traced of this one for another GPU.
         anew = jax.jit(lambda *args: function(*args), donate_argnums=donate_argnums)
         traced = anew.trace(*shapes)
-    lowered = traced.lower(lowering_platforms=("cuda",))
+    # From JAX 0.11 on kernels written by hand are lowered for the device that is the default one.
+    with jax.default_device(device):
+        lowered = traced.lower(lowering_platforms=("cuda",))
     with warnings.catch_warnings():
         # What is in the cache can only be loaded where the device is; it is compiled again.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseffn_jax.ops.plans.choice import pick
-from sparseffn_jax.ops.plans.kernels import triton_refusal
+from sparseffn_jax.ops.plans.kernels import pallas_module, triton_refusal
 
 # Blocks of queries: more and smaller ones take longer to compile, and no less in a whole training
 # step.
@@ -187,14 +187,13 @@ def flash_attention(
     Returns:
       The outputs of the heads, in the dtype of ``query``.
     """
-    from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
-
+    kernel = pallas_module("ops.gpu.attention")
     groups = query.shape[2] // key.shape[2]
-    out: Array = mha(
+    out: Array = kernel.mha(
         *(query, jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2), None),
         sm_scale=query.shape[-1] ** -0.5 if scale is None else scale,
         causal=True,
-        block_sizes=BlockSizes(_FLASH_ROWS, *(_FLASH_ROWS // 2,) * 5),
+        block_sizes=kernel.BlockSizes(_FLASH_ROWS, *(_FLASH_ROWS // 2,) * 5),
         num_warps=8,
         interpret=interpret,
     )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import CAPABILITY, assert_close
 
 from sparseffn_jax.measure.gpus import compile_for, gpus
 from sparseffn_jax.measure.programs import TRITON
@@ -117,6 +118,29 @@ def test_the_kernel_for_gpus_is_exact_forward_and_backward(heads):
     )
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(CAPABILITY not in ("8.0", "9.0", "10.0"), reason="runs on some GPUs")
+@pytest.mark.usefixtures("optimizations")
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("width", [16, 64, 80, 128])
+def test_the_kernel_equals_float32_on_a_gpu(heads, width):
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((2, 384, h, width)) for h in (4, heads, heads, 4)]
+    *given, slope = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
+
+    def gradient(attend, *arrays):
+        out, pullback = jax.vjp(attend, *arrays)
+        return out, pullback(slope.astype(out.dtype))
+
+    def plain(*arrays):
+        return jax.nn.dot_product_attention(*arrays, is_causal=True)
+
+    found = jax.jit(functools.partial(gradient, attention.flash_attention))(*given)
+    exact = [x.astype(jnp.float32) for x in given]
+    wanted = jax.jit(functools.partial(gradient, plain))(*exact)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_close(one, other, "bfloat16")
 
 
 # Tokens, head width, and whether there is padding or a window.

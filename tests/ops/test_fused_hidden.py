@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import DTYPES, assert_close, draw, tangent_chebyshev
+from numerics import CAPABILITY, DTYPES, assert_close, draw, tangent_chebyshev
 
 from sparseffn_jax.measure.flops import count_kernels
 from sparseffn_jax.measure.gpus import gpus
@@ -89,15 +89,13 @@ def operands_of(name, dtype):
     return activate, grouped(arrays), exact
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LAYERS)
-def test_equals_float64(name, dtype):
+def assert_equals_float64(name, dtype, *, interpret):
     activate, (*given, dz), exact = operands_of(name, dtype)
 
     def layer(components, filters, axes, biases, coefficients):
         channels = Channels(tuple(biases), coefficients)
         return fused_hidden.hidden_layer(
-            components, filters, axes, activate, channels, interpret=True
+            components, filters, axes, activate, channels, interpret=interpret
         )
 
     z, pullback = jax.vjp(layer, *given)
@@ -110,6 +108,20 @@ def test_equals_float64(name, dtype):
     for i, (one, other) in enumerate(zip(found, wanted, strict=True)):
         assert one.dtype == dtype
         assert_close(one, other, dtype, f"gradient {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_float64(name, dtype):
+    assert_equals_float64(name, dtype, interpret=True)
+
+
+@pytest.mark.skipif(CAPABILITY != "9.0", reason="runs on Hopper GPUs")
+@pytest.mark.usefixtures("optimizations")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_float64_on_a_gpu(name, dtype):
+    assert_equals_float64(name, dtype, interpret=False)
 
 
 def abstract(tokens, ranks, units, rank, activate, *, bias, groups=1):
@@ -152,14 +164,6 @@ COMPILED = {
 }
 
 
-@pytest.fixture
-def optimizations():
-    """The compiler's optimizations, which other tests do without."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.mark.usefixtures("optimizations")
 @pytest.mark.parametrize("name", COMPILED)
 def test_is_compiled_for_hopper_without_spills(name):
@@ -167,8 +171,10 @@ def test_is_compiled_for_hopper_without_spills(name):
     assert fused_hidden.refusal([*ranks, rank], activate, jnp.bfloat16) is None
     given, dz = abstract(tokens, ranks, units, rank, activate, bias=bias, groups=groups)
     traced = jax.jit(gradient_of(activate)).trace(dz, *given)
+    with jax.default_device(gpus()["h100"].devices()[0, 0]):
+        lowered = traced.lower(lowering_platforms=("cuda",))
     # The compiler fails where registers do not hold what a kernel adds up.
-    compiled = traced.lower(lowering_platforms=("cuda",)).compile(
+    compiled = lowered.compile(
         compiler_options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
     )
     text, memory = compiled.as_text(), compiled.memory_analysis()

@@ -67,14 +67,26 @@ def triton_refusal(capabilities: Collection[str], *, is_forced: bool = False) ->
 def triton() -> Any:
     """Returns ``jax.experimental.pallas.triton``, or ``None``: JAX means to remove it one day."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            module = importlib.import_module("jax.experimental.pallas.triton")
-            importlib.import_module("jax.experimental.pallas.ops.gpu.attention")
+        module = pallas_module("triton")
+        pallas_module("ops.gpu.attention")
     except ImportError:
         return None
     # JAX 0.6 has it under another name.
     return module if hasattr(module, "CompilerParams") else None
+
+
+def pallas_module(name: str) -> Any:
+    """Imports a module of ``jax.experimental.pallas`` that JAX calls deprecated.
+
+    Args:
+      name: its name within Pallas.
+
+    Raises:
+      ImportError: if this version of JAX no longer has it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(f"jax.experimental.pallas.{name}")
 
 
 def _compute_capability() -> str | None:
