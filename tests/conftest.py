@@ -55,3 +55,13 @@ def optimizations():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def kernels_on_gpu(optimizations):
+    """Skips tests of kernels that are written by hand where they cannot run."""
+    from sparseffn_jax.ops.plans.kernels import triton_refusal
+
+    is_there = jax.default_backend() == "gpu"
+    if reason := triton_refusal(["9.0"]) if is_there else "there is no GPU":
+        pytest.skip(reason)

@@ -10,8 +10,6 @@ from numpy.polynomial import chebyshev as npc
 
 DTYPES = ("float32", "bfloat16")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
-# That of this machine's NVIDIA GPU, if it has one.
-CAPABILITY = getattr(jax.devices()[0], "compute_capability", None)
 
 
 def draw(seed, *shapes, dtype="float32", scale=1.0):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import CAPABILITY, assert_close
+from numerics import assert_close
 
 from sparseffn_jax.measure.gpus import compile_for, gpus
 from sparseffn_jax.measure.programs import TRITON
@@ -120,8 +120,7 @@ def test_the_kernel_for_gpus_is_exact_forward_and_backward(heads):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(CAPABILITY not in ("8.0", "9.0", "10.0"), reason="runs on some GPUs")
-@pytest.mark.usefixtures("optimizations")
+@pytest.mark.usefixtures("kernels_on_gpu")
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("width", [16, 64, 80, 128])
 def test_the_kernel_equals_float32_on_a_gpu(heads, width):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import CAPABILITY, DTYPES, assert_close, draw, tangent_chebyshev
+from numerics import DTYPES, assert_close, draw, tangent_chebyshev
 
 from sparseffn_jax.measure.flops import count_kernels
 from sparseffn_jax.measure.gpus import gpus
@@ -116,8 +116,7 @@ def test_equals_float64(name, dtype):
     assert_equals_float64(name, dtype, interpret=True)
 
 
-@pytest.mark.skipif(CAPABILITY != "9.0", reason="runs on Hopper GPUs")
-@pytest.mark.usefixtures("optimizations")
+@pytest.mark.usefixtures("kernels_on_gpu")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_float64_on_a_gpu(name, dtype):
