@@ -142,6 +142,10 @@ def main() -> None:
         sizes = [(256, 1024, False), (256, 768, True)]
         passes = [[(64, "training")] for _ in sizes]
     console, rows = Console(soft_wrap=True), []
+    of_run: dict[str, Any] = {"versions": before["versions"] if before else versions()}
+    if (estimated_for := gpu or gpu_here()) is not None:
+        of_run["estimated_for"] = estimated_for.description
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for (d_model, d_ff, gated), each in zip(sizes, passes, strict=True):
         configs = layers(d_model, d_ff, gated)
         for tokens, mode in each:
@@ -173,10 +177,8 @@ def main() -> None:
                     if column in row and column in rows[first]:
                         row[gain] = rows[first][column] / row[column]
             console.print(f"{d_model} x {d_ff}, {tokens} tokens, {mode}: done")
-    console.print(_table(rows, before["versions"]["device"] if before else _device()))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"versions": before["versions"] if before else versions(), "rows": rows}
-    write_json(arguments.out, result | ({"estimated_for": gpu.description} if gpu else {}))
+            write_json(arguments.out, {**of_run, "rows": rows})
+    console.print(_table(rows, of_run["versions"]["device"]))
     console.print(f"wrote {arguments.out}")
 
 
@@ -195,10 +197,6 @@ def _shapes(config: sf.SparseFFNConfig, tokens: int, mode: Mode) -> tuple[Any, t
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("size", "tokens", "pass", "layer"))
-
-
-def _device() -> str:
-    return jax.devices()[0].device_kind
 
 
 def _table(rows: list[dict[str, Any]], device: str) -> Table:

@@ -54,17 +54,21 @@ class _Work(NamedTuple):
       halves: whether the gradient's products with bfloat16 are in bfloat16, as under PyTorch's
         autocast: half of the memory traffic, and more than twice the speed. float16 has not the
         range for it.
+      align: whether words are added to the head until they fill whole tiles.
       put: function of values, targets and a slope that puts each token's value at its target.
     """
 
     entries: int
     halves: bool
+    align: bool
     put: Callable[[Array, Array, Array], Array]
 
 
 # 64 MiB and 256 MiB of float32. A GPU reads and writes the head's gradient in every chunk.
-_CPU = _Work(2**24, halves=False, put=_scattered)
-_GPU = _Work(2**26, halves=True, put=_compared)
+_CPU = _Work(2**24, halves=False, align=False, put=_scattered)
+_GPU = _Work(2**26, halves=True, align=True, put=_compared)
+# The logit of a word that is not there: its exponential is 0, and its differences are finite.
+_NEVER = -1e30
 
 
 class Outputs(NamedTuple):
@@ -123,12 +127,12 @@ def token_losses(
     """
 
     def in_chunks(work: _Work, outputs: Outputs, targets: Array) -> tuple[Array, Array]:
-        (rows, tokens), head = targets.shape, outputs.head
+        (rows, tokens), head = targets.shape, _prepared(work, outputs)
         cut = partial(_cut, count=_chunk_count(work, rows, tokens, outputs.vocab_size))
 
         def score(_, chunk):
             hidden, targets = chunk
-            logits = hidden.astype(jnp.float32) if head is None else head.logits(hidden)
+            logits = _masked(hidden if head is None else head.logits(hidden), outputs.vocab_size)
             log_z = jax.nn.logsumexp(logits, axis=-1)
             is_likeliest = jnp.argmax(logits, axis=-1) == targets
             return None, (log_z - _at_targets(logits, targets), is_likeliest)
@@ -250,7 +254,8 @@ def _in_chunks(
     targets: Array,
     teacher: Outputs | None,
 ) -> tuple[tuple[Array, Array], Any]:
-    (rows, tokens), head = targets.shape, outputs.head
+    (rows, tokens), head = targets.shape, _prepared(work, outputs)
+    soft_head = teacher and _prepared(work, teacher)
     models = 1 if teacher is None else 2
     count = _chunk_count(work, rows // mixture.batch_shards, tokens, models * outputs.vocab_size)
     weights = jnp.full(targets.shape, 1.0 / targets.size, jnp.float32)
@@ -260,8 +265,8 @@ def _in_chunks(
 
     def add_chunk(total, chunk):
         hidden, targets, weights, soft_hidden = chunk
-        logits = _logits(head, hidden)
-        soft = None if teacher is None else _logits(teacher.head, soft_hidden)
+        logits = _logits(head, hidden, outputs.vocab_size)
+        soft = None if teacher is None else _logits(soft_head, soft_hidden, teacher.vocab_size)
         loss, cross_entropy, slope = _losses_and_slope(
             mixture, work, logits, targets, soft, weights
         )
@@ -279,7 +284,7 @@ def _in_chunks(
         total = HeadGradient.zeros(head, wanted.head.weight, wanted.head.bias, mixture.batch_shards)
     total, (loss, cross_entropy, gradient) = scan(add_chunk, total, chunks)
     gradient = None if gradient is None else _join(gradient, tokens)
-    parts: Any = (gradient, None if head is None else total.total(head))
+    parts: Any = (gradient, None if head is None else total.total(head, outputs.vocab_size))
     return (loss.sum(), cross_entropy.sum()), Outputs(*parts)
 
 
@@ -318,8 +323,22 @@ def _log_softmax(logits: Array) -> tuple[Array, Array, Array]:
     return shifted - jnp.log(total), exponentials, total
 
 
-def _logits(head: Head | None, hidden: Array) -> Array:
-    return hidden.astype(jnp.float32) if head is None else head.logits_by_blocks(hidden)
+def _prepared(work: _Work, outputs: Outputs) -> Head | None:
+    head = outputs.head
+    return head if head is None or not work.align else head.aligned(outputs.hidden)
+
+
+def _logits(head: Head | None, hidden: Array, words: int) -> Array:
+    return _masked(hidden if head is None else head.logits_by_blocks(hidden), words)
+
+
+def _masked(logits: Array, words: int) -> Array:
+    """Returns float32 logits without those of words that were added."""
+    logits = logits.astype(jnp.float32)
+    if logits.shape[-1] == words:
+        return logits
+    numbers = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(numbers < words, logits, _NEVER)
 
 
 def _chunk_count(work: _Work, rows: int, tokens: int, logits: int) -> int:

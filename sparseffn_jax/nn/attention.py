@@ -5,6 +5,7 @@ width.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -12,14 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseffn_jax.ops.plans.choice import pick
-from sparseffn_jax.ops.plans.kernels import pallas_module, triton_refusal
+from sparseffn_jax.ops.plans.kernels import is_for_this_gpu, pallas_module, triton_refusal
 
 # Blocks of queries: more and smaller ones take longer to compile, and no less in a whole training
 # step.
 _LEAST_BLOCK, _MOST_BLOCKS = 256, 4
 # Rows of a tile; the narrowest head that is an operand of a product, and the widest for which there
 # are registers; GPUs (A100, H100 and H200, B200) whose shared memory holds the tiles.
-_FLASH, _FLASH_ROWS, _FLASH_WIDTHS = "flash", 128, (16, 128)
+_CUDNN, _FLASH, _FLASH_ROWS, _FLASH_WIDTHS = "cudnn", "flash", 128, (16, 128)
 _FLASH_CAPABILITIES = ("8.0", "9.0", "10.0")
 
 
@@ -69,9 +70,11 @@ class CausalAttention(nn.Module):
         start = 0
         if is_decoding or init_cache:
             key, value, start = self._update_cache(key, value, is_decoding)
+        if window is not None and window >= tokens and not is_decoding:
+            window = None
         # None stands for the plain causal mask, which attention has a faster way to apply.
         mask = None
-        if is_decoding or (window is not None and window < tokens):
+        if is_decoding or window is not None:
             mask = _causal_mask(start + jnp.arange(tokens), key.shape[1], window)
         if attention_mask is not None:
             if attention_mask.shape != key.shape[:2]:
@@ -88,7 +91,8 @@ class CausalAttention(nn.Module):
         elif is_decoding:
             out = _dot_product_attention(query, key, value, mask, scale)
         else:
-            out = _attend_without_cache(query, key, value, mask, scale)
+            is_padded = attention_mask is not None
+            out = _attend_without_cache(query, key, value, mask, scale, window, is_padded)
         return out.reshape(*out.shape[:2], -1)
 
     def _attend_with_dropout(self, query, key, value, mask, scale, dropout_rate):
@@ -127,7 +131,7 @@ class CausalAttention(nn.Module):
         return cached_key.value, cached_value.value, start
 
 
-def _attend_without_cache(query, key, value, mask, scale):
+def _attend_without_cache(query, key, value, mask, scale, window, is_padded):
     """Attends from all tokens at once; no attention weight is stored for the backward pass."""
 
     def in_blocks(query, key, value):
@@ -141,28 +145,54 @@ def _attend_without_cache(query, key, value, mask, scale):
     if query.dtype == jnp.float32:
         return in_blocks(query, key, value)
     branches = {"cpu": in_blocks, "default": jax.checkpoint(whole)}
-    if _choose_on_gpu(query, mask) == _FLASH:
-        branches["cuda"] = functools.partial(flash_attention, scale=scale)
+    kernels = {
+        _CUDNN: functools.partial(
+            jax.nn.dot_product_attention,
+            scale=scale,
+            is_causal=True,
+            local_window_size=window and (window - 1, 0),
+            implementation="cudnn",
+        ),
+        _FLASH: functools.partial(flash_attention, scale=scale),
+    }
+    refused = {}
+    if is_padded:
+        refused = dict.fromkeys(kernels, "there is padding")
+    else:
+        if reason := _cudnn_refusal(kernels[_CUDNN], query, key, value):
+            refused[_CUDNN] = reason
+        if reason := _flash_refusal(query, window):
+            refused[_FLASH] = reason
+    problem = (*query.shape[1:], query.dtype.name)
+    # One kernel and no T x T array in memory. On an H200 cuDNN's takes a third of the other's time.
+    costs = {_CUDNN: 0.0, _FLASH: 1.0, "weights": 2.0}
+    chosen = pick("attention", None, costs, refused, problem, "gpu")
+    if chosen in kernels:
+        branches["cuda"] = kernels[chosen]
     return jax.lax.platform_dependent(query, key, value, **branches)
 
 
-def _choose_on_gpu(query: Array, mask: Array | None) -> str:
-    """Picks between attention with its weights in memory, and without."""
-    _, tokens, heads, width = query.shape
-    refused = {}
-    if mask is not None:
-        refused[_FLASH] = "its mask is the causal one alone"
-    elif tokens % _FLASH_ROWS:
-        refused[_FLASH] = f"{tokens} tokens are no multiple of {_FLASH_ROWS}"
-    elif not _FLASH_WIDTHS[0] <= width <= _FLASH_WIDTHS[1]:
-        refused[_FLASH] = f"it has no tiles for heads of {width} channels"
-    elif query.dtype not in (jnp.bfloat16, jnp.float16):
-        refused[_FLASH] = f"it multiplies bfloat16 or float16, not {query.dtype}"
-    elif reason := triton_refusal(_FLASH_CAPABILITIES):
-        refused[_FLASH] = reason
-    problem = (tokens, heads, width, query.dtype.name)
-    # One kernel and no T x T array in memory: where it runs it is the faster one.
-    return pick("attention", None, {_FLASH: 0.0, "weights": 1.0}, refused, problem, "gpu")
+def _cudnn_refusal(attend: Callable[..., Array], *operands: Array) -> str | None:
+    if not is_for_this_gpu():
+        return "only where the GPU is does XLA compile cuDNN's attention"
+    try:
+        jax.eval_shape(lambda *given: jax.vjp(attend, *given)[1], *operands)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _flash_refusal(query: Array, window: int | None) -> str | None:
+    tokens, width = query.shape[1], query.shape[-1]
+    if window is not None:
+        return "its mask is the causal one alone"
+    if tokens % _FLASH_ROWS:
+        return f"{tokens} tokens are no multiple of {_FLASH_ROWS}"
+    if not _FLASH_WIDTHS[0] <= width <= _FLASH_WIDTHS[1]:
+        return f"it has no tiles for heads of {width} channels"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies bfloat16 or float16, not {query.dtype}"
+    return triton_refusal(_FLASH_CAPABILITIES)
 
 
 def flash_attention(

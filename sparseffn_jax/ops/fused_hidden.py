@@ -28,8 +28,8 @@ from sparseffn_jax.ops.polynomial import slope, value, weighted_terms
 
 # The narrowest operand of a matrix product, and the widest piece that a rank is cut into.
 _NARROWEST, _WIDEST = 16, 128
-# Hidden units of a tile, and groups of 32 threads that work on it; stages of the loads' pipeline.
-_UNITS, _WARPS, _STAGES = 64, 8, 2
+# The most hidden units of a tile: others are added until there is a multiple of them.
+_UNITS = 64
 # That of Hopper's GPUs, for whose registers and shared memory the tiles were chosen: with them the
 # compiler spills for an A100, and refuses some ranks for a B200.
 _CAPABILITIES = ("9.0",)
@@ -66,10 +66,19 @@ class _Gradients(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """How many tokens, and how many hidden units, a kernel takes at a time."""
+    """What a kernel takes at a time, and how.
+
+    Attributes:
+      rows: number of tokens.
+      units: number of hidden units.
+      warps: groups of 32 threads that share the work.
+      stages: how many tiles are loaded ahead.
+    """
 
     rows: int
     units: int
+    warps: int
+    stages: int
 
 
 class _Tiles(NamedTuple):
@@ -155,23 +164,32 @@ def _up(side: int, multiple: int) -> int:
 def _tiles(
     tokens: int, units: int, components: int, is_gated: bool, degrees: Sequence[int]
 ) -> tuple[_Tiles, int]:
-    """Returns the largest tiles whose sums fit the registers, and the number of rows to pad to."""
+    """Returns the tiles that took an H200 the least time, and the number of rows to pad to."""
     # Larger ones would leave multiprocessors without work.
-    rows = 128 if tokens > 8192 else 64
+    has_many, is_wide = tokens > 8192, components > 320
+    if degrees:
+        rows = 128 if has_many else 64
+        forward, of_components = _Tile(rows, 64, 8, 2), _Tile(64, 32, 8, 2)
+        weights = _Tile(16, 64, 8, 2)
+    elif is_gated:
+        forward, of_components = _Tile(64, 64, 4, 3), _Tile(64, 32, 4, 3)
+        weights = _Tile(32, 64, 8, 3)
+    elif is_wide:
+        forward, of_components = _Tile(64, 64, 4, 3), _Tile(64, 32, 4, 3)
+        if has_many:
+            forward, of_components = _Tile(128, 64, 8, 2), _Tile(128, 32, 8, 3)
+        weights = _Tile(32, 64, 8, 3)
+    else:
+        forward, of_components = _Tile(64, 64, 4, 2), _Tile(64, 64, 4, 2)
+        weights = _Tile(32, 64, 4, 3)
+    rows = max(tile.rows for tile in (forward, of_components, weights))
     count = -(-tokens // rows)
 
     def turns(shares: int) -> int:
-        return -(-(units // _UNITS) * shares // _CORES) * -(-count // shares)
+        return -(-(units // weights.units) * shares // _CORES) * -(-count // shares)
 
     shares = min(range(1, _MOST_SHARES + 1), key=turns)
-    of_weights = 64 if components <= (192 if is_gated else 288) else 32
-    tiles = _Tiles(
-        _Tile(rows, _UNITS),
-        _Tile(64, 32) if degrees or components > 320 else _Tile(rows, _UNITS),
-        _Tile(16 if degrees else of_weights, _UNITS),
-        shares,
-    )
-    return tiles, rows * _up(count, shares)
+    return _Tiles(forward, of_components, weights, shares), rows * _up(count, shares)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -179,7 +197,8 @@ def _layer(activate, tiles, interpret, operands):
     tokens, rank = len(operands.components[0]), operands.axes.shape[1]
     kernel = functools.partial(_forward_kernel, activate, tiles.forward)
     out = jax.ShapeDtypeStruct((tokens, rank), operands.axes.dtype)
-    return _call(kernel, (tokens // tiles.forward.rows,), operands, (), out, interpret)
+    grid = (tokens // tiles.forward.rows,)
+    return _call(kernel, tiles.forward, grid, operands, (), out, interpret)
 
 
 def _layer_forward(activate, tiles, interpret, operands):
@@ -192,7 +211,7 @@ def _layer_backward(activate, tiles, interpret, operands, dz):
     kernel = functools.partial(_components_kernel, activate, tiles.components)
     out = [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in components]
     grid = (tokens // tiles.components.rows,)
-    d_components = _call(kernel, grid, operands, (dz,), out, interpret)
+    d_components = _call(kernel, tiles.components, grid, operands, (dz,), out, interpret)
 
     def shared(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((tiles.shares, *shape), jnp.float32)
@@ -208,8 +227,9 @@ def _layer_backward(activate, tiles, interpret, operands, dz):
     turns = tokens // tiles.weights.rows // tiles.shares
     kernel = functools.partial(_weights_kernel, activate, tiles.weights, turns)
     grid = (units // tiles.weights.units, tiles.shares)
-    leaves = _call(kernel, grid, operands, (dz,), jax.tree.leaves(out), interpret)
-    sums = jax.tree.unflatten(jax.tree.structure(out), [leaf.sum(axis=0) for leaf in leaves])
+    out_leaves, structure = jax.tree.flatten(out)
+    leaves = _call(kernel, tiles.weights, grid, operands, (dz,), out_leaves, interpret)
+    sums = jax.tree.unflatten(structure, [leaf.sum(axis=0) for leaf in leaves])
     gradients = _Operands(
         tuple(d_components),
         tuple(d_filter.T for d_filter in sums.filters),
@@ -228,6 +248,7 @@ _layer.defvjp(_layer_forward, _layer_backward)
 
 def _call(
     kernel: Any,
+    tile: _Tile,
     grid: tuple[int, ...],
     operands: _Operands,
     others: tuple[Array, ...],
@@ -249,7 +270,7 @@ def _call(
         grid=grid,
         interpret=interpret,
         name=body.__name__,
-        compiler_params=triton().CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        compiler_params=triton().CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
     )(*leaves, *others)
 
 

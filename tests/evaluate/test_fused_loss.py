@@ -143,6 +143,26 @@ def test_a_gpu_multiplies_slopes_in_bfloat16(small_chunks, monkeypatch, dtype, t
     assert (min(errors[:2]) > 1e-6) == (dtype == jnp.bfloat16)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 1.0), (0.3, 2.0)])
+def test_words_that_fill_a_gpus_tiles_count_for_nothing(monkeypatch, tied, weight, temperature):
+    set_chunk(monkeypatch, 2 * B * V)
+    monkeypatch.setattr(fused_loss, "_CPU", fused_loss._GPU)
+    # Negative logits: a word that was not masked would be the likeliest one.
+    outputs, exact = draw(0, tied)
+    outputs = outputs._replace(head=outputs.head.replace(bias=outputs.head.bias - 50.0))
+    exact = [*exact[:2], exact[2] - 50.0]
+    teacher, soft = draw(1, tied) if weight else (None, None)
+    run = jax.value_and_grad(partial(mean_loss, mixture=Mixture(weight, temperature)), has_aux=True)
+    (loss, cross_entropy), gradient = jax.jit(run)(outputs, TARGETS, teacher)
+    expected = reference(exact, TARGETS, soft, weight, temperature, tied)
+    np.testing.assert_allclose([loss, cross_entropy], expected[:2], rtol=1e-5)
+    for actual, leaf in zip(jax.tree.leaves(gradient), expected[2], strict=True):
+        assert_close(actual, leaf, 1e-5)
+    _, is_likeliest = token_losses(outputs, jnp.argmax(outputs.head.logits(outputs.hidden), -1))
+    assert is_likeliest.all()
+
+
 def test_values_at_targets_are_the_same_by_scatter_and_by_comparison():
     slope = jnp.zeros((B, T, V))
     values = jnp.asarray(np.random.default_rng(0).normal(size=(B, T)), jnp.float32)

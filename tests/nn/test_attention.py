@@ -120,24 +120,37 @@ def test_the_kernel_for_gpus_is_exact_forward_and_backward(heads):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+# Kernel, tokens, key/value heads, head width, window.
 @pytest.mark.usefixtures("kernels_on_gpu")
-@pytest.mark.parametrize("heads", [4, 2])
-@pytest.mark.parametrize("width", [16, 64, 80, 128])
-def test_the_kernel_equals_float32_on_a_gpu(heads, width):
+@pytest.mark.parametrize(
+    ("name", "tokens", "heads", "width", "window"),
+    [
+        ("flash", 384, 4, 64, None),
+        ("flash", 384, 2, 80, None),
+        ("flash", 256, 1, 128, None),
+        ("cudnn", 384, 4, 64, None),
+        ("cudnn", 250, 2, 80, None),
+        ("cudnn", 333, 1, 256, None),
+        ("cudnn", 384, 2, 128, 100),
+    ],
+)
+def test_a_kernel_equals_float32_on_a_gpu(name, tokens, heads, width, window):
     rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal((2, 384, h, width)) for h in (4, heads, heads, 4)]
-    *given, slope = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
+    arrays = [rng.standard_normal((2, tokens, h, width)) for h in (4, heads, heads)]
+    given = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    slope = jnp.asarray(rng.standard_normal((2, tokens, 4 * width)), jnp.bfloat16)
 
-    def gradient(attend, *arrays):
-        out, pullback = jax.vjp(attend, *arrays)
-        return out, pullback(slope.astype(out.dtype))
+    def gradient(slope, *arrays):
+        out, pullback = jax.vjp(functools.partial(attend, window=window), *arrays)
+        return out, pullback(slope)
 
-    def plain(*arrays):
-        return jax.nn.dot_product_attention(*arrays, is_causal=True)
-
-    found = jax.jit(functools.partial(gradient, attention.flash_attention))(*given)
-    exact = [x.astype(jnp.float32) for x in given]
-    wanted = jax.jit(functools.partial(gradient, plain))(*exact)
+    names = {"flash", "cudnn"} - {name}
+    with refusing({("attention", other): "another is tested" for other in names}):
+        compiled = jax.jit(gradient).lower(slope, *given).compile()
+    assert ("mha_backward" if name == "flash" else "__cudnn$fmha") in compiled.as_text()
+    found = compiled(slope, *given)
+    exact = [x.astype(jnp.float32) for x in (slope, *given)]
+    wanted = jax.jit(gradient)(*exact)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert_close(one, other, "bfloat16")
 

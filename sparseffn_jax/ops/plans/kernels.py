@@ -63,6 +63,11 @@ def triton_refusal(capabilities: Collection[str], *, is_forced: bool = False) ->
     return None
 
 
+def is_for_this_gpu() -> bool:
+    """Returns whether the program that is being traced is for a GPU of this machine."""
+    return _target.get() is None and jax.default_backend() == "gpu"
+
+
 @functools.cache
 def triton() -> Any:
     """Returns ``jax.experimental.pallas.triton``, or ``None``: JAX means to remove it one day."""
