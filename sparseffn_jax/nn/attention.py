@@ -173,6 +173,8 @@ def _attend_without_cache(query, key, value, mask, scale, window, is_padded):
 
 
 def _cudnn_refusal(attend: Callable[..., Array], *operands: Array) -> str | None:
+    if operands[0].shape[-1] > _FLASH_WIDTHS[1]:
+        return "it has no backward pass for wider heads"
     if not is_for_this_gpu():
         return "only where the GPU is does XLA compile cuDNN's attention"
     try:
