@@ -36,7 +36,7 @@ _MOVED = {"cpu": 20.0, "gpu": 200.0}
 _CALL = {"cpu": 2.4e5, "gpu": 1e9}
 # What products cost in the kernel that keeps hidden units on the chip, and how many tokens a GPU
 # needs to be busy with it.
-_FUSED_GEMM, _FUSED_TOKENS = 1.2, 8192
+_FUSED_GEMM, _FUSED_UNIT, _FUSED_TOKENS = 1.7, 360.0, 8192
 # Bytes of hidden activations that a tile of tokens may have on CPU: what the cores' own caches hold
 # while the operations on them are still large enough to spread over the cores.
 _TILE_BYTES = {"low_rank": 6 << 20, "block_circulant": 3 << 20, "block_sparse": 3 << 20}
@@ -70,14 +70,15 @@ def low_rank_layer_costs(
       up: number of components of each map into the hidden units.
       down: number of components of the map out of them.
     """
-    moved = 2 * _MOVED["gpu"] * tokens * width * len(up)
+    # Hidden units are written and read before their function, and behind it.
+    moved = 4 * _MOVED["gpu"] * tokens * width * len(up)
     each = [(d_in, rank, width) for rank in up] + [(width, down, d_out)]
     maps = sum(min(low_rank_costs(tokens, *sides).values()) for sides in each)
     ends = tokens * (sum(up) * d_in + down * d_out)
     # Each multiprocessor has a tile of tokens and goes through all hidden units by itself, in a
     # kernel that is slower than the vendor's.
     rows = max(tokens, _FUSED_TOKENS)
-    fused = _FUSED_GEMM * rows * width * (sum(up) + down)
+    fused = rows * width * (_FUSED_GEMM * (sum(up) + down) + _FUSED_UNIT)
     return {
         "maps": maps + moved + 2 * len(each) * _CALL["gpu"],
         "fused": ends + fused + (len(each) + 1) * _CALL["gpu"],
