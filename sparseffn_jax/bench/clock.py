@@ -13,6 +13,7 @@ from scipy.optimize import nnls
 from sparseffn_jax.bench.stacks import Stack, ffn_stack, fresh_ffns, time_stacks
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.losses import make_evaluator
+from sparseffn_jax.measure.programs import Program, read_program
 from sparseffn_jax.measure.timing import time_in_turn, time_pair
 from sparseffn_jax.models.decoder import Decoder, layers_of, replace_ffns
 from sparseffn_jax.sparsify.planning import Size, size_of
@@ -164,6 +165,11 @@ class TrainingStep:
         started = time.perf_counter()
         self._run = step.lower(state, frozen, None, batch, *STEP_SCALARS).compile()
         self.compile_seconds = time.perf_counter() - started
+
+    @property
+    def program(self) -> Program:
+        """What the compiled step consists of."""
+        return read_program(self._run)
 
     def on(self, params: Any, windows: Int[np.ndarray, "n w"]) -> Callable[[], Any]:
         """Returns a function that makes the next step from these parameters on."""

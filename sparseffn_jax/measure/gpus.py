@@ -27,9 +27,9 @@ _FILE = resources.files("sparseffn_jax") / "assets" / "gpus.json"
 # What large matrix products and streams reach of the figures on the data sheet: chosen on the 58
 # times of an H100 in campaigns/results.
 _OF_FLOPS, _OF_BYTES = 0.7, 0.8
-# What kernels that Triton compiles reach of the products: about what attention reaches by it on an
-# H100 (Shah et al. 2024, 2407.08608, figure 5). No clock has seen ours yet.
-_OF_FLOPS_BY_TRITON = 0.5
+# What kernels that Triton compiles reach of the products: those for low-rank layers on an H200
+# (campaigns/results), and attention, which here stands for cuDNN's where the GPU is.
+_OF_FLOPS_BY_TRITON, _OF_FLOPS_BY_ATTENTION = 0.25, 0.5
 # Of a kernel within a program, in seconds: the next one starts when the one before has ended.
 _LAUNCH = 2e-6
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -82,7 +82,10 @@ class GPU:
         if kernel.is_collective:
             return _LAUNCH + kernel.bytes_sent / (_OF_BYTES * self.link_bytes_per_second)
         product = self.matrix_flops_per_second.get(kernel.dtype, self.flops_per_second)
-        share = _OF_FLOPS_BY_TRITON if kernel.kind in TRITON else _OF_FLOPS
+        share = _OF_FLOPS
+        if kernel.kind in TRITON:
+            is_attention = "mha" in kernel.scope
+            share = _OF_FLOPS_BY_ATTENTION if is_attention else _OF_FLOPS_BY_TRITON
         return _LAUNCH + max(
             kernel.matrix_flops / (share * product),
             kernel.other_flops / (_OF_FLOPS * self.flops_per_second),
