@@ -118,7 +118,7 @@ def test_a_low_rank_layer_runs_in_one_kernel_where_its_tiles_fit(h100):
     # The products are the same, whoever runs them.
     products = [sum(kernel.matrix_flops for kernel in found.kernels) for found in (one, each)]
     assert products[0] == products[1] == 4 * 16384 * 144 * (768 + 3072)
-    assert h100.seconds(one) < 0.6 * h100.seconds(each)
+    assert h100.seconds(one) < 0.9 * h100.seconds(each)
     assert one.memory.temporary < 0.1 * each.memory.temporary
     assert not any(kernel.kind in TRITON for kernel in program(gpus()["a100"]).kernels)
 
