@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
+import gpu_layers
+import gpu_step
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,24 +196,25 @@ def test_a_table_of_measured_plans_is_followed(bench, monkeypatch, tmp_path):
     assert followed == ["cheapest", "measured"]
 
 
-def test_the_gpu_campaign_asks_for_what_the_benches_have(monkeypatch, tmp_path):
+def test_the_gpu_campaign_asks_for_what_its_scripts_have(monkeypatch, tmp_path):
     calls = tmp_path / "calls"
-    for name, body in (
-        ("nvidia-smi", "echo NVIDIA H100"),
-        ("sparseffn", f'echo "$@" >> {calls}'),
-        ("python", "exit 0"),
-    ):
+    for name, body in (("nvidia-smi", "echo NVIDIA H100"), ("python", f'echo "$@" >> {calls}')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     script = Path(__file__).parents[2] / "campaigns" / "gpu.sh"
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(["bash", script], check=True, env=os.environ | {"PATH": path})
-    asked = []
-    for name in ("run_ffn_bench", "run_model_bench"):
-        monkeypatch.setattr(commands, name, lambda settings, console: asked.append(settings))
-    for name in ("ffn_tables", "model_table"):
-        monkeypatch.setattr(commands, name, lambda result: [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_layers, "measure", lambda *_: {"us": 1.0, "temporary_mib": 0.0})
+    monkeypatch.setattr(gpu_step, "measure", lambda *_: {"ms": 1.0})
+    scripts = {"campaigns/gpu_layers.py": gpu_layers, "campaigns/gpu_step.py": gpu_step}
     for line in calls.read_text().splitlines():
-        main(line.split())
-    assert [type(settings).__name__ for settings in asked] == ["BenchFFN"] * 3 + ["BenchModel"]
-    assert not any(settings.all_plans for settings in asked[:3])
+        monkeypatch.setattr(sys, "argv", line.split())
+        scripts.pop(sys.argv[0]).main()
+    assert not scripts
+    (folder,) = (tmp_path / "campaigns" / "results").iterdir()
+    assert folder.name.endswith("-nvidia-h100")
+    rows = json.loads((folder / "layers.json").read_text())["rows"]
+    assert {row["speedup"] for row in rows} == {1.0}
+    steps = json.loads((folder / "gpt2_small.json").read_text())["steps"]
+    assert list(steps) == ["dense", "default-0.4"]
