@@ -130,10 +130,9 @@ class Head:
         Returns:
           The head; words that are added have weights of 0.
         """
-        words = -self.vocab_size % _ALIGNED
         if self.blocked()[1] > 1:
             return self
-        dtype = self.product_dtype(hidden)
+        words, dtype = -self.vocab_size % _ALIGNED, self.product_dtype(hidden)
         padding = [(0, words), (0, 0)] if self.tied else [(0, 0), (0, words)]
         return self.replace(
             weight=jnp.pad(self.weight.astype(dtype), padding),

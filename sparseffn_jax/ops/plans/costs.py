@@ -34,8 +34,8 @@ _SCATTERED = 120.0
 _MOVED = {"cpu": 20.0, "gpu": 200.0}
 # What any operation costs: a task for the CPU's thread pool, a kernel's launch on a GPU.
 _CALL = {"cpu": 2.4e5, "gpu": 1e9}
-# What products cost in the kernel that keeps hidden units on the chip, and how many tokens a GPU
-# needs to be busy with it.
+# What products cost in the kernel that keeps hidden units on the chip, what each hidden unit costs
+# there besides, as an H200 measured, and how many tokens a GPU needs to be busy with it.
 _FUSED_GEMM, _FUSED_UNIT, _FUSED_TOKENS = 1.7, 360.0, 8192
 # Bytes of hidden activations that a tile of tokens may have on CPU: what the cores' own caches hold
 # while the operations on them are still large enough to spread over the cores.
