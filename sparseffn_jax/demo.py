@@ -296,7 +296,9 @@ class _Job:
             "sparse": rep["warm_start"]["layer_distillation"],
         }
         pictures.plot_training(out / "training.png", self.curves, starts)
-        pictures.plot_masks(out / "masks.png", self.configs)
+        sizes = [size_of(config, self.model.spec) for config in self.configs]
+        layers = [{"width": width, "rank": rank} for width, rank in sizes]
+        pictures.plot_layers(out / "layers.png", layers, "What each layer keeps")
         tuned = {
             "flops_ratio": rep["ffn_flops_ratio"],
             "time_ratio": 1.0 / rep["ffn_speedup"],
@@ -346,13 +348,14 @@ def _summary(rep: dict[str, Any]) -> Table:
     )
     for label, name in (
         ("FFN forward", "ffn"),
-        ("FFN forward + backward", "ffn_training"),
+        ("FFN training", "ffn_training"),
         ("model forward", "model"),
-        ("model forward + backward", "model_training"),
+        ("model training", "model_training"),
     ):
         times = rep["times"][name]
+        tokens = rep["times"]["tokens"][name.removesuffix("_training")]
         row(
-            label,
+            f"{label}, {tokens:,} tokens",
             f"{1e3 * times['baseline_seconds']:.1f} ms",
             f"{1e3 * times['candidate_seconds']:.1f} ms",
             f"{times['speedup']:.2f}x",

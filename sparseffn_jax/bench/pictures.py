@@ -9,10 +9,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from rich import box
-
-from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.ops.masks import BlockMask
 
 # Okabe & Ito 2008, told apart by colour-blind readers too, and a grey and a wine red.
 _DENSE, _SPARSE, _ACCENT = "#0072B2", "#D55E00", "#009E73"
@@ -36,6 +34,7 @@ NARROW_TABLE: Mapping[str, Any] = MappingProxyType(
 _HELPED = "+repair"
 # Nats above dense that the enlarged panel shows.
 _NEAR = 0.8
+_TICKS = (0.125, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
 
 
 def plot_training(
@@ -66,55 +65,30 @@ def plot_training(
     _save(figure, path)
 
 
-def plot_masks(path: Path, configs: Sequence[SparseFFNConfig | None]) -> None:
-    """Draws what each layer keeps: its components, polynomial degrees and blocks, as images.
+def plot_layers(path: Path, layers: Sequence[Mapping[str, float]], title: str) -> None:
+    """Draws how much each layer keeps and, where it is known, what that is predicted to cost.
 
     Args:
       path: PNG file to write.
-      configs: one configuration for each layer, ``None`` for a dense one.
+      layers: for each layer its ``width`` in hidden units, the ``rank`` of its bypass and, from a
+        plan, its ``damage`` in nats a token.
+      title: what is said above the panels.
     """
-    rows = [(i, config) for i, config in enumerate(configs) if config is not None]
-    titles = ("spectral components", "polynomial degrees", "core blocks (W1)", "core blocks (W2)")
-    figure = Figure(figsize=(11, 1.3 + 1.25 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), 4, squeeze=False)
-    for row, (layer, config) in zip(grid, rows, strict=True):
-        for axes, title, image in zip(row, titles, _mask_images(config), strict=True):
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if layer == rows[0][0]:
-                axes.set_title(title, fontsize=10)
-            if image is None:
-                axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
-                continue
-            axes.imshow(image, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", interpolation="none")
-            axes.set_xlabel(f"{image.mean():.0%} kept", fontsize=8)
-        row[0].set_ylabel(f"layer {layer}", fontsize=9)
-    figure.suptitle("Static masks: dark is kept, white is not in the program", fontsize=11)
-    _save(figure, path)
-
-
-def plot_plan(path: Path, layers: Sequence[Mapping[str, float]]) -> None:
-    """Draws what a plan keeps of each layer, and the loss that it predicts.
-
-    Args:
-      path: PNG file to write.
-      layers: for each layer its ``width``, ``rank``, ``flops`` (dense = 1) and ``damage`` (nats).
-    """
-    columns = {
+    panels = {
         "width": ("units kept", _SPARSE),
         "rank": ("bypass rank", _ACCENT),
         "damage": ("predicted loss (nats)", _DENSE),
     }
-    figure = Figure(figsize=(7, 5.6), layout="constrained")
-    panels = figure.subplots(len(columns), sharex=True)
-    for axes, (name, (label, colour)) in zip(panels, columns.items(), strict=True):
+    known = [name for name in panels if name in layers[0]]
+    figure = Figure(figsize=(7, 0.5 + 1.7 * len(known)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(known), sharex=True), known, strict=True):
+        label, colour = panels[name]
         _decorate(axes)
-        values = [layer[name] for layer in layers]
-        axes.bar(np.arange(len(layers)), values, color=colour, width=0.7)
+        axes.bar(np.arange(len(layers)), [x[name] for x in layers], color=colour, width=0.7)
         axes.set_ylabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[-1].set_xlabel("layer")
-    figure.suptitle("What the plan keeps of each layer, and what that costs", fontsize=11)
+    figure.axes[-1].set_xlabel("layer")
+    figure.suptitle(title, fontsize=11)
     _save(figure, path)
 
 
@@ -170,7 +144,7 @@ def plot_quality(
 
 
 def plot_methods(path: Path, points: Sequence[Mapping[str, Any]], dense_loss: float) -> None:
-    """Draws loss over measured FFN time, a line for each method and one for the dense model.
+    """Draws loss over measured speed-up of the FFNs, a line for each method and one for dense.
 
     The second panel enlarges what comes near to dense.
 
@@ -183,29 +157,28 @@ def plot_methods(path: Path, points: Sequence[Mapping[str, Any]], dense_loss: fl
     whole, near = figure.subplots(1, 2)
     methods = dict.fromkeys(point["method"] for point in points)
     bases = list(dict.fromkeys(method.removesuffix(_HELPED) for method in methods))
+    fastest = max(point["speedup"] for point in points)
     for axes in (whole, near):
         for method in methods:
-            # Alike but for the line, a method with and without help.
+            # With help a method looks as without it, but for the line and hollow marks.
             i = bases.index(method.removesuffix(_HELPED))
-            ours = method.startswith("SparseFFN")
+            ours, helped = method.startswith("SparseFFN"), method.endswith(_HELPED)
             of_method = [point for point in points if point["method"] == method]
-            of_method.sort(key=lambda point: -point["speedup"])
+            of_method.sort(key=lambda point: point["speedup"])
             axes.plot(
-                [1.0 / point["speedup"] for point in of_method],
+                [point["speedup"] for point in of_method],
                 [point["loss"] for point in of_method],
                 marker=_MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)],
                 color=_COLOURS[i % len(_COLOURS)],
-                linestyle="-" if ours else "--" if method.endswith(_HELPED) else ":",
+                linestyle="-" if ours else "--" if helped else ":",
+                fillstyle="none" if helped else "full",
                 linewidth=1.5,
                 markersize=5,
                 label=method,
             )
         axes.axhline(dense_loss, color="black", linewidth=1, label="dense, fine-tuned")
-        axes.set_xscale("log")
-        ticks = (8, 4, 2, 1.5, 1)
-        axes.set_xticks([1 / tick for tick in ticks], [f"{tick:g}x" for tick in ticks])
-        axes.minorticks_off()
-        axes.set(xlabel="measured FFN time, by speed-up over dense")
+        _speedup_axis(axes, 1.0, fastest)
+        axes.set(xlabel="measured speed-up of the FFNs over dense")
         _decorate(axes)
     whole.set(ylabel="validation loss (nats a token)", title="Quality at equal time")
     losses = [point["loss"] for point in points]
@@ -216,74 +189,78 @@ def plot_methods(path: Path, points: Sequence[Mapping[str, Any]], dense_loss: fl
 
 
 def plot_speedups(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draws measured over promised speed-up, a mark for each configuration and mode.
+    """Draws for each configuration the promised speed-up, and what the clock shows in each mode.
 
     Args:
       path: PNG file to write.
       rows: measured rows, each with ``configuration``, ``mode``, ``promised`` and ``speedup``.
     """
-    figure, axes = _figure()
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    names = list(dict.fromkeys(row["configuration"] for row in rows))
+    figure, axes = _rows_figure(names)
+    promised = {row["configuration"]: row["promised"] for row in rows}
+    axes.plot(
+        [promised[name] for name in names],
+        range(len(names)),
+        "|",
+        color="black",
+        markersize=12,
+        markeredgewidth=2,
+        label="promised by the FLOPs",
+    )
+    modes = dict.fromkeys(row["mode"] for row in rows)
     for mode, colour, marker in zip(modes, _COLOURS, _MARKERS, strict=False):
-        points = [(row["promised"], row["speedup"]) for row in rows if row["mode"] == mode]
-        axes.plot(*zip(*points, strict=True), marker, color=colour, label=mode, alpha=0.8)
-    for row in rows:
-        if row["mode"] == modes[0]:
-            axes.annotate(
-                row["configuration"],
-                (row["promised"], row["speedup"]),
-                textcoords="offset points",
-                xytext=(5, -9),
-                fontsize=7,
-            )
-    limit = max(max(row["promised"], row["speedup"]) for row in rows)
-    axes.plot([1, limit], [1, limit], color="black", linewidth=0.8, label="realised in full")
-    axes.axhline(1.0, color=_DENSE, linewidth=0.8, label="dense")
+        of_mode = {row["configuration"]: row["speedup"] for row in rows if row["mode"] == mode}
+        axes.plot(
+            list(of_mode.values()),
+            [names.index(name) for name in of_mode],
+            marker,
+            color=colour,
+            label=mode,
+            alpha=0.85,
+        )
+    axes.axvline(1.0, color=_DENSE, linewidth=1)
+    values = [*promised.values(), *(row["speedup"] for row in rows)]
+    _speedup_axis(axes, min(1.0, *values), max(values))
     axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="speed-up promised by the FLOPs",
-        ylabel="speed-up measured",
+        xlabel="measured speed-up of the FFN over dense",
         title="What the clock shows of what the FLOPs promise",
     )
-    ticks = [1, 2, 4, 8]
-    axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
-    axes.set_yticks(ticks, [f"{tick}x" for tick in ticks])
-    axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     _save(figure, path)
 
 
 def plot_roofline(path: Path, layers: Mapping[str, Mapping[str, float]], peak: Any) -> None:
-    """Draws the machine's measured roof and where each layer's arithmetic intensity meets it.
+    """Draws how fast each layer ran, and how fast the machine's measured peaks would let it run.
 
     Args:
       path: PNG file to write.
-      layers: for each layer's name its ``intensity`` in FLOPs a byte, its ``flops``, and the
-        ``seconds`` that they take at the roof.
+      layers: for each layer's name its ``intensity`` in FLOPs a byte, its ``flops``, the
+        ``seconds`` that they take at the roof, whether it ``is_memory_bound`` there, and the
+        ``measured_seconds`` of its forward pass.
       peak: the machine's :class:`~sparseffn_jax.measure.roofline.Peak`.
     """
-    figure, axes = _figure()
-    ridge = peak.flops_per_second / peak.bytes_per_second
-    intensity = np.geomspace(ridge / 64, ridge * 64, 129)
-    roof = np.minimum(peak.flops_per_second, intensity * peak.bytes_per_second)
-    axes.plot(intensity, roof / 1e9, color="black", linewidth=1.2)
-    for i, (name, layer) in enumerate(layers.items()):
-        axes.plot(
-            [layer["intensity"]],
-            [layer["flops"] / layer["seconds"] / 1e9],
-            _MARKERS[i % len(_MARKERS)],
-            color=_COLOURS[i % len(_COLOURS)],
-            label=name,
-        )
+    labels = [f"{name} ({layer['intensity']:.0f})" for name, layer in layers.items()]
+    figure, axes = _rows_figure(labels)
+    bounds = {False: ("bound by arithmetic", _DENSE), True: ("bound by memory", _SPARSE)}
+    shown = set()
+    for y, layer in enumerate(layers.values()):
+        bound, colour = bounds[bool(layer["is_memory_bound"])]
+        reached, roof = (layer["flops"] / layer[x] / 1e9 for x in ("measured_seconds", "seconds"))
+        axes.plot([reached, roof], [y, y], color=colour, linewidth=1, alpha=0.5)
+        axes.plot([reached], [y], "o", color=colour, label=None if bound in shown else bound)
+        axes.plot([roof], [y], "|", color=colour, markersize=12, markeredgewidth=2)
+        shown.add(bound)
+    axes.axvline(
+        peak.flops_per_second / 1e9, color="black", linewidth=1, label="peak of a matrix product"
+    )
     axes.set(
         xscale="log",
-        yscale="log",
-        xlabel="arithmetic intensity (FLOPs a byte)",
-        ylabel="attainable GFLOP/s",
-        title=f"Roofline of {peak.device}, {peak.dtype}",
+        xlabel="GFLOP/s of the forward pass: dot measured, bar the roof, which caches can exceed",
+        title=f"What layers (FLOPs a byte) reach of {peak.device} in {peak.dtype}",
     )
-    axes.legend(frameon=False, fontsize=7, ncols=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     _save(figure, path)
 
 
@@ -294,40 +271,34 @@ def plot_parts(path: Path, seconds: Mapping[str, Mapping[str, float]]) -> None:
       path: PNG file to write.
       seconds: for each configuration the seconds of one run by part.
     """
-    figure, axes = _figure()
+    figure, axes = _rows_figure(list(seconds))
     parts = list(dict.fromkeys(part for times in seconds.values() for part in times))
     left = np.zeros(len(seconds))
     for part, colour in zip(parts, _COLOURS, strict=False):
         width = np.array([1e3 * times.get(part, 0.0) for times in seconds.values()])
-        axes.barh(list(seconds), width, left=left, color=colour, label=part.replace("_", " "))
+        axes.barh(range(len(seconds)), width, left=left, color=colour, label=part.replace("_", " "))
         left += width
-    axes.invert_yaxis()
     axes.set(xlabel="device time (ms, added up over threads)", title="Forward time by part")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     _save(figure, path)
 
 
-def _mask_images(config: SparseFFNConfig) -> list[np.ndarray | None]:
-    images: list[np.ndarray | None] = [None, None, None, None]
-    if (branch := config.spectral) is not None:
-        if branch.transform == "low_rank":
-            ranks = (branch.rank, branch.down_rank or branch.rank)
-            limit = min(config.d_model, branch.width or config.d_model)
-            images[0] = np.stack([np.arange(limit) < rank for rank in ranks])
-        else:
-            kept = np.isin(np.arange(branch.block_size // 2 + 1), branch.frequencies)
-            images[0] = kept[None]
-    if (polynomial := config.polynomial) is not None:
-        images[1] = np.isin(np.arange(polynomial.degree + 1), polynomial.degrees)[None]
-    if config.micro is not None and (core := config.micro.core) is not None:
-        units = np.arange(config.d_ff) < core.width
-        images[2] = _block_image(core.up_mask, units[None])
-        images[3] = _block_image(core.down_mask, units[:, None])
-    return images
+def _rows_figure(names: Sequence[str]) -> tuple[Figure, Axes]:
+    """Returns a figure with a row for each name, as high as they need, the first one on top."""
+    figure = Figure(figsize=(7.5, 1.9 + 0.26 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    _decorate(axes)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    return figure, axes
 
 
-def _block_image(mask: BlockMask | None, whole: np.ndarray) -> np.ndarray:
-    return whole if mask is None else np.array(mask.blocks)
+def _speedup_axis(axes: Axes, least: float, most: float) -> None:
+    """Gives speed-ups a logarithmic axis whose ticks can be read at a glance."""
+    axes.set_xscale("log")
+    ticks = [tick for tick in _TICKS if 0.8 * least <= tick <= 1.25 * most]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _figure() -> tuple[Figure, Axes]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from sparseffn_jax.bench.clock import FFNClock, ModelClock
 from sparseffn_jax.bench.estimated import EstimatedFFNClock, known_gpu
 from sparseffn_jax.bench.estimated_model import EstimatedModelClock
-from sparseffn_jax.bench.pictures import plot_plan
+from sparseffn_jax.bench.pictures import plot_layers
 from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from sparseffn_jax.checkpoints.untrusted import read_json
@@ -278,7 +278,8 @@ class Plan:
             "totals": totals,
             "layers": rows,
         }
-        plot_plan(self.out / "plan.png", rows)
+        title = "What the plan keeps of each layer, and what that costs"
+        plot_layers(self.out / "plan.png", rows, title)
         write_json(report_file, report)
         table = Table(title=f"{self.model}: FFN FLOPs {flops:.3f} of the dense ones")
         for name in ("layer", "units", "bypass rank", "FLOPs", "predicted loss"):
