@@ -181,7 +181,7 @@ def fit_monarch(
 
     outputs = Moments.of(
         (
-            (dense.hidden([linear(x) for linear in mapped])[0], target)
+            (dense.hidden([linear(x) for linear in mapped]), target)
             for x, target in activations.chunks()
         ),
         centred=bias,

@@ -402,7 +402,7 @@ def place_blocks(
     core: Any = config.micro and config.micro.core
     squares = [0.0, 0.0]
     for x, _ in activations.chunks():
-        hidden, _ = dense.hidden([up(x) for up in dense.up_maps])
+        hidden = dense.hidden([up(x) for up in dense.up_maps])
         sums = [np.asarray(jnp.sum(jnp.square(a), 0), np.float64) for a in (x, hidden)]
         squares = [total + part for total, part in zip(squares, sums, strict=True)]
     masks = {}

@@ -136,6 +136,6 @@ def _unit_means(
     """Returns the mean of a function of each hidden unit over the calibration text."""
     total = np.zeros(dense.width)
     for x, _ in activations.chunks():
-        hidden, _ = dense.hidden([up(x) for up in dense.up_maps])
+        hidden = dense.hidden([up(x) for up in dense.up_maps])
         total += np.asarray(jnp.sum(function(hidden), 0), np.float64)
     return total / len(activations.x)

@@ -5,7 +5,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -14,7 +14,7 @@ from rich.console import Console
 from sparseffn_jax.checkpoints.folders import check_replaceable
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
 from sparseffn_jax.commands.budget import Budget
-from sparseffn_jax.commands.common import check_at_least, matching_tokenizer
+from sparseffn_jax.commands.common import DTYPES, check_at_least, matching_tokenizer
 from sparseffn_jax.commands.plan import Plan
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
@@ -54,6 +54,8 @@ class Convert:
       batch_size: Windows computed at once; changes time and memory, not the result.
       distill_steps: Of distillation, for each layer; 0 for none.
       repair: Share, from 0 to 1, of what the layers before have lost that a layer makes up for.
+      stream_dtype: Of the activations that wait in memory, which bfloat16 halves: both residual
+        streams, and the inputs and targets of one layer.
       seed: Of the choice of windows.
       plans: Table of measured plans to choose by, as "inspect --autotune" writes it.
       overwrite: Replace an existing model in --out.
@@ -70,6 +72,7 @@ class Convert:
     batch_size: int = 4
     distill_steps: int = 300
     repair: float = REPAIR
+    stream_dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     plans: Path | None = None
     overwrite: bool = False
@@ -109,6 +112,7 @@ class Convert:
                 distill_steps=self.distill_steps,
                 repair=self.repair,
                 batch_size=self.batch_size,
+                stream_dtype=DTYPES[self.stream_dtype],
                 seed=self.seed,
                 work_dir=self._work_dir,
                 on_layer=on_layer,

@@ -24,6 +24,8 @@ from sparseffn_jax.ops.masks import BlockMask
 RIDGE = 1e-4
 # Share of the pre-activations that lie inside the polynomial's interval.
 _INSIDE = 0.999
+# Features whose products with all features behind them are computed at once.
+_FEATURES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Moments:
     ) -> "Moments":
         """Accumulates the moments of features and targets, chunk by chunk.
 
-        A chunk's sums are computed where the chunk lies, in float32, and added up in float64.
+        A chunk's sums are computed where the chunk lies, in float32, some features at a time, and
+        added up in float64. As ``X'X`` is symmetric, half of it is computed.
 
         Args:
           chunks: features and targets of some tokens at a time, at least one chunk.
@@ -64,9 +67,12 @@ class Moments:
                 # The means of one chunk are near those of all: sums of squares around them lose no
                 # digits to a large mean.
                 shifts = [jnp.mean(part, 0) * centred for part in (x, y)]
-            totals = _added(totals, _sums(x, y, *shifts))
+                i, o = x.shape[1], y.shape[1]
+                totals = [np.zeros(shape) for shape in ((i, i), (i, o), i, o)]
+            _add_sums(totals, x - shifts[0], y - shifts[1])
             n += len(x)
         assert shifts is not None
+        _mirror(totals[0])
         for total in totals:
             total /= n
         xx, xy, x_sum, y_sum = totals
@@ -117,19 +123,30 @@ class Moments:
         return Moments(self.xx[i, i], xy, self.x_mean[i], y_mean)
 
 
-def _added(totals: list[np.ndarray], sums: Sequence[Array]) -> list[np.ndarray]:
-    """Adds one chunk's sums in place; they are as large as the totals, and no copy is made."""
-    totals = totals or [np.zeros(part.shape) for part in sums]
-    for total, part in zip(totals, sums, strict=True):
-        total += np.asarray(part)
-    return totals
+def _add_sums(totals: Sequence[np.ndarray], x: Array, y: Array) -> None:
+    """Adds a chunk's ``X'X`` from the diagonal on, ``X'Y``, and sums of X and Y, in place."""
+    xx, xy, x_sum, y_sum = totals
+    for start in range(0, len(xx), _FEATURES):
+        rows = slice(start, start + _FEATURES)
+        of_xx, of_xy = _products(x, y, start)
+        xx[rows, start:] += np.asarray(of_xx)
+        xy[rows] += np.asarray(of_xy)
+    x_sum += np.asarray(jnp.sum(x, 0))
+    y_sum += np.asarray(jnp.sum(y, 0))
 
 
-@jax.jit
-def _sums(x, y, x_shift, y_shift):
-    x, y = x - x_shift, y - y_shift
-    product = functools.partial(jnp.matmul, precision="highest")
-    return product(x.T, x), product(x.T, y), jnp.sum(x, 0), jnp.sum(y, 0)
+@functools.partial(jax.jit, static_argnames="start")
+def _products(x: Array, y: Array, start: int) -> tuple[Array, Array]:
+    some = x[:, start : start + _FEATURES].T
+    product = functools.partial(jnp.matmul, some, precision="highest")
+    return product(x[:, start:]), product(y)
+
+
+def _mirror(xx: Float[np.ndarray, "i i"]) -> None:
+    """Copies what lies right of the diagonal's blocks to below them."""
+    for start in range(0, len(xx), _FEATURES):
+        rows, after = slice(start, start + _FEATURES), slice(start + _FEATURES, None)
+        xx[after, rows] = xx[rows, after].T
 
 
 def ridge_solve(

@@ -88,13 +88,17 @@ class DenseFFN:
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         """Returns the FFN's outputs (n, d) in float32."""
-        return self.down(self.hidden([up(x) for up in self.up_maps])[0])
+        return self.down(self.hidden([up(x) for up in self.up_maps]))
 
-    def hidden(
+    def hidden(self, preactivations: Sequence[Float[Array, "n m"]]) -> Float[Array, "n m"]:
+        """Returns the hidden units."""
+        return _hidden(tuple(preactivations), self.activation)
+
+    def hidden_and_slopes(
         self, preactivations: Sequence[Float[Array, "n m"]]
     ) -> tuple[Float[Array, "n m"], list[Float[Array, "n m"]]]:
         """Returns the hidden units, and their derivatives by each of the pre-activations."""
-        return _hidden(tuple(preactivations), self.activation)
+        return _hidden_and_slopes(tuple(preactivations), self.activation)
 
 
 @jax.jit
@@ -104,6 +108,13 @@ def _affine(x, weight, bias):
 
 @functools.partial(jax.jit, static_argnames="activation")
 def _hidden(preactivations, activation):
+    first, *up = preactivations
+    value = get_activation(activation)(first)
+    return value * up[0] if up else value
+
+
+@functools.partial(jax.jit, static_argnames="activation")
+def _hidden_and_slopes(preactivations, activation):
     first, *up = preactivations
     value, slope = jax.jvp(get_activation(activation), (first,), (jnp.ones_like(first),))
     if not up:

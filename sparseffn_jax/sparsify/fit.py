@@ -187,7 +187,7 @@ def fit_spectral(
         return config, Branch(leaves, _dense_features(dense, mapped), branch.width)
     # What a channel should say: the true unit's output, of which its pre-activation knows a part.
     x, _ = calibration.activations.sample(_POLYNOMIAL_TOKENS)
-    target = np.asarray(dense.hidden([up.outputs(units.spectral)(x) for up in dense.up_maps])[0])
+    target = np.asarray(dense.hidden([up.outputs(units.spectral)(x) for up in dense.up_maps]))
     us = [np.asarray(linear(x)) for linear in mapped]
     weights = np.linalg.norm(dense.down.weight[units.spectral], axis=1) ** 2
     fitted, coefficients = closed_form.fit_polynomial(config.polynomial, us, target, weights)
@@ -384,7 +384,7 @@ def _features(branches: Sequence[Branch], x: Float[Array, "c d"]) -> Float[Array
 
 
 def _hidden(dense: DenseFFN, maps: Sequence[Linear], x: Array) -> Array:
-    return dense.hidden([linear(x) for linear in maps])[0]
+    return dense.hidden([linear(x) for linear in maps])
 
 
 def _dense_features(dense: DenseFFN, maps: Sequence[Linear]) -> Callable[[Array], Array]:

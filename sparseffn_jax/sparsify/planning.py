@@ -203,7 +203,7 @@ def _features_and_outputs(
     dense: DenseFFN, activations: LayerActivations
 ) -> Iterator[tuple[Array, Array]]:
     for x, y in activations.chunks():
-        hidden, _ = dense.hidden([up(x) for up in dense.up_maps])
+        hidden = dense.hidden([up(x) for up in dense.up_maps])
         yield jnp.concatenate([x, hidden], axis=1), y
 
 

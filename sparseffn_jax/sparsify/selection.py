@@ -60,7 +60,7 @@ def score_units(dense: DenseFFN, activations: LayerActivations, *, centred: bool
     norms = np.linalg.norm(dense.down.weight, axis=1)
     shift, totals = None, [0.0] * (2 + len(dense.up_maps))
     for x, _ in activations.chunks():
-        hidden, slopes = dense.hidden([up(x) for up in dense.up_maps])
+        hidden, slopes = dense.hidden_and_slopes([up(x) for up in dense.up_maps])
         shift = jnp.mean(hidden, 0) * centred if shift is None else shift
         sums = _unit_sums(hidden - shift, slopes)
         totals = [

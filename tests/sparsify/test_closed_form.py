@@ -51,6 +51,16 @@ def test_moments_are_the_covariances(rng):
     np.testing.assert_allclose(moments.y_mean, y.mean(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_moments_of_more_features_than_are_taken_at_once(rng, centred):
+    x, y = rng.normal(2.0, 1.0, (48, 1100)), rng.normal(size=(48, 3))
+    chunks = [(np.float32(x[rows]), np.float32(y[rows])) for rows in (slice(0, 32), slice(32, 48))]
+    moments = Moments.of(chunks, centred=centred)
+    x, y = x - centred * x.mean(0), y - centred * y.mean(0)
+    np.testing.assert_allclose(moments.xx, x.T @ x / 48, atol=1e-5)
+    np.testing.assert_allclose(moments.xy, x.T @ y / 48, atol=1e-5)
+
+
 def test_ridge_solve_is_least_squares(rng):
     x = correlated(rng, 8)
     y = (x @ rng.normal(size=(8, 3)) + rng.normal(size=(N, 3))).astype(np.float32)

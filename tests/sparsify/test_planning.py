@@ -58,7 +58,7 @@ def test_damage_is_the_error_on_unseen_tokens(bias):
     grid = Grid((M, 15, 8, 2), (0, 2, D))
     damages = estimate_damages(dense, activations, fisher, grid, centred=bias)
     x, y = (np.float64(part) for part in (activations.x, activations.target))
-    hidden = np.float64(dense.hidden([dense.up_maps[0](activations.x)])[0])
+    hidden = np.float64(dense.hidden([dense.up_maps[0](activations.x)]))
     seen, unseen = slice(0, 900), slice(900, None)
 
     def error(features):
