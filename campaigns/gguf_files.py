@@ -14,7 +14,14 @@ from gguf import GGMLQuantizationType as Kind
 
 import sparseffn_jax as sf
 
-_ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}
+# By model_type.
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "gpt2": gguf.MODEL_ARCH.GPT2,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+}
+# The architectures whose files have the two rows of a rotary pair side by side.
+_PAIRED = ("llama",)
 # Kinds of blocks that gguf reads and does not write: the bytes of one, and where its float16 are.
 _RANDOM_BLOCKS = {Kind.Q4_K: (144, (0, 2)), Kind.Q5_K: (176, (0, 2)), Kind.Q6_K: (210, (208,))}
 _CONTROL = gguf.TokenType.CONTROL
@@ -34,7 +41,7 @@ def write_gguf(
 
     Args:
       file: the file.
-      config: the config of a LLaMA or GPT-2.
+      config: the config of a model of a family that such files can hold.
       tensors: the parameters, under PyTorch's names and in its layouts.
       kind: how matrices are stored that have whole blocks in their rows; all else is float32.
       tokenizer: its settings, under the format's names without ``tokenizer.``.
@@ -45,8 +52,9 @@ def write_gguf(
     Returns:
       The file.
     """
-    name = config.model_type
-    names = gguf.get_tensor_name_map(_ARCHITECTURES[name], config.num_hidden_layers)
+    architecture = _ARCHITECTURES[config.model_type]
+    name = gguf.MODEL_ARCH_NAMES[architecture]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     writer = gguf.GGUFWriter(file, name)
     values = _settings(config) | {key.replace("__", "."): x for key, x in settings.items()}
     for key, value in values.items():
@@ -107,13 +115,14 @@ def _settings(config: Any) -> dict[str, Any]:
             "feed_forward_length": width,
             "attention.layer_norm_epsilon": np.float32(config.layer_norm_epsilon),
         }
-    return shared | {
+    shared |= {
         "feed_forward_length": config.intermediate_size,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
-        "rope.dimension_count": config.head_dim,
-        "vocab_size": config.vocab_size,
     }
+    if config.model_type == "llama":
+        shared |= {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
+    return shared
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -135,7 +144,7 @@ def _converted(name: str, array: np.ndarray, config: Any) -> np.ndarray:
         return array.T if ".h." in name and name.endswith("weight") else array
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     count = heads.get(name.split(".")[-2])
-    if count is None:
+    if count is None or config.model_type not in _PAIRED:
         return array
     # LLaMA's own order: the two halves of a head take turns.
     return np.stack(

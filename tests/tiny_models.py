@@ -21,8 +21,12 @@ _SMALL = {
     "gptj": {**_GPT, "rotary_dim": 4},
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "sliding_window": 5},
-}
-D_FF = {"gpt2": 4 * D, "gptj": 4 * D, "llama": 88, "mistral": 88}
+    # The second of its two layers has a window.
+    "qwen2": {
+        **_LLAMA, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5,
+    },
+}  # fmt: skip
+D_FF = {name: 4 * D if name in ("gpt2", "gptj") else 88 for name in _SMALL}
 
 
 def make_config(family, **changes):

@@ -23,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 from transformers.activations import ACT2FN
 
@@ -49,6 +51,12 @@ class SparseMistralConfig(MistralConfig):
     """A Mistral's config, with ``sparse_ffn``."""
 
     model_type = "sparseffn_mistral"
+
+
+class SparseQwen2Config(Qwen2Config):
+    """A Qwen2's config, with ``sparse_ffn``."""
+
+    model_type = "sparseffn_qwen2"
 
 
 class SparseGPT2LMHeadModel(GPT2LMHeadModel):
@@ -87,6 +95,16 @@ class SparseMistralForCausalLM(MistralForCausalLM):
     config_class = SparseMistralConfig
 
     def __init__(self, config: SparseMistralConfig):
+        super().__init__(config)
+        _replace_ffns(config, self.model.layers)
+
+
+class SparseQwen2ForCausalLM(Qwen2ForCausalLM):
+    """A Qwen2 with sparse FFNs."""
+
+    config_class = SparseQwen2Config
+
+    def __init__(self, config: SparseQwen2Config):
         super().__init__(config)
         _replace_ffns(config, self.model.layers)
 

@@ -8,7 +8,7 @@ comments and names of this package: B batch, T tokens, S cached tokens, H heads,
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -114,10 +114,10 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def layers_differ(config: Any) -> bool:
-        """Returns whether a block computes something else by its number, with equal parameters."""
-        del config
-        return False
+    def layer_kind(config: Any, layer: int) -> Hashable:
+        """Returns what a block computes by its number: those of one kind are one program."""
+        del config, layer
+        return None
 
     @property
     def spec(self) -> DecoderSpec:

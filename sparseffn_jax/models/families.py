@@ -14,6 +14,7 @@ from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.models.gptj import GPTJForCausalLM
 from sparseffn_jax.models.llama import LlamaForCausalLM
 from sparseffn_jax.models.mistral import MistralForCausalLM
+from sparseffn_jax.models.qwen2 import Qwen2ForCausalLM
 
 _families: dict[str, type[Decoder]] = {}
 FAMILIES: Mapping[str, type[Decoder]] = MappingProxyType(_families)
@@ -78,3 +79,4 @@ register(GPT2LMHeadModel)
 register(GPTJForCausalLM)
 register(LlamaForCausalLM)
 register(MistralForCausalLM)
+register(Qwen2ForCausalLM)

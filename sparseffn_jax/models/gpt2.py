@@ -1,5 +1,6 @@
 """GPT-2 (Radford et al. 2019) in Flax Linen, with the tree of ``FlaxGPT2LMHeadModel``."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import flax.linen as nn
@@ -246,9 +247,9 @@ class GPT2LMHeadModel(Decoder):
         return gpt_spec(config)
 
     @staticmethod
-    def layers_differ(config: Any) -> bool:
-        """Returns whether attention is scaled by the layer's number."""
-        return config.scale_attn_by_inverse_layer_idx
+    def layer_kind(config: Any, layer: int) -> Hashable:
+        """Returns the layer's number if it scales attention."""
+        return layer if config.scale_attn_by_inverse_layer_idx else None
 
 
 def gpt_spec(config: Any) -> DecoderSpec:

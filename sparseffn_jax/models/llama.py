@@ -3,6 +3,9 @@
 It has RMSNorm, rotary positions on halves of each head, grouped-query attention, and a gated
 feed-forward network (SwiGLU; Shazeer 2020, 2002.05202). It honours what the Flax class does not:
 ``rope_theta``, ``rope_scaling``, ``head_dim``, ``mlp_bias`` and tied embeddings.
+
+Families that differ from it in a few points are subclasses: they override the properties of
+:class:`LlamaAttention` and :class:`LlamaMLP` that say what is there, and its few methods.
 """
 
 from typing import Any, ClassVar
@@ -29,7 +32,9 @@ from sparseffn_jax.nn.rotary import (
 from sparseffn_jax.ops.activations import get_activation
 
 # The tensor in which GGUF files have LLaMA 3's scaling of the rotary frequencies.
-_ROPE_FREQS = "rope_freqs.weight"
+ROPE_FREQS = "rope_freqs.weight"
+# The kind of a layer, in a config's ``layer_types``, whose tokens see a window only.
+SLIDING = "sliding_attention"
 
 
 class RMSNorm(nn.Module):
@@ -72,6 +77,7 @@ class LlamaAttention(CausalAttention):
     """Causal self-attention in which groups of heads share keys and values (2305.13245)."""
 
     config: Any
+    layer_index: int
     dtype: Dtype
     param_dtype: Dtype
 
@@ -87,28 +93,53 @@ class LlamaAttention(CausalAttention):
         config, width = self.config, head_width(self.config)
 
         def heads(name, count):
-            out = dense(self, name, count * width, self.use_bias)(x)
+            out = dense(self, name, count * width, self.qkv_bias)(x)
             return out.reshape(*x.shape[:-1], count, width)
 
-        query = heads("q_proj", config.num_attention_heads)
-        key = heads("k_proj", config.num_key_value_heads)
+        query = self.normalise("q_norm", heads("q_proj", config.num_attention_heads))
+        key = self.normalise("k_norm", heads("k_proj", config.num_key_value_heads))
         value = heads("v_proj", config.num_key_value_heads)
         out = self.attend(
-            rotate(query, table, interleaved=False),
-            rotate(key, table, interleaved=False),
+            self.place(query, table),
+            self.place(key, table),
             value,
             attention_mask,
             deterministic,
             init_cache,
+            scale=self.scale,
             dropout_rate=config.attention_dropout,
             window=self.window,
         )
         return dense(self, "o_proj", config.hidden_size, self.use_bias)(out)
 
+    def normalise(self, name: str, x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+        """Returns queries or keys as they are to be rotated; LLaMA has no norm for them.
+
+        Args:
+          name: the name of the norm, ``"q_norm"`` or ``"k_norm"``.
+          x: the queries or keys.
+        """
+        del name
+        return x
+
+    def place(self, x: Float[Array, "B T H K"], table: Table) -> Float[Array, "B T H K"]:
+        """Returns queries or keys at their positions."""
+        return rotate(x, table, interleaved=False)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections of queries, keys and values have biases."""
+        return self.use_bias
+
     @property
     def use_bias(self) -> bool:
-        """Whether the projections have biases."""
+        """Whether the projection of the outputs has a bias."""
         return self.config.attention_bias
+
+    @property
+    def scale(self) -> float | None:
+        """The factor of the attention's logits; ``None`` is one over the root of a head's width."""
+        return None
 
     @property
     def window(self) -> int | None:
@@ -133,7 +164,7 @@ class LlamaBlock(Block):
     ) -> Float[Array, "B T D"]:
         config, dtypes = self.config, (self.dtype, self.param_dtype)
         normed = RMSNorm(config.rms_norm_eps, *dtypes, name="input_layernorm")(x)
-        x = x + self.attention(config, *dtypes, name="self_attn")(
+        x = x + self.attention(config, self.layer_index, *dtypes, name="self_attn")(
             normed, attention_mask, table, deterministic, init_cache
         )
         normed = RMSNorm(config.rms_norm_eps, *dtypes, name="post_attention_layernorm")(x)
@@ -172,23 +203,24 @@ class LlamaModel(nn.Module):
         return self.embed_tokens.embedding
 
 
-def _gguf_config(settings: GGUFSettings) -> dict[str, Any]:
-    """Returns the values of a LLaMA's config beyond those that a GGUF file always has."""
+def gguf_attention(settings: GGUFSettings) -> dict[str, Any]:
+    """Returns what a LLaMA-like config says of heads and rotary positions, from a GGUF file."""
+    arch = settings.architecture
     hidden, heads = settings.integer("embedding_length"), settings.integer("attention.head_count")
-    if hidden % heads and "llama.attention.key_length" not in settings.values:
+    if hidden % heads and f"{arch}.attention.key_length" not in settings.values:
         raise ValueError(
-            f"llama.attention.head_count={heads} does not divide llama.embedding_length={hidden}"
+            f"{arch}.attention.head_count={heads} does not divide {arch}.embedding_length={hidden}"
         )
     width = settings.integer("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (other := settings.integer(key, width)) != width:
             raise ValueError(
-                f"llama.{key}={other} differs from the {width} channels of a head: such models "
-                "are not LLaMA as transformers has it"
+                f"{arch}.{key}={other} differs from the {width} channels of a head: such models "
+                f"are not {arch} as transformers has it"
             )
-    if experts := settings.values.get("llama.expert_count"):
+    if experts := settings.values.get(f"{arch}.expert_count"):
         raise ValueError(
-            f"llama.expert_count is {str(experts)[:80]}: mixtures of experts are not read, only "
+            f"{arch}.expert_count is {str(experts)[:80]}: mixtures of experts are not read, only "
             "dense models"
         )
     theta = settings.number("rope.freq_base", 10000.0)
@@ -197,8 +229,6 @@ def _gguf_config(settings: GGUFSettings) -> dict[str, Any]:
         "head_dim": width,
         "rope_theta": theta,
         "rope_scaling": _gguf_rope_scaling(settings, theta, width),
-        "attention_bias": "blk.0.attn_q.bias" in settings.shapes,
-        "mlp_bias": "blk.0.ffn_up.bias" in settings.shapes,
     }
 
 
@@ -208,19 +238,61 @@ def _gguf_rope_scaling(
     # What files were written with before there was rope.scaling.
     factor = settings.number("rope.scale_linear", 1.0)
     kind = settings.text("rope.scaling.type", "none" if factor == 1 else "linear")
-    has_freqs = _ROPE_FREQS in settings.shapes
+    has_freqs = ROPE_FREQS in settings.shapes
     if kind not in ("none", "linear") or (kind == "linear" and has_freqs):
         raise ValueError(
-            f"llama.rope.scaling.type={kind[:80]!r}{' beside ' + _ROPE_FREQS if has_freqs else ''}"
+            f"{settings.architecture}.rope.scaling.type={kind[:80]!r}"
+            f"{' beside ' + ROPE_FREQS if has_freqs else ''}"
             ": expected none or linear, or LLaMA 3's scaling in that tensor alone"
         )
     if kind == "linear":
         return {"rope_type": kind, "factor": settings.number("rope.scaling.factor", factor)}
     if not has_freqs:
         return None
-    if (shape := settings.shapes[_ROPE_FREQS]) != (width // 2,):
-        raise ValueError(f"{_ROPE_FREQS} has shape {shape}: expected {(width // 2,)}")
-    return llama3_scaling(settings.read(_ROPE_FREQS), theta)
+    if (shape := settings.shapes[ROPE_FREQS]) != (width // 2,):
+        raise ValueError(f"{ROPE_FREQS} has shape {shape}: expected {(width // 2,)}")
+    return llama3_scaling(settings.read(ROPE_FREQS), theta)
+
+
+def gguf_biases(settings: GGUFSettings) -> dict[str, bool]:
+    """Returns what a LLaMA's config says of biases, from the tensors of a GGUF file."""
+    return {
+        "attention_bias": "blk.0.attn_q.bias" in settings.shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in settings.shapes,
+    }
+
+
+GGUF_SIZES = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+}
+GGUF_NUMBERS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+
+
+def gguf_modules(paired: bool = False) -> tuple[GGUFModule, ...]:
+    """Returns how GGUF files call the modules of a LLaMA.
+
+    Args:
+      paired: whether rows that a rotary position turns together are neighbours in the files.
+    """
+    query, key = ("num_attention_heads", "num_key_value_heads") if paired else (None, None)
+    return (
+        GGUFModule("token_embd", "model.embed_tokens"),
+        GGUFModule("blk.*.attn_norm", "model.layers.*.input_layernorm"),
+        GGUFModule("blk.*.attn_q", "model.layers.*.self_attn.q_proj", heads=query),
+        GGUFModule("blk.*.attn_k", "model.layers.*.self_attn.k_proj", heads=key),
+        GGUFModule("blk.*.attn_v", "model.layers.*.self_attn.v_proj"),
+        GGUFModule("blk.*.attn_output", "model.layers.*.self_attn.o_proj"),
+        GGUFModule("blk.*.ffn_norm", "model.layers.*.post_attention_layernorm"),
+        GGUFModule("blk.*.ffn_gate", "model.layers.*.mlp.gate_proj"),
+        GGUFModule("blk.*.ffn_up", "model.layers.*.mlp.up_proj"),
+        GGUFModule("blk.*.ffn_down", "model.layers.*.mlp.down_proj"),
+        GGUFModule("output_norm", "model.norm"),
+        GGUFModule("output", "lm_head"),
+    )
 
 
 class LlamaForCausalLM(Decoder):
@@ -273,34 +345,11 @@ class LlamaForCausalLM(Decoder):
     gguf = GGUFLayout(
         # Mistral's files say so too. They do not say how far a token sees, and are read as LLaMA.
         architecture="llama",
-        modules=(
-            GGUFModule("token_embd", "model.embed_tokens"),
-            GGUFModule("blk.*.attn_norm", "model.layers.*.input_layernorm"),
-            GGUFModule(
-                "blk.*.attn_q", "model.layers.*.self_attn.q_proj", heads="num_attention_heads"
-            ),
-            GGUFModule(
-                "blk.*.attn_k", "model.layers.*.self_attn.k_proj", heads="num_key_value_heads"
-            ),
-            GGUFModule("blk.*.attn_v", "model.layers.*.self_attn.v_proj"),
-            GGUFModule("blk.*.attn_output", "model.layers.*.self_attn.o_proj"),
-            GGUFModule("blk.*.ffn_norm", "model.layers.*.post_attention_layernorm"),
-            GGUFModule("blk.*.ffn_gate", "model.layers.*.mlp.gate_proj"),
-            GGUFModule("blk.*.ffn_up", "model.layers.*.mlp.up_proj"),
-            GGUFModule("blk.*.ffn_down", "model.layers.*.mlp.down_proj"),
-            GGUFModule("output_norm", "model.norm"),
-            GGUFModule("output", "lm_head"),
-        ),
-        sizes={
-            "block_count": "num_hidden_layers",
-            "context_length": "max_position_embeddings",
-            "embedding_length": "hidden_size",
-            "feed_forward_length": "intermediate_size",
-            "attention.head_count": "num_attention_heads",
-        },
-        numbers={"attention.layer_norm_rms_epsilon": "rms_norm_eps"},
-        derive=_gguf_config,
-        derived=frozenset((_ROPE_FREQS,)),
+        modules=gguf_modules(paired=True),
+        sizes=GGUF_SIZES,
+        numbers=GGUF_NUMBERS,
+        derive=lambda settings: gguf_attention(settings) | gguf_biases(settings),
+        derived=frozenset((ROPE_FREQS,)),
     )
 
     def setup(self):
@@ -336,4 +385,35 @@ def llama_spec(config: Any, ffn_bias: bool) -> DecoderSpec:
 
 def head_width(config: Any) -> int:
     """Returns a head's channels: ``head_dim``, or each head's share of ``hidden_size``."""
-    return config.head_dim or config.hidden_size // config.num_attention_heads
+    width = getattr(config, "head_dim", None)
+    return width or config.hidden_size // config.num_attention_heads
+
+
+def layer_window(config: Any, layer: int) -> int | None:
+    """Returns how many tokens a token of a layer sees, as a config with ``layer_types`` says."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # As before transformers 4.53.
+        slides = config.use_sliding_window and layer >= config.max_window_layers
+    else:
+        slides = kinds[layer] == SLIDING
+    return config.sliding_window if slides else None
+
+
+def check_windows(config: Any) -> None:
+    """Checks what a config says of its layers' windows.
+
+    Raises:
+      ValueError: if ``layer_types`` does not name a known kind for each layer, or layers have a
+        window and ``sliding_window`` is no positive integer.
+    """
+    kinds, window = getattr(config, "layer_types", None), config.sliding_window
+    if kinds is not None and (
+        len(kinds) != config.num_hidden_layers or not {*kinds} <= {SLIDING, "full_attention"}
+    ):
+        raise ValueError(
+            f"layer_types={str(kinds)[:80]}: expected full_attention or {SLIDING} for each of "
+            f"num_hidden_layers={config.num_hidden_layers}"
+        )
+    has_window = config.use_sliding_window if kinds is None else SLIDING in kinds
+    if has_window and (window is None or window < 1):
+        raise ValueError(f"sliding_window={window}: {SLIDING} needs a positive integer")

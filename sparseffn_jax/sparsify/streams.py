@@ -190,8 +190,8 @@ class Streams:
 
     def _run(self, layer: int) -> Callable:
         """Returns the layer's block, compiled once for all layers that compute the same."""
-        differ = self.model.layers_differ(self.model.config)
-        key = (self.model.ffns[layer] if self.model.ffns else None, layer if differ else 0)
+        kind = self.model.layer_kind(self.model.config, layer)
+        key = (self.model.ffns[layer] if self.model.ffns else None, kind)
         if key not in self._runs:
             block = block_module(self.model, layer)
 

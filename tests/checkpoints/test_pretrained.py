@@ -28,6 +28,7 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
+from sparseffn_jax.models.families import FAMILIES
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.ops.masks import BlockMask
 
@@ -266,7 +267,7 @@ def test_every_leaf_goes_where_it_is_told(tmp_path):
     assert all((leaf.sharding == split) == (path[-1] == "kernel") for path, leaf in flat.items())
 
 
-@pytest.mark.parametrize("name", ["gptj", "llama", "mistral"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
 def test_other_families_go_to_pytorch_and_back(tmp_path, name):
     torch = pytest.importorskip("torch")
     changes = {"attention_bias": True, "mlp_bias": True} if name == "llama" else {}

@@ -1,4 +1,4 @@
-"""GPT-J, LLaMA and Mistral against PyTorch, and what every family promises."""
+"""All families but GPT-2 against PyTorch, and what every family promises."""
 
 import itertools
 from functools import partial
@@ -37,7 +37,8 @@ from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.train.sharding import leaf_sharding
 
 BATCH, TOKENS = 3, 12
-NEW = ("gptj", "llama", "mistral")
+# GPT-2 has tests of its own.
+NEW = [name for name in FAMILIES if name != "gpt2"]
 
 CONFIGS = {
     "gptj": {
@@ -78,8 +79,19 @@ CONFIGS = {
         "itself": {"sliding_window": 1},
         "epsilon": {"rms_norm_eps": 0.3},
     },
+    "qwen2": {
+        "default": {},
+        "no-window": {"use_sliding_window": False, "rope_theta": 100.0},
+        "tied-wide": {"tie_word_embeddings": True, "num_key_value_heads": 4, "sliding_window": 9},
+        "windows-first": {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "num_hidden_layers": 3,
+        },
+        "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rms_norm_eps": 0.3},
+    },
 }
-ALL_CONFIGS = [(name, variant) for name in CONFIGS for variant in CONFIGS[name]]
+# What the installed transformers has.
+ALL_CONFIGS = [(name, variant) for name in NEW for variant in CONFIGS[name]]
 
 
 def sparse_ffn(name):
@@ -174,6 +186,7 @@ DECODED = [
     # Twelve tokens: far beyond a window of 3 or 5.
     ("mistral", "default", False),
     ("mistral", "head-dim", True),
+    ("qwen2", "default", True),
 ]
 
 
@@ -273,7 +286,7 @@ def test_what_a_family_says_of_itself(name):
     spec = FAMILIES[name].spec_of(config)
     assert (spec.n_layer, spec.d_model, spec.d_ff) == (2, D, D_FF[name])
     assert spec.n_positions == POSITIONS
-    assert spec.gated == (name in ("llama", "mistral"))
+    assert spec.gated == (name not in ("gpt2", "gptj"))
     model, params = make_model(name)
     assert model.spec == spec
     kernels = jax.tree.leaves(layers_of(model, params)[0]["mlp"])
@@ -342,7 +355,7 @@ def test_attention_and_norms_are_what_the_family_calls_them(name):
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(ValueError, match=r"'bert': known .* are gpt2, gptj, llama, mistral"):
+    with pytest.raises(ValueError, match=r"'bert': known .* are gpt2, gptj, llama, mistral, qwen2"):
         family("bert")
 
 
@@ -357,6 +370,8 @@ def test_an_unknown_family_is_refused():
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn': exp"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0"),
         ("mistral", {"hidden_act": "sillu"}, "unknown activation 'sillu'"),
+        ("qwen2", {"sliding_window": 0}, "sliding_window=0: sliding_attention needs"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layer_types=.*expected full_att"),
     ],
 )
 def test_a_config_it_cannot_honour_is_refused(name, changes, message):

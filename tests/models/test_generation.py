@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from transformers import GPT2Config, GPTJConfig, LlamaConfig, MistralConfig
 
 from sparseffn_jax.checkpoints.pretrained import load_pretrained
 from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig, SpectralConfig
-from sparseffn_jax.models import generation
+from sparseffn_jax.models import families, generation
 from sparseffn_jax.models.generation import Sampling, generate, left_pad
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.ops.masks import BlockMask
@@ -25,11 +24,18 @@ LLAMA = {
     "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 80,
 }  # fmt: skip
+GPT = {"n_positions": 80, "n_embd": 32, "n_layer": 2, "n_head": 4}
+WINDOW = {"use_sliding_window": True, "sliding_window": 6}
+SETTINGS = {
+    "gpt2": GPT,
+    "gptj": {**GPT, "rotary_dim": 4},
+    "llama": LLAMA,
+    "mistral": {**LLAMA, "sliding_window": 6, "head_dim": 12},
+    "qwen2": {**LLAMA, **WINDOW, "max_window_layers": 1},
+}
 FAMILIES = {
-    "gpt2": GPT2Config(n_positions=80, n_embd=32, n_layer=2, n_head=4, **COMMON),
-    "gptj": GPTJConfig(n_positions=80, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, **COMMON),
-    "llama": LlamaConfig(**LLAMA, **COMMON),
-    "mistral": MistralConfig(sliding_window=6, head_dim=12, **LLAMA, **COMMON),
+    name: family.config_class(**SETTINGS[name], **COMMON)
+    for name, family in families.FAMILIES.items()
 }
 
 

@@ -290,4 +290,4 @@ def test_what_cannot_be_registered():
     with pytest.raises(ValueError, match="attributes ffn_layout, d_ff_key, block, names, sharding"):
         families.register(Half)
     families.register(MadeUpForCausalLM)
-    assert list(families.FAMILIES) == ["gpt2", "gptj", "llama", "mistral", "made-up"]
+    assert [*families.FAMILIES].count("made-up") == 1
