@@ -19,6 +19,7 @@ _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "gpt2": gguf.MODEL_ARCH.GPT2,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
 # The architectures whose files have the two rows of a rotary pair side by side.
 _PAIRED = ("llama",)
@@ -122,6 +123,9 @@ def _settings(config: Any) -> dict[str, Any]:
     }
     if config.model_type == "llama":
         shared |= {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
+    if config.model_type == "qwen3":
+        keys = ("attention.key_length", "attention.value_length")
+        shared |= dict.fromkeys(keys, config.head_dim)
     return shared
 
 

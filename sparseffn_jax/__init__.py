@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from sparseffn_jax.models.llama import LlamaForCausalLM
     from sparseffn_jax.models.mistral import MistralForCausalLM
     from sparseffn_jax.models.qwen2 import Qwen2ForCausalLM
+    from sparseffn_jax.models.qwen3 import Qwen3ForCausalLM
     from sparseffn_jax.models.spec import DecoderSpec
     from sparseffn_jax.models.text_generation import generate_text, stream_text
     from sparseffn_jax.nn.sparse_ffn import SparseFFN
@@ -77,6 +78,7 @@ _HOMES = {
     "PolynomialConfig": "config",
     "Pretrained": "checkpoints.pretrained",
     "Qwen2ForCausalLM": "models.qwen2",
+    "Qwen3ForCausalLM": "models.qwen3",
     "Sampling": "models.generation",
     "SparseFFN": "nn.sparse_ffn",
     "SparseFFNConfig": "config",

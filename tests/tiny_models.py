@@ -25,6 +25,7 @@ _SMALL = {
     "qwen2": {
         **_LLAMA, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5,
     },
+    "qwen3": {**_LLAMA, "head_dim": 16},
 }  # fmt: skip
 D_FF = {name: 4 * D if name in ("gpt2", "gptj") else 88 for name in _SMALL}
 

@@ -13,106 +13,98 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 from transformers.activations import ACT2FN
 
 
-class SparseGPT2Config(GPT2Config):
+class _Sparse(nn.Module):
+    """What makes the FFNs of a model sparse; it goes before transformers' class."""
+
+    base_model: Any
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        body = self.base_model
+        blocks = body.h if hasattr(body, "h") else body.layers
+        for block, ffn in zip(blocks, config.sparse_ffn, strict=True):
+            if ffn is not None:
+                block.mlp = SparseFFN(ffn)
+
+
+class SparseGPT2Config(transformers.GPT2Config):
     """A GPT-2's config, with ``sparse_ffn``."""
 
     model_type = "sparseffn_gpt2"
 
 
-class SparseGPTJConfig(GPTJConfig):
+class SparseGPT2LMHeadModel(_Sparse, transformers.GPT2LMHeadModel):
+    """A GPT-2 with sparse FFNs."""
+
+    config_class = SparseGPT2Config
+
+
+class SparseGPTJConfig(transformers.GPTJConfig):
     """A GPT-J's config, with ``sparse_ffn``."""
 
     model_type = "sparseffn_gptj"
 
 
-class SparseLlamaConfig(LlamaConfig):
+class SparseGPTJForCausalLM(_Sparse, transformers.GPTJForCausalLM):
+    """A GPT-J with sparse FFNs."""
+
+    config_class = SparseGPTJConfig
+
+
+class SparseLlamaConfig(transformers.LlamaConfig):
     """A LLaMA's config, with ``sparse_ffn``."""
 
     model_type = "sparseffn_llama"
 
 
-class SparseMistralConfig(MistralConfig):
+class SparseLlamaForCausalLM(_Sparse, transformers.LlamaForCausalLM):
+    """A LLaMA with sparse FFNs."""
+
+    config_class = SparseLlamaConfig
+
+
+class SparseMistralConfig(transformers.MistralConfig):
     """A Mistral's config, with ``sparse_ffn``."""
 
     model_type = "sparseffn_mistral"
 
 
-class SparseQwen2Config(Qwen2Config):
+class SparseMistralForCausalLM(_Sparse, transformers.MistralForCausalLM):
+    """A Mistral with sparse FFNs."""
+
+    config_class = SparseMistralConfig
+
+
+class SparseQwen2Config(transformers.Qwen2Config):
     """A Qwen2's config, with ``sparse_ffn``."""
 
     model_type = "sparseffn_qwen2"
 
 
-class SparseGPT2LMHeadModel(GPT2LMHeadModel):
-    """A GPT-2 with sparse FFNs."""
-
-    config_class = SparseGPT2Config
-
-    def __init__(self, config: SparseGPT2Config):
-        super().__init__(config)
-        _replace_ffns(config, self.transformer.h)
-
-
-class SparseGPTJForCausalLM(GPTJForCausalLM):
-    """A GPT-J with sparse FFNs."""
-
-    config_class = SparseGPTJConfig
-
-    def __init__(self, config: SparseGPTJConfig):
-        super().__init__(config)
-        _replace_ffns(config, self.transformer.h)
-
-
-class SparseLlamaForCausalLM(LlamaForCausalLM):
-    """A LLaMA with sparse FFNs."""
-
-    config_class = SparseLlamaConfig
-
-    def __init__(self, config: SparseLlamaConfig):
-        super().__init__(config)
-        _replace_ffns(config, self.model.layers)
-
-
-class SparseMistralForCausalLM(MistralForCausalLM):
-    """A Mistral with sparse FFNs."""
-
-    config_class = SparseMistralConfig
-
-    def __init__(self, config: SparseMistralConfig):
-        super().__init__(config)
-        _replace_ffns(config, self.model.layers)
-
-
-class SparseQwen2ForCausalLM(Qwen2ForCausalLM):
+class SparseQwen2ForCausalLM(_Sparse, transformers.Qwen2ForCausalLM):
     """A Qwen2 with sparse FFNs."""
 
     config_class = SparseQwen2Config
 
-    def __init__(self, config: SparseQwen2Config):
-        super().__init__(config)
-        _replace_ffns(config, self.model.layers)
 
+# Versions of transformers that know less models read the folders of all others.
 
-def _replace_ffns(config: Any, blocks: Any) -> None:
-    for block, ffn in zip(blocks, config.sparse_ffn, strict=True):
-        if ffn is not None:
-            block.mlp = SparseFFN(ffn)
+if hasattr(transformers, "Qwen3Config"):
+
+    class SparseQwen3Config(transformers.Qwen3Config):
+        """A Qwen3's config, with ``sparse_ffn``."""
+
+        model_type = "sparseffn_qwen3"
+
+    class SparseQwen3ForCausalLM(_Sparse, transformers.Qwen3ForCausalLM):
+        """A Qwen3 with sparse FFNs."""
+
+        config_class = SparseQwen3Config
 
 
 class SparseFFN(nn.Module):

@@ -4,6 +4,7 @@ A family is one subclass of :class:`Decoder`, which says all that this library a
 one line that registers it.
 """
 
+import importlib
 import typing
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -12,12 +13,15 @@ from typing import Any
 from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.models.gptj import GPTJForCausalLM
+from sparseffn_jax.models.later import MissingConfigError
 from sparseffn_jax.models.llama import LlamaForCausalLM
 from sparseffn_jax.models.mistral import MistralForCausalLM
 from sparseffn_jax.models.qwen2 import Qwen2ForCausalLM
 
 _families: dict[str, type[Decoder]] = {}
 FAMILIES: Mapping[str, type[Decoder]] = MappingProxyType(_families)
+# Why a family is not there, by its model_type and by its GGUF files' architecture.
+_missing: dict[str, str] = {}
 
 
 def register(decoder: type[Decoder]) -> None:
@@ -50,7 +54,8 @@ def family(model_type: Any) -> type[Decoder]:
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type={model_type!r}: known model families are {', '.join(FAMILIES)}"
+            f"model_type={model_type!r}: {_why_missing(model_type)}known model families are "
+            f"{', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
@@ -65,10 +70,28 @@ def gguf_family(architecture: Any) -> type[Decoder]:
     known = {layout.architecture: decoder for layout, decoder in layouts if layout is not None}
     if not isinstance(architecture, str) or architecture not in known:
         raise ValueError(
-            f"general.architecture={str(architecture)[:80]!r}: known architectures of GGUF files "
-            f"are {', '.join(known)}"
+            f"general.architecture={str(architecture)[:80]!r}: {_why_missing(architecture)}known "
+            f"architectures of GGUF files are {', '.join(known)}"
         )
     return known[architecture]
+
+
+def _why_missing(name: Any) -> str:
+    return f"{_missing[name]}; " if isinstance(name, str) and name in _missing else ""
+
+
+def _register_later(module: str, decoder: str, *names: str) -> None:
+    """Registers a family that not every version of transformers has.
+
+    Args:
+      module: the family's module.
+      decoder: the name of its class.
+      names: what its configs and its GGUF files call it.
+    """
+    try:
+        register(getattr(importlib.import_module(f"sparseffn_jax.models.{module}"), decoder))
+    except MissingConfigError as error:
+        _missing.update(dict.fromkeys(names, str(error)))
 
 
 def _is_class_variable(annotation: Any) -> bool:
@@ -80,3 +103,4 @@ register(GPTJForCausalLM)
 register(LlamaForCausalLM)
 register(MistralForCausalLM)
 register(Qwen2ForCausalLM)
+_register_later("qwen3", "Qwen3ForCausalLM", "qwen3")

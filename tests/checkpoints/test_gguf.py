@@ -96,7 +96,8 @@ def big_config(family):
     )  # fmt: skip
 
 
-BIG = {"llama": {"rope_theta": 50_000.0}}
+# transformers takes the heads of every Qwen3 in a GGUF file to be 128 wide.
+BIG = {"llama": {"rope_theta": 50_000.0}, "qwen3": {"head_dim": 128}}
 
 
 def as_transformers_reads(file):

@@ -89,7 +89,16 @@ CONFIGS = {
         },
         "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rms_norm_eps": 0.3},
     },
-}
+    "qwen3": {
+        "default": {},
+        "epsilon": {"rms_norm_eps": 0.3, "rope_theta": 100.0},
+        "biases": {"attention_bias": True, "num_key_value_heads": 4, "num_hidden_layers": 3},
+        "tied-window": {
+            "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4,
+            "max_window_layers": 1, "head_dim": 8,
+        },
+    },
+}  # fmt: skip
 # What the installed transformers has.
 ALL_CONFIGS = [(name, variant) for name in NEW for variant in CONFIGS[name]]
 

@@ -32,6 +32,7 @@ SETTINGS = {
     "llama": LLAMA,
     "mistral": {**LLAMA, "sliding_window": 6, "head_dim": 12},
     "qwen2": {**LLAMA, **WINDOW, "max_window_layers": 1},
+    "qwen3": {**LLAMA, **WINDOW, "max_window_layers": 0, "head_dim": 12},
 }
 FAMILIES = {
     name: family.config_class(**SETTINGS[name], **COMMON)
