@@ -20,9 +20,10 @@ _ARCHITECTURES = {
     "gpt2": gguf.MODEL_ARCH.GPT2,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
 }
 # The architectures whose files have the two rows of a rotary pair side by side.
-_PAIRED = ("llama",)
+_PAIRED = ("llama", "smollm3")
 # Kinds of blocks that gguf reads and does not write: the bytes of one, and where its float16 are.
 _RANDOM_BLOCKS = {Kind.Q4_K: (144, (0, 2)), Kind.Q5_K: (176, (0, 2)), Kind.Q6_K: (210, (208,))}
 _CONTROL = gguf.TokenType.CONTROL
@@ -121,6 +122,10 @@ def _settings(config: Any) -> dict[str, Any]:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
     }
+    if config.model_type == "smollm3":
+        # Not the format's default.
+        rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
+        shared["rope.freq_base"] = np.float32(rope["rope_theta"])
     if config.model_type == "llama":
         shared |= {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
     if config.model_type == "qwen3":

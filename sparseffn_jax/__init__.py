@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from sparseffn_jax.models.mistral import MistralForCausalLM
     from sparseffn_jax.models.qwen2 import Qwen2ForCausalLM
     from sparseffn_jax.models.qwen3 import Qwen3ForCausalLM
+    from sparseffn_jax.models.smollm3 import SmolLM3ForCausalLM
     from sparseffn_jax.models.spec import DecoderSpec
     from sparseffn_jax.models.text_generation import generate_text, stream_text
     from sparseffn_jax.nn.sparse_ffn import SparseFFN
@@ -80,6 +81,7 @@ _HOMES = {
     "Qwen2ForCausalLM": "models.qwen2",
     "Qwen3ForCausalLM": "models.qwen3",
     "Sampling": "models.generation",
+    "SmolLM3ForCausalLM": "models.smollm3",
     "SparseFFN": "nn.sparse_ffn",
     "SparseFFNConfig": "config",
     "SpectralConfig": "config",

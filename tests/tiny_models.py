@@ -26,6 +26,8 @@ _SMALL = {
         **_LLAMA, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5,
     },
     "qwen3": {**_LLAMA, "head_dim": 16},
+    # The first of its two layers has no positions.
+    "smollm3": {**_LLAMA, "no_rope_layers": [0, 1], "pad_token_id": 0},
 }  # fmt: skip
 D_FF = {name: 4 * D if name in ("gpt2", "gptj") else 88 for name in _SMALL}
 

@@ -107,6 +107,19 @@ if hasattr(transformers, "Qwen3Config"):
         config_class = SparseQwen3Config
 
 
+if hasattr(transformers, "SmolLM3Config"):
+
+    class SparseSmolLM3Config(transformers.SmolLM3Config):
+        """A SmolLM3's config, with ``sparse_ffn``."""
+
+        model_type = "sparseffn_smollm3"
+
+    class SparseSmolLM3ForCausalLM(_Sparse, transformers.SmolLM3ForCausalLM):
+        """A SmolLM3 with sparse FFNs."""
+
+        config_class = SparseSmolLM3Config
+
+
 class SparseFFN(nn.Module):
     """``y = down(poly(up(x) + bias)) + core(x) + bias``, then ``y = y + y B_k``.
 

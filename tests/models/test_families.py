@@ -98,6 +98,18 @@ CONFIGS = {
             "max_window_layers": 1, "head_dim": 8,
         },
     },
+    "smollm3": {
+        "default": {},
+        "every-third": {
+            "no_rope_layers": None, "no_rope_layer_interval": 3, "num_hidden_layers": 3,
+        },
+        "window-without-positions": {"use_sliding_window": True, "sliding_window": 4},
+        "biases": {
+            "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+        },
+        "epsilon": {"rms_norm_eps": 0.3, "rope_theta": 100.0},
+    },
 }  # fmt: skip
 # What the installed transformers has.
 ALL_CONFIGS = [(name, variant) for name in NEW for variant in CONFIGS[name]]
@@ -196,10 +208,13 @@ DECODED = [
     ("mistral", "default", False),
     ("mistral", "head-dim", True),
     ("qwen2", "default", True),
+    ("smollm3", "window-without-positions", False),
 ]
 
 
-@pytest.mark.parametrize(("name", "variant", "sparse"), DECODED)
+@pytest.mark.parametrize(
+    ("name", "variant", "sparse"), [case for case in DECODED if case[0] in FAMILIES]
+)
 def test_cached_decoding_equals_the_full_forward(name, variant, sparse):
     config = make_config(name, **CONFIGS[name][variant])
     model, params = make_model(name, (sparse_ffn(name), None) if sparse else (), config)
@@ -368,20 +383,23 @@ def test_an_unknown_family_is_refused():
         family("bert")
 
 
+REFUSED = [
+    ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+    ("gptj", {"n_head": 5}, "n_head=5 does not divide n_embd=32"),
+    ("gptj", {"rotary_dim": 12}, "rotary_dim=12 exceeds the 8 channels"),
+    ("gptj", {"rotary_dim": 3}, "3 rotary channels"),
+    ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_att"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn': exp"),
+    ("mistral", {"sliding_window": 0}, "sliding_window=0"),
+    ("mistral", {"hidden_act": "sillu"}, "unknown activation 'sillu'"),
+    ("qwen2", {"sliding_window": 0}, "sliding_window=0: sliding_attention needs"),
+    ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layer_types=.*expected full_att"),
+    ("smollm3", {"no_rope_layers": [2, 1]}, r"no_rope_layers=\[2, 1\]: expected"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
-        ("gptj", {"n_head": 5}, "n_head=5 does not divide n_embd=32"),
-        ("gptj", {"rotary_dim": 12}, "rotary_dim=12 exceeds the 8 channels"),
-        ("gptj", {"rotary_dim": 3}, "3 rotary channels"),
-        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_att"),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn': exp"),
-        ("mistral", {"sliding_window": 0}, "sliding_window=0"),
-        ("mistral", {"hidden_act": "sillu"}, "unknown activation 'sillu'"),
-        ("qwen2", {"sliding_window": 0}, "sliding_window=0: sliding_attention needs"),
-        ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layer_types=.*expected full_att"),
-    ],
+    ("name", "changes", "message"), [case for case in REFUSED if case[0] in FAMILIES]
 )
 def test_a_config_it_cannot_honour_is_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -33,6 +33,7 @@ SETTINGS = {
     "mistral": {**LLAMA, "sliding_window": 6, "head_dim": 12},
     "qwen2": {**LLAMA, **WINDOW, "max_window_layers": 1},
     "qwen3": {**LLAMA, **WINDOW, "max_window_layers": 0, "head_dim": 12},
+    "smollm3": {**LLAMA, "num_hidden_layers": 3, "no_rope_layer_interval": 2, "pad_token_id": 0},
 }
 FAMILIES = {
     name: family.config_class(**SETTINGS[name], **COMMON)
