@@ -9,10 +9,11 @@ from typing import Any
 
 import gguf
 import numpy as np
-from flax.traverse_util import flatten_dict
 from gguf import GGMLQuantizationType as Kind
 
 import sparseffn_jax as sf
+from sparseffn_jax.checkpoints.layout import to_pytorch
+from sparseffn_jax.checkpoints.weights import in_memory
 
 # By model_type.
 _ARCHITECTURES = {
@@ -20,6 +21,7 @@ _ARCHITECTURES = {
     "gpt2": gguf.MODEL_ARCH.GPT2,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
 }
 # The architectures whose files have the two rows of a rotary pair side by side.
@@ -82,11 +84,8 @@ def write_gguf(
 
 def torch_tensors(model: sf.Decoder, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns a parameter tree under PyTorch's names and in its layouts."""
-    tensors = {}
-    for path, leaf in flatten_dict(dict(params), sep=".").items():
-        name, transposed = model.names.to_name(path)
-        tensors[name] = np.asarray(leaf).T if transposed else np.asarray(leaf)
-    return tensors
+    tensors = to_pytorch(in_memory(params), model.names)
+    return {name: np.asarray(tensor.read()) for name, tensor in tensors.items()}
 
 
 def byte_level(tokens: list[str], merges: list[str], special: int, **settings: Any) -> dict:
@@ -131,6 +130,11 @@ def _settings(config: Any) -> dict[str, Any]:
     if config.model_type == "qwen3":
         keys = ("attention.key_length", "attention.value_length")
         shared |= dict.fromkeys(keys, config.head_dim)
+    if config.model_type == "phi3":
+        shared |= {
+            "rope.scaling.original_context_length": config.original_max_position_embeddings,
+            "attention.sliding_window": config.sliding_window or 0,
+        }
     return shared
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sparseffn_jax.models.gptj import GPTJForCausalLM
     from sparseffn_jax.models.llama import LlamaForCausalLM
     from sparseffn_jax.models.mistral import MistralForCausalLM
+    from sparseffn_jax.models.phi3 import Phi3ForCausalLM
     from sparseffn_jax.models.qwen2 import Qwen2ForCausalLM
     from sparseffn_jax.models.qwen3 import Qwen3ForCausalLM
     from sparseffn_jax.models.smollm3 import SmolLM3ForCausalLM
@@ -75,6 +76,7 @@ _HOMES = {
     "LlamaForCausalLM": "models.llama",
     "MicroRefinementConfig": "config",
     "MistralForCausalLM": "models.mistral",
+    "Phi3ForCausalLM": "models.phi3",
     "PlanTable": "ops.plans.choice",
     "PolynomialConfig": "config",
     "Pretrained": "checkpoints.pretrained",

@@ -1,5 +1,7 @@
 """Models of every family, of a few thousand parameters, and a reading of PyTorch's weights."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,9 @@ _LLAMA = {
     "hidden_size": D, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": POSITIONS,
 }  # fmt: skip
+LONGROPE = {
+    "type": "longrope", "long_factor": [1.0, 2.0, 3.0, 4.0], "short_factor": [1.0, 1.1, 1.3, 1.2],
+}  # fmt: skip
 _SMALL = {
     "gpt2": _GPT,
     "gptj": {**_GPT, "rotary_dim": 4},
@@ -26,6 +31,10 @@ _SMALL = {
         **_LLAMA, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5,
     },
     "qwen3": {**_LLAMA, "head_dim": 16},
+    "phi3": {
+        **_LLAMA, "rope_scaling": LONGROPE, "original_max_position_embeddings": 8,
+        "pad_token_id": 0,
+    },
     # The first of its two layers has no positions.
     "smollm3": {**_LLAMA, "no_rope_layers": [0, 1], "pad_token_id": 0},
 }  # fmt: skip
@@ -34,7 +43,9 @@ D_FF = {name: 4 * D if name in ("gpt2", "gptj") else 88 for name in _SMALL}
 
 def make_config(family, **changes):
     tokens = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
-    return FAMILIES[family].config_class(**{**tokens, **_SMALL[family], **changes})
+    # Configs change the dictionaries that they are given.
+    settings = copy.deepcopy({**tokens, **_SMALL[family], **changes})
+    return FAMILIES[family].config_class(**settings)
 
 
 def make_model(family, ffns=(), config=None, **kwargs):
@@ -73,6 +84,16 @@ def from_torch(model):
             leaf = {"weight": "scale", "bias": "bias"}[leaf]
         elif leaf == "weight" and not path[-1].endswith("norm"):
             leaf, array = "kernel", array.T
+        if path[-1] in ("qkv_proj", "gate_up_proj"):
+            # As Phi-3's PyTorch model cuts its outputs.
+            names = ("q_proj", "k_proj", "v_proj") if path[-1] == "qkv_proj" else None
+            groups = model.config.num_key_value_heads * D // model.config.num_attention_heads
+            cuts = (D, D + groups) if names else 2
+            for part, columns in zip(
+                names or ("gate_proj", "up_proj"), np.split(array, cuts, axis=1), strict=True
+            ):
+                params[(*path[:-1], part, leaf)] = columns
+            continue
         params[(*path, leaf)] = array
     return unflatten_dict(params)
 

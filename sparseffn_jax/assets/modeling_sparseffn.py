@@ -92,6 +92,18 @@ class SparseQwen2ForCausalLM(_Sparse, transformers.Qwen2ForCausalLM):
     config_class = SparseQwen2Config
 
 
+class SparsePhi3Config(transformers.Phi3Config):
+    """A Phi-3's config, with ``sparse_ffn``."""
+
+    model_type = "sparseffn_phi3"
+
+
+class SparsePhi3ForCausalLM(_Sparse, transformers.Phi3ForCausalLM):
+    """A Phi-3 with sparse FFNs."""
+
+    config_class = SparsePhi3Config
+
+
 # Versions of transformers that know less models read the folders of all others.
 
 if hasattr(transformers, "Qwen3Config"):

@@ -36,6 +36,7 @@ from sparseffn_jax.checkpoints.folders import (
     replacing,
 )
 from sparseffn_jax.checkpoints.gguf_model import open_gguf
+from sparseffn_jax.checkpoints.layout import split_fused, to_pytorch
 from sparseffn_jax.checkpoints.matching import Match, match
 from sparseffn_jax.checkpoints.tokenizers import write_tokenizer
 from sparseffn_jax.checkpoints.untrusted import check_sizes
@@ -155,6 +156,7 @@ def load_pretrained(
         sides = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
         check_sizes(config.num_hidden_layers, sides, weights.shapes, where)
     decoder = known_family(getattr(config, "model_type", None), where)
+    weights = split_fused(weights, decoder.names, config)
     matched = match(weights, decoder(config, ffns), where)
     read = _on_demand if on_demand else _read
     return Pretrained(config, read(weights, matched, param_dtype, sharding), ffns, folder)
@@ -212,7 +214,8 @@ def save_pretrained(
             (staging / "config.json").write_text(config, encoding="utf-8")
             if any(model.ffns) and (code := modeling_code(model)) is not None:
                 (staging / MODELING).write_text(code, encoding="utf-8")
-            write_safetensors(staging, weights, model.names, dtype, max_shard_size)
+            tensors = to_pytorch(weights, model.names)
+            write_safetensors(staging, tensors, dtype, max_shard_size)
             write_tokenizer(staging, tokenizer)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error

@@ -29,7 +29,6 @@ from sparseffn_jax.checkpoints.untrusted import (
     read_json,
 )
 from sparseffn_jax.models.decoder import Dtype
-from sparseffn_jax.models.names import NameMap
 
 _DTYPES_BY_CODE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # The dtypes that a model's parameters can be stored in.
@@ -137,42 +136,28 @@ def read_leaves(tree: Any) -> Any:
 
 
 def write_safetensors(
-    folder: Path,
-    weights: Weights,
-    names: NameMap,
-    dtype: Dtype | None,
-    max_shard_size: int,
+    folder: Path, tensors: Mapping[str, Tensor], dtype: Dtype | None, max_shard_size: int
 ) -> None:
-    """Writes parameters under PyTorch's names and in its layouts.
+    """Writes tensors, each read when its turn comes.
 
     Args:
       folder: where the files go.
-      weights: the parameters, by path.
-      names: the names of the model's family.
-      dtype: what the parameters are cast to; ``None`` keeps their dtypes.
+      tensors: the tensors, under PyTorch's names and in its layouts.
+      dtype: what they are cast to; ``None`` keeps their dtypes.
       max_shard_size: the most bytes of one file; more are written in shards with an index.
     """
-    stored = {}
-    for path, tensor in weights.tensors.items():
-        name, transposed = names.to_name(path)
-        stored[name] = (tensor, transposed)
 
-    def stored_bytes(entry: tuple[Tensor, bool]) -> int:
-        tensor, _ = entry
+    def stored_bytes(tensor: Tensor) -> int:
         return math.prod(tensor.shape) * np.dtype(dtype or tensor.dtype).itemsize
 
     split = split_state_dict_into_shards_factory(
-        stored,
+        dict(tensors),
         get_storage_size=stored_bytes,
         filename_pattern=SAFETENSORS.replace(".", "{suffix}."),
         max_shard_size=max_shard_size,
     )
     for file, shard in split.filename_to_tensors.items():
-        arrays = {}
-        for name in shard:
-            tensor, transposed = stored[name]
-            array = np.asarray(tensor.read())
-            arrays[name] = np.asarray(array.T if transposed else array, dtype, order="C")
+        arrays = {name: np.asarray(tensors[name].read(), dtype, order="C") for name in shard}
         # transformers refuses a file that does not say whose layout it has.
         save_file(arrays, folder / file, metadata={"format": "pt"})
     if split.is_sharded:

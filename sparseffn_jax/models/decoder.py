@@ -119,6 +119,12 @@ class Decoder(nn.Module):
         del config, layer
         return None
 
+    @staticmethod
+    def cache_border(config: Any) -> int | None:
+        """Returns the longest text whose cache is of no use to longer ones; ``None`` is none."""
+        del config
+        return None
+
     @property
     def spec(self) -> DecoderSpec:
         """The sizes that the model's config states, under the same names in all families."""

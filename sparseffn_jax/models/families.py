@@ -16,6 +16,7 @@ from sparseffn_jax.models.gptj import GPTJForCausalLM
 from sparseffn_jax.models.later import MissingConfigError
 from sparseffn_jax.models.llama import LlamaForCausalLM
 from sparseffn_jax.models.mistral import MistralForCausalLM
+from sparseffn_jax.models.phi3 import Phi3ForCausalLM
 from sparseffn_jax.models.qwen2 import Qwen2ForCausalLM
 
 _families: dict[str, type[Decoder]] = {}
@@ -103,5 +104,6 @@ register(GPTJForCausalLM)
 register(LlamaForCausalLM)
 register(MistralForCausalLM)
 register(Qwen2ForCausalLM)
+register(Phi3ForCausalLM)
 _register_later("qwen3", "Qwen3ForCausalLM", "qwen3")
 _register_later("smollm3", "SmolLM3ForCausalLM", "smollm3")

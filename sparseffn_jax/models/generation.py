@@ -202,6 +202,7 @@ def start(
         raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
     key = jax.random.key(0) if key is None else key
     padding = np.sum(mask == 0, axis=1, dtype=np.int32)
+    _check_border(model.cache_border(model.config), int(mask.sum(1).max()), max_new_tokens)
     return _prefill(
         _ByValue(model), max_new_tokens, params, ids, padding, key,
         as_data(sampling, vocab_size), _as_ids(eos_token_id),
@@ -447,6 +448,16 @@ def as_data(sampling: Sampling, vocab_size: int) -> dict[str, np.number]:
 
 def _as_ids(token_ids: int | Sequence[int] | None) -> Int[np.ndarray, " e"]:
     return np.atleast_1d(np.asarray(_NO_TOKEN if token_ids is None else token_ids, np.int32))
+
+
+def _check_border(border: int | None, longest: int, max_new_tokens: int) -> None:
+    # The last new token is never read.
+    if border is not None and longest <= border < longest + max_new_tokens - 1:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} would take a prompt of {longest} tokens past "
+            f"{border}, where longrope's frequencies change and what is cached no longer fits: "
+            f"generate at most {border - longest + 1} tokens, or give a longer prompt"
+        )
 
 
 def _check_prompt(prompt: np.ndarray, mask: np.ndarray, vocab_size: int) -> None:

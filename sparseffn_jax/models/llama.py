@@ -25,6 +25,7 @@ from sparseffn_jax.nn.parts import dense, embed
 from sparseffn_jax.nn.rotary import (
     Table,
     llama3_scaling,
+    longrope_border,
     rope_positions,
     rotary_table,
     rotate,
@@ -314,6 +315,7 @@ class LlamaForCausalLM(Decoder):
 
     config: Any
 
+    body: ClassVar[type[LlamaModel]] = LlamaModel
     config_class = LlamaConfig
     layer_path = ("model", "layers")
     ffn_layout = FFNLayout(up="up_proj", down="down_proj", gate="gate_proj")
@@ -353,7 +355,7 @@ class LlamaForCausalLM(Decoder):
     )
 
     def setup(self):
-        self.model = LlamaModel(self.block, *self._body_settings())
+        self.model = self.body(self.block, *self._body_settings())
         if not self.config.tie_word_embeddings:
             self.lm_head = self._untied_head()
 
@@ -361,6 +363,11 @@ class LlamaForCausalLM(Decoder):
     def spec_of(config: Any) -> DecoderSpec:
         """Returns what a config says, as :meth:`Decoder.spec_of` describes."""
         return llama_spec(config, ffn_bias=config.mlp_bias)
+
+    @staticmethod
+    def cache_border(config: Any) -> int | None:
+        """Returns where LongRoPE changes its frequencies, if the config has it."""
+        return longrope_border(config)
 
 
 def llama_spec(config: Any, ffn_bias: bool) -> DecoderSpec:

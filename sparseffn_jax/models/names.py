@@ -8,6 +8,8 @@ the leaves of a sparse FFN, and all names in a checkpoint that Flax itself has w
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
+from typing import Any
 
 # What the names of every family's language-model head begin with.
 _HEAD = "lm_head."
@@ -38,6 +40,21 @@ def linear_rules(scope: str, names: tuple[str, ...]) -> tuple[Rule, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fusion:
+    """Weights of linear maps that checkpoints hold as one, and the parameter tree apart.
+
+    Attributes:
+      name: PyTorch's name of the one, with ``*`` as in :class:`Rule`.
+      parts: what PyTorch's names of the weights would be if they lay apart, in their order.
+      rows: a function of a model's config that returns how many rows (outputs) each part has.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    rows: Callable[[Any], tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
 class NameMap:
     """Translates the names of one model family, both ways.
 
@@ -48,12 +65,14 @@ class NameMap:
       buffers: the tensors in old checkpoints that are not parameters, with ``*`` as in
         :class:`Rule`.
       tied: the paths that a model with tied embeddings does not have, although its checkpoint may.
+      fusions: the weights that checkpoints hold as one; rules are of their parts.
     """
 
     rules: tuple[Rule, ...]
     prefix: str
     buffers: frozenset[str] = frozenset()
     tied: frozenset[str] = frozenset()
+    fusions: tuple[Fusion, ...] = ()
 
     def to_path(self, name: str) -> tuple[str, bool]:
         """Returns a checkpoint's name as a path, and whether its tensor must be transposed."""

@@ -4,6 +4,7 @@ Each pair of channels is rotated by its frequency times the position. Shape lett
 tokens, H heads, K head width, R channels of a head that are rotated.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,10 @@ _NEEDED = {
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+    "longrope": ("original_max_position_embeddings",),
 }
+# What longrope's factors are called after: those for texts longer than the original length first.
+_LENGTHS = ("long", "short")
 # The original length and the high_freq_factor of all of Meta's models of LLaMA 3.1 and 3.2.
 _LLAMA3 = (8192.0, 4.0)
 
@@ -53,8 +57,12 @@ def rotary_table(
     parameters = {"rope_theta": 10000.0} if config is None else rope_parameters(config)
     frequencies = _frequencies(parameters, channels, config, position_ids)
     angles = position_ids[..., None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    if parameters.get("rope_type") == "longrope":
+        factor = _attention_factor(parameters, config)
+        sin, cos = factor * sin, factor * cos
     # Without it XLA's CPU compiler computes sine and cosine anew for every head of every layer.
-    return jax.lax.optimization_barrier((jnp.sin(angles), jnp.cos(angles)))
+    return jax.lax.optimization_barrier((sin, cos))
 
 
 def rotate(
@@ -97,6 +105,9 @@ def rope_parameters(config: Any) -> Mapping[str, Any]:
         scaling = getattr(config, "rope_scaling", None) or {}
         parameters = {"rope_theta": config.rope_theta, **scaling}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    original = getattr(config, "original_max_position_embeddings", None)
+    if kind == "longrope" and original is not None:
+        parameters = {"original_max_position_embeddings": original, **parameters}
     if kind not in _NEEDED:
         raise ValueError(f"rope_type={kind!r}: expected one of {', '.join(_NEEDED)}")
     for name in ("rope_theta", *_NEEDED[kind]):
@@ -120,6 +131,29 @@ def rope_positions(config: Any) -> int:
     parameters = rope_parameters(config)
     scaled = parameters["rope_type"] in ("linear", "dynamic")
     return int(config.max_position_embeddings * (parameters["factor"] if scaled else 1))
+
+
+def longrope_border(config: Any) -> int | None:
+    """Returns the longest text, in tokens, with a config's short LongRoPE frequencies.
+
+    Longer texts have the long ones, from their first token on: what was computed before a text has
+    crossed the border, such as a cache, does not fit what comes after. ``None`` means that the
+    config has no such scaling.
+    """
+    parameters = rope_parameters(config)
+    has_border = parameters["rope_type"] == "longrope"
+    return parameters["original_max_position_embeddings"] if has_border else None
+
+
+def longrope_attention_factor(positions: int, original: int) -> float:
+    """Returns what LongRoPE multiplies sines and cosines by (Ding et al. 2024, 2402.13753).
+
+    Args:
+      positions: the longest text.
+      original: the longest text of pretraining.
+    """
+    scale = positions / original
+    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
 
 def llama3_scaling(divisors: np.ndarray, theta: float) -> dict[str, str | float] | None:
@@ -186,11 +220,43 @@ def _frequencies(parameters, channels, config, position_ids):
         grown = parameters["factor"] * (length / trained - 1.0) + 1.0
         return 1.0 / (theta * grown ** (channels / max(channels - 2, 1))) ** exponents
     frequencies = theta**-exponents
+    if kind == "longrope":
+        long, short = (_factors(parameters, f"{name}_factor", channels) for name in _LENGTHS)
+        is_long = position_ids.max() >= parameters["original_max_position_embeddings"]
+        # The length is the call's, as above.
+        return frequencies / jnp.where(is_long, long, short)
     if kind == "linear":
         return frequencies / parameters["factor"]
     if kind == "llama3":
         return _llama3(frequencies, parameters)
     return frequencies
+
+
+def _factors(parameters, name, channels):
+    factors = parameters.get(name)
+    is_list = isinstance(factors, list | tuple) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in factors
+    )
+    if not is_list or len(factors) != channels // 2:
+        raise ValueError(
+            f"rotary setting {name}={str(factors)[:80]}: longrope needs {channels // 2} positive "
+            "numbers, one for each pair of channels"
+        )
+    return jnp.asarray(factors, jnp.float32)
+
+
+def _attention_factor(parameters, config):
+    original = parameters["original_max_position_embeddings"]
+    scale = config.max_position_embeddings / original
+    # Versions of transformers differ in which of the two counts.
+    if not math.isclose(factor := parameters.get("factor") or scale, scale):
+        raise ValueError(
+            f"rotary setting factor={factor}: longrope needs max_position_embeddings="
+            f"{config.max_position_embeddings} over original_max_position_embeddings={original}, "
+            f"{scale:g}, or none"
+        )
+    given = parameters.get("attention_factor")
+    return given or longrope_attention_factor(config.max_position_embeddings, original)
 
 
 def _llama3(frequencies, parameters):

@@ -14,7 +14,7 @@ import transformers
 from flax.traverse_util import flatten_dict
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import byte_level, torch_tensors, write_gguf
-from tiny_models import VOCAB, make_config, make_ids, make_model
+from tiny_models import LONGROPE, VOCAB, make_config, make_ids, make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, LlamaConfig
 
@@ -97,7 +97,12 @@ def big_config(family):
 
 
 # transformers takes the heads of every Qwen3 in a GGUF file to be 128 wide.
-BIG = {"llama": {"rope_theta": 50_000.0}, "qwen3": {"head_dim": 128}}
+BIG = {
+    "llama": {"rope_theta": 50_000.0},
+    "qwen3": {"head_dim": 128},
+    "phi3": {"pad_token_id": 0},
+    "smollm3": {"pad_token_id": 0},
+}
 
 
 def as_transformers_reads(file):
@@ -134,7 +139,9 @@ def test_transformers_reads_the_same_model(tmp_path, family, kind):
     torch = pytest.importorskip("torch")
     file = tmp_path / "m.gguf"
     config = big_config(family)
-    write(file, family, kind, config, tokenizer=tokens_of(VOCAB))
+    # transformers' default for a Phi-3 is not below this vocabulary's size.
+    tokenizer = tokens_of(VOCAB) | ({"ggml.padding_token_id": 0} if family == "phi3" else {})
+    write(file, family, kind, config, tokenizer=tokenizer)
     reference = as_transformers_reads(file)
     loaded = load_pretrained(file)
     ids = np.asarray(make_ids(shape=(2, 10)))
@@ -179,19 +186,59 @@ def test_every_setting_of_a_llama_counts(tmp_path, variant):
 OF_FILES = {
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"attention_bias": True},
+    "phi3": {"rope_scaling": None, "partial_rotary_factor": 0.5, "sliding_window": 5},
     "smollm3": {"no_rope_layers": None, "num_hidden_layers": 5, "tie_word_embeddings": False},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", NEWER)
 def test_a_file_makes_the_same_model(tmp_path, family):
     config = make_config(family, **OF_FILES.get(family, {}))
-    model, params = write(tmp_path / "m.gguf", family, config=config)
+    settings = {"rope__dimension_count": 4} if family == "phi3" else {}
+    model, params = write(tmp_path / "m.gguf", family, config=config, **settings)
     loaded = load_pretrained(tmp_path / "m.gguf")
     assert type(loaded.model()) is type(model)
     actual = loaded.model().apply({"params": loaded.params}, make_ids())
     expected = model.apply({"params": params}, make_ids())
     np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
+
+
+def longrope_file(file, **settings):
+    """Writes a Phi-3 for long texts."""
+    extra = {
+        f"rope_factors_{name}.weight": np.array(LONGROPE[f"{name}_factor"], np.float32)
+        for name in ("long", "short")
+    }
+    # From 8 tokens to 24.
+    factor = {"rope__scaling__attn_factor": float(np.sqrt(1 + np.log(3) / np.log(8)))}
+    return write(file, "phi3", extra=extra, **factor | settings)
+
+
+def test_phi_3_scales_its_frequencies(tmp_path):
+    model, params = longrope_file(tmp_path / "m.gguf")
+    loaded = load_pretrained(tmp_path / "m.gguf")
+    for tokens in (7, 12):
+        ids = make_ids(shape=(2, tokens))
+        actual = loaded.model().apply({"params": loaded.params}, ids)
+        expected = model.apply({"params": params}, ids)
+        np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope__scaling__attn_factor": 1.2}, r"attn_factor=1\.2: expected 1\.23"),
+        ({"rope__dimension_count": 6}, r"rope_factors_long\.weight has shape \(4,\): exp.*\(3,\)"),
+        (
+            {"rope__dimension_count": 10},
+            "rope.dimension_count=10: expected an even number of the 8",
+        ),
+    ],
+)
+def test_a_phi_3_that_cannot_be(tmp_path, settings, message):
+    longrope_file(tmp_path / "m.gguf", **settings)
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(tmp_path / "m.gguf")
 
 
 def llama3_divisors(width, theta, factor, low, high, length):

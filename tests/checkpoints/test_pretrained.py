@@ -290,6 +290,19 @@ def test_other_families_go_to_pytorch_and_back(tmp_path, name):
     np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
 
 
+def test_fused_weights_that_the_config_does_not_fit(tmp_path):
+    model, params = tiny_models.make_model("phi3")
+    save_pretrained(tmp_path / "model", model, params)
+    stored = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+    assert stored["model.layers.0.self_attn.qkv_proj.weight"].shape == (64, 32)
+    assert not [name for name in stored if "gate_proj" in name or "q_proj" in name]
+    file = tmp_path / "model" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"num_key_value_heads": 4}))
+    with pytest.raises(CheckpointError, match=r"qkv_proj.*\(64, 32\).* 32 \+ 32 \+ 32 rows"):
+        load_pretrained(tmp_path / "model")
+
+
 def test_a_hub_name(tmp_path, monkeypatch):
     model, params = make_model()
     write_folder(tmp_path, model, {"flax_model.msgpack": params})

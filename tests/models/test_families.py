@@ -1,6 +1,7 @@
 """All families but GPT-2 against PyTorch, and what every family promises."""
 
 import itertools
+import types
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from tiny_models import (
     D_FF,
+    LONGROPE,
     POSITIONS,
     VOCAB,
     D,
@@ -33,6 +35,7 @@ from sparseffn_jax.models.decoder import ffn_module, init_cache, layers_of
 from sparseffn_jax.models.families import FAMILIES, family
 from sparseffn_jax.models.paths import is_attention_kernel, is_attention_or_norm
 from sparseffn_jax.nn.lora import init_lora
+from sparseffn_jax.nn.rotary import rotary_table
 from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.train.sharding import leaf_sharding
 
@@ -96,6 +99,21 @@ CONFIGS = {
         "tied-window": {
             "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4,
             "max_window_layers": 1, "head_dim": 8,
+        },
+    },
+    "phi3": {
+        # Twelve tokens are a long text, as 8 were the longest of pretraining.
+        "default": {},
+        "short-text": {"original_max_position_embeddings": 16},
+        "unscaled": {"rope_scaling": None, "sliding_window": 5, "rms_norm_eps": 0.3},
+        "half-a-head": {
+            "rope_scaling": None, "partial_rotary_factor": 0.5, "num_key_value_heads": 4,
+        },
+        "tied-half-a-head": {
+            "tie_word_embeddings": True, "partial_rotary_factor": 0.5, "num_hidden_layers": 3,
+            "rope_scaling": {
+                "type": "longrope", "long_factor": [1.5, 4.0], "short_factor": [1.0, 1.2],
+            },
         },
     },
     "smollm3": {
@@ -208,6 +226,8 @@ DECODED = [
     ("mistral", "default", False),
     ("mistral", "head-dim", True),
     ("qwen2", "default", True),
+    ("phi3", "short-text", False),
+    ("phi3", "unscaled", True),
     ("smollm3", "window-without-positions", False),
 ]
 
@@ -404,6 +424,24 @@ REFUSED = [
 def test_a_config_it_cannot_honour_is_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         shapes_of(FAMILIES[name](make_config(name, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"long_factor": [1.0, 2.0, 3.0]}, r"long_factor=\[1.0, 2.0, 3.0\]: longrope needs 4 pos"),
+        ({"short_factor": [1.0, 0.0, 1.0, 1.0]}, r"short_factor=.*: longrope needs 4 positive"),
+        ({"short_factor": None}, r"short_factor=None: longrope needs 4 positive"),
+        ({"factor": 2.0}, r"factor=2.0: longrope needs .*24 over .*=8, 3, or none"),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings=0: .*positive"),
+    ],
+)
+def test_longrope_that_transformers_lets_pass(changes, message):
+    given = {**LONGROPE, "rope_type": "longrope", "rope_theta": 10000.0}
+    given |= {"original_max_position_embeddings": 8, **changes}
+    config = types.SimpleNamespace(rope_parameters=given, max_position_embeddings=POSITIONS)
+    with pytest.raises(ValueError, match=message):
+        rotary_table(jnp.zeros((1, 1), jnp.int32), 8, config)
 
 
 def test_wrong_calls_are_refused():

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import functools
 import itertools
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from tiny_models import LONGROPE
 
 from sparseffn_jax.checkpoints.pretrained import load_pretrained
 from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig, SpectralConfig
@@ -33,10 +35,16 @@ SETTINGS = {
     "mistral": {**LLAMA, "sliding_window": 6, "head_dim": 12},
     "qwen2": {**LLAMA, **WINDOW, "max_window_layers": 1},
     "qwen3": {**LLAMA, **WINDOW, "max_window_layers": 0, "head_dim": 12},
+    "phi3": {
+        **LLAMA,
+        "rope_scaling": LONGROPE,
+        "original_max_position_embeddings": 72,
+        "pad_token_id": 0,
+    },
     "smollm3": {**LLAMA, "num_hidden_layers": 3, "no_rope_layer_interval": 2, "pad_token_id": 0},
 }
 FAMILIES = {
-    name: family.config_class(**SETTINGS[name], **COMMON)
+    name: family.config_class(**copy.deepcopy(SETTINGS[name]), **COMMON)
     for name, family in families.FAMILIES.items()
 }
 
@@ -90,6 +98,13 @@ def test_greedy_tokens_equal_pytorch(make_pair, family):
     # Rows that stay apart and do not settle on one token: else little would have been compared.
     assert all((a != b).any() for a, b in itertools.combinations(expected, 2))
     assert min(len(set(row)) for row in expected.tolist()) > 2
+
+
+def test_a_cache_that_stops_fitting_is_refused():
+    model = families.FAMILIES["phi3"](FAMILIES["phi3"])
+    # What is refused before anything runs needs no parameters.
+    with pytest.raises(ValueError, match=r"=70 would .* 7 tokens past 72, .* at most 66 tokens"):
+        generate(model, {}, PROMPTS, 70)
 
 
 @pytest.fixture(scope="module")
