@@ -23,6 +23,7 @@ _ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "phi3": gguf.MODEL_ARCH.PHI3,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
 }
 # The architectures whose files have the two rows of a rotary pair side by side.
 _PAIRED = ("llama", "smollm3")
@@ -121,13 +122,16 @@ def _settings(config: Any) -> dict[str, Any]:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
     }
-    if config.model_type == "smollm3":
+    if config.model_type in ("smollm3", "gemma3_text"):
         # Not the format's default.
         rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
-        shared["rope.freq_base"] = np.float32(rope["rope_theta"])
+        theta = rope.get("full_attention", rope)["rope_theta"]
+        shared["rope.freq_base"] = np.float32(theta)
     if config.model_type == "llama":
         shared |= {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
-    if config.model_type == "qwen3":
+    if config.model_type == "gemma3_text":
+        shared["attention.sliding_window"] = config.sliding_window
+    if config.model_type in ("qwen3", "gemma3_text"):
         keys = ("attention.key_length", "attention.value_length")
         shared |= dict.fromkeys(keys, config.head_dim)
     if config.model_type == "phi3":
@@ -155,6 +159,8 @@ def _converted(name: str, array: np.ndarray, config: Any) -> np.ndarray:
     """Lays a tensor out as llama.cpp's converter does."""
     if config.model_type == "gpt2":
         return array.T if ".h." in name and name.endswith("weight") else array
+    if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
+        return array + 1
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     count = heads.get(name.split(".")[-2])
     if count is None or config.model_type not in _PAIRED:

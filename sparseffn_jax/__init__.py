@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sparseffn_jax.measure.autotune import autotune
     from sparseffn_jax.measure.costs import flops_per_token, flops_ratio
     from sparseffn_jax.models.decoder import Decoder, init_cache
+    from sparseffn_jax.models.gemma3 import Gemma3ForCausalLM
     from sparseffn_jax.models.generation import Sampling, generate
     from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
     from sparseffn_jax.models.gptj import GPTJForCausalLM
@@ -72,6 +73,7 @@ _HOMES = {
     "DivergenceError": "train.guard",
     "GPT2LMHeadModel": "models.gpt2",
     "GPTJForCausalLM": "models.gptj",
+    "Gemma3ForCausalLM": "models.gemma3",
     "GuardConfig": "train.guard",
     "LlamaForCausalLM": "models.llama",
     "MicroRefinementConfig": "config",

@@ -37,6 +37,11 @@ _SMALL = {
     },
     # The first of its two layers has no positions.
     "smollm3": {**_LLAMA, "no_rope_layers": [0, 1], "pad_token_id": 0},
+    # The first of its two layers has a window, and rotary positions of its own.
+    "gemma3_text": {
+        **_LLAMA, "head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 24, "pad_token_id": 0,
+    },
 }  # fmt: skip
 D_FF = {name: 4 * D if name in ("gpt2", "gptj") else 88 for name in _SMALL}
 

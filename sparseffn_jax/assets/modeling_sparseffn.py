@@ -132,6 +132,19 @@ if hasattr(transformers, "SmolLM3Config"):
         config_class = SparseSmolLM3Config
 
 
+if hasattr(transformers, "Gemma3TextConfig"):
+
+    class SparseGemma3TextConfig(transformers.Gemma3TextConfig):
+        """A Gemma 3's config, with ``sparse_ffn``."""
+
+        model_type = "sparseffn_gemma3_text"
+
+    class SparseGemma3ForCausalLM(_Sparse, transformers.Gemma3ForCausalLM):
+        """A Gemma 3 with sparse FFNs."""
+
+        config_class = SparseGemma3TextConfig
+
+
 class SparseFFN(nn.Module):
     """``y = down(poly(up(x) + bias)) + core(x) + bias``, then ``y = y + y B_k``.
 

@@ -217,6 +217,8 @@ def _read_module(
     array = _read_finite(file, name, tensor)
     if module.heads is not None:
         array = pair_halves(array, getattr(config, module.heads))
+    if module.offset and name.endswith(".weight"):
+        array = array - np.asarray(module.offset, array.dtype)
     return array.T if module.transposed else array
 
 

@@ -119,9 +119,9 @@ def load_pretrained(
     Args:
       source: a folder with ``config.json`` and ``model.safetensors`` or ``flax_model.msgpack``,
         either in one file or in shards with a ``.index.json``; the name of such a model on the
-        Hugging Face Hub; a GGUF file, named ``*.gguf``, of a LLaMA, a Mistral (which is read as
-        a LLaMA, without a sliding window) or a GPT-2, whole or quantised, for which the extra
-        ``gguf`` must be installed; a live ``FlaxPreTrainedModel``; or a pair
+        Hugging Face Hub; a GGUF file, named ``*.gguf``, of any family but GPT-J (a Mistral is read
+        as a LLaMA, without a sliding window), whole or quantised, for which the extra ``gguf`` must
+        be installed; a live ``FlaxPreTrainedModel``; or a pair
         ``(config, params)``. Arrays of live models are shared, not copied, where their dtype
         stays.
       param_dtype: the dtype of the parameters; ``None`` keeps the checkpoint's, which is float32

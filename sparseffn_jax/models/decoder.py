@@ -269,6 +269,22 @@ class Block(nn.Module):
         self.sow("intermediates", "ffn_output", y)
         return y
 
+    def behind_ffn(self, y: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Returns what a block adds to the residual stream, given what its FFN returns."""
+        return y
+
+    def before_norm(
+        self, y: Float[Array, "*B D"], error: Float[Array, "*B D"]
+    ) -> Float[Array, "*B D"]:
+        """Returns what outputs ``y`` of the FFN must change by for an error of the stream.
+
+        Args:
+          y: what the FFN returns.
+          error: what :meth:`behind_ffn` should return more.
+        """
+        del y
+        return error
+
 
 class BlockCollection(nn.Module):
     """The stack of a model's blocks, which are named ``0``, ``1`` and so on.

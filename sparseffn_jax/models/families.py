@@ -22,7 +22,9 @@ from sparseffn_jax.models.qwen2 import Qwen2ForCausalLM
 _families: dict[str, type[Decoder]] = {}
 FAMILIES: Mapping[str, type[Decoder]] = MappingProxyType(_families)
 # Why a family is not there, by its model_type and by its GGUF files' architecture.
-_missing: dict[str, str] = {}
+_missing = {
+    "gemma3": "that is Gemma 3 with images; give the text model, whose model_type is gemma3_text",
+}
 
 
 def register(decoder: type[Decoder]) -> None:
@@ -107,3 +109,4 @@ register(Qwen2ForCausalLM)
 register(Phi3ForCausalLM)
 _register_later("qwen3", "Qwen3ForCausalLM", "qwen3")
 _register_later("smollm3", "SmolLM3ForCausalLM", "smollm3")
+_register_later("gemma3", "Gemma3ForCausalLM", "gemma3_text", "gemma3")

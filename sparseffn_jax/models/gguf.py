@@ -29,12 +29,14 @@ class GGUFModule:
       heads: the config's key for the number of heads, for a projection whose rows the file holds
         in the order of the original LLaMA: the two rows of each rotary pair of a head are
         neighbours there, and half a head apart in PyTorch. ``None`` if both have one order.
+      offset: what the file's weight has more than PyTorch's.
     """
 
     name: str
     target: str
     transposed: bool = False
     heads: str | None = None
+    offset: float = 0.0
 
 
 class GGUFSettings:

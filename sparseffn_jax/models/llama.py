@@ -34,20 +34,31 @@ from sparseffn_jax.ops.activations import get_activation
 
 # The tensor in which GGUF files have LLaMA 3's scaling of the rotary frequencies.
 ROPE_FREQS = "rope_freqs.weight"
-# The kind of a layer, in a config's ``layer_types``, whose tokens see a window only.
-SLIDING = "sliding_attention"
+# The kinds of layers in a config's ``layer_types``: tokens see all before them, or a window.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class RMSNorm(nn.Module):
-    """Scales to a root mean square of one (Zhang & Sennrich 2019, 1910.07467), in float32."""
+    """Scales to a root mean square of one (Zhang & Sennrich 2019, 1910.07467), in float32.
+
+    Attributes:
+      epsilon: what is added to the mean square.
+      dtype: the dtype of the outputs.
+      param_dtype: the dtype of the weight.
+      offset: what is added to the weight.
+    """
 
     epsilon: float
     dtype: Dtype
     param_dtype: Dtype
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        start = nn.initializers.constant(1.0 - self.offset)
+        weight = self.param("weight", start, (x.shape[-1],), self.param_dtype)
+        if self.offset:
+            weight = weight.astype(jnp.float32) + self.offset
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * weight).astype(self.dtype)
@@ -65,8 +76,13 @@ class LlamaMLP(nn.Module):
         config, use_bias = self.config, self.use_bias
         gate = dense(self, "gate_proj", config.intermediate_size, use_bias)(x)
         up = dense(self, "up_proj", config.intermediate_size, use_bias)(x)
-        hidden = get_activation(config.hidden_act)(gate) * up
+        hidden = get_activation(self.activation)(gate) * up
         return dense(self, "down_proj", config.hidden_size, use_bias)(hidden)
+
+    @property
+    def activation(self) -> str:
+        """The Hugging Face name of the gate's activation."""
+        return self.config.hidden_act
 
     @property
     def use_bias(self) -> bool:
@@ -372,13 +388,7 @@ class LlamaForCausalLM(Decoder):
 
 def llama_spec(config: Any, ffn_bias: bool) -> DecoderSpec:
     """Checks and returns what a LLaMA-like config says, as :meth:`Decoder.spec_of` does."""
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    if heads % groups:
-        raise ValueError(
-            f"num_key_value_heads={groups} does not divide num_attention_heads={heads}"
-        )
-    if head_width(config) % 2:
-        raise ValueError(f"head_dim={head_width(config)}: rotary positions need an even number")
+    check_heads(config)
     return DecoderSpec(
         n_layer=config.num_hidden_layers,
         n_positions=rope_positions(config),
@@ -390,20 +400,42 @@ def llama_spec(config: Any, ffn_bias: bool) -> DecoderSpec:
     )
 
 
+def check_heads(config: Any) -> None:
+    """Checks what a LLaMA-like config says of its heads.
+
+    Raises:
+      ValueError: if groups of heads are not alike, or a head cannot be rotated.
+    """
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise ValueError(
+            f"num_key_value_heads={groups} does not divide num_attention_heads={heads}"
+        )
+    if head_width(config) % 2:
+        raise ValueError(f"head_dim={head_width(config)}: rotary positions need an even number")
+
+
 def head_width(config: Any) -> int:
     """Returns a head's channels: ``head_dim``, or each head's share of ``hidden_size``."""
     width = getattr(config, "head_dim", None)
     return width or config.hidden_size // config.num_attention_heads
 
 
+def layer_types(config: Any) -> list[str]:
+    """Returns the kind of every layer: ``FULL``, or ``SLIDING`` with a window."""
+    if (kinds := getattr(config, "layer_types", None)) is not None:
+        return kinds
+    # As before transformers 4.53.
+    layers = range(config.num_hidden_layers)
+    if pattern := getattr(config, "sliding_window_pattern", None):
+        return [SLIDING if (i + 1) % pattern else FULL for i in layers]
+    first = config.max_window_layers if config.use_sliding_window else config.num_hidden_layers
+    return [SLIDING if i >= first else FULL for i in layers]
+
+
 def layer_window(config: Any, layer: int) -> int | None:
-    """Returns how many tokens a token of a layer sees, as a config with ``layer_types`` says."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # As before transformers 4.53.
-        slides = config.use_sliding_window and layer >= config.max_window_layers
-    else:
-        slides = kinds[layer] == SLIDING
-    return config.sliding_window if slides else None
+    """Returns how many tokens a token of a layer sees, itself included; ``None`` is all."""
+    return config.sliding_window if layer_types(config)[layer] == SLIDING else None
 
 
 def check_windows(config: Any) -> None:
@@ -413,14 +445,11 @@ def check_windows(config: Any) -> None:
       ValueError: if ``layer_types`` does not name a known kind for each layer, or layers have a
         window and ``sliding_window`` is no positive integer.
     """
-    kinds, window = getattr(config, "layer_types", None), config.sliding_window
-    if kinds is not None and (
-        len(kinds) != config.num_hidden_layers or not {*kinds} <= {SLIDING, "full_attention"}
-    ):
+    kinds, window = layer_types(config), config.sliding_window
+    if len(kinds) != config.num_hidden_layers or not {*kinds} <= {SLIDING, FULL}:
         raise ValueError(
-            f"layer_types={str(kinds)[:80]}: expected full_attention or {SLIDING} for each of "
+            f"layer_types={str(kinds)[:80]}: expected {FULL} or {SLIDING} for each of "
             f"num_hidden_layers={config.num_hidden_layers}"
         )
-    has_window = config.use_sliding_window if kinds is None else SLIDING in kinds
-    if has_window and (window is None or window < 1):
+    if SLIDING in kinds and (window is None or window < 1):
         raise ValueError(f"sliding_window={window}: {SLIDING} needs a positive integer")

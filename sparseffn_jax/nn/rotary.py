@@ -35,7 +35,10 @@ _LLAMA3 = (8192.0, 4.0)
 
 
 def rotary_table(
-    position_ids: Int[Array, "B T"], channels: int, config: Any | None = None
+    position_ids: Int[Array, "B T"],
+    channels: int,
+    config: Any | None = None,
+    layer_type: str | None = None,
 ) -> Table:
     """Returns the sines and cosines of every position's angles, in float32.
 
@@ -45,6 +48,7 @@ def rotary_table(
       config: config of the model, with Hugging Face's ``rope_theta`` and ``rope_scaling``
         (transformers 4) or ``rope_parameters`` (transformers 5). ``None`` stands for a theta of
         10000 without scaling.
+      layer_type: which layers the table is for, as :func:`rope_parameters` takes it.
 
     Returns:
       The sines and the cosines, both (B, T, 1, R / 2).
@@ -54,7 +58,7 @@ def rotary_table(
     """
     if channels < 2 or channels % 2:
         raise ValueError(f"{channels} rotary channels of a head: expected a positive even number")
-    parameters = {"rope_theta": 10000.0} if config is None else rope_parameters(config)
+    parameters = {"rope_theta": 10000.0} if config is None else rope_parameters(config, layer_type)
     frequencies = _frequencies(parameters, channels, config, position_ids)
     angles = position_ids[..., None, None].astype(jnp.float32) * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
@@ -94,16 +98,22 @@ def rotate(
     return jnp.concatenate([turned.astype(x.dtype), passed], axis=-1)
 
 
-def rope_parameters(config: Any) -> Mapping[str, Any]:
+def rope_parameters(config: Any, layer_type: str | None = None) -> Mapping[str, Any]:
     """Checks a config's rotary settings and returns them in the form of transformers 5.
+
+    Args:
+      config: the config, as :func:`rotary_table` takes it.
+      layer_type: which layers are meant, in a config that has settings for each of its
+        ``layer_types``.
 
     Raises:
       ValueError: if the scaling is of an unknown kind or incomplete.
     """
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
-        scaling = getattr(config, "rope_scaling", None) or {}
-        parameters = {"rope_theta": config.rope_theta, **scaling}
+        parameters = _older_parameters(config, layer_type)
+    elif layer_type is not None:
+        parameters = parameters[layer_type]
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     original = getattr(config, "original_max_position_embeddings", None)
     if kind == "longrope" and original is not None:
@@ -117,6 +127,13 @@ def rope_parameters(config: Any) -> Mapping[str, Any]:
                 f"rotary setting {name}={value!r}: rope_type={kind!r} needs a positive number"
             )
     return {**parameters, "rope_type": kind}
+
+
+def _older_parameters(config: Any, layer_type: str | None) -> Mapping[str, Any]:
+    """Returns the rotary settings of a config of transformers 4."""
+    if layer_type == "sliding_attention":
+        return {"rope_theta": config.rope_local_base_freq}
+    return {"rope_theta": config.rope_theta, **(getattr(config, "rope_scaling", None) or {})}
 
 
 def rope_positions(config: Any) -> int:
@@ -133,14 +150,14 @@ def rope_positions(config: Any) -> int:
     return int(config.max_position_embeddings * (parameters["factor"] if scaled else 1))
 
 
-def longrope_border(config: Any) -> int | None:
+def longrope_border(config: Any, layer_type: str | None = None) -> int | None:
     """Returns the longest text, in tokens, with a config's short LongRoPE frequencies.
 
     Longer texts have the long ones, from their first token on: what was computed before a text has
     crossed the border, such as a cache, does not fit what comes after. ``None`` means that the
     config has no such scaling.
     """
-    parameters = rope_parameters(config)
+    parameters = rope_parameters(config, layer_type)
     has_border = parameters["rope_type"] == "longrope"
     return parameters["original_max_position_embeddings"] if has_border else None
 

@@ -111,7 +111,7 @@ def convert_layers(
         ffns[i], replaced[i] = found
         module = ffn_module(model.clone(ffns=tuple(ffns)), i).clone(name=None)
         return streams.leave(
-            activations, functools.partial(jax.jit(module.apply), {"params": replaced[i]})
+            activations, layer, functools.partial(jax.jit(module.apply), {"params": replaced[i]})
         )
 
     for i, unread in enumerate(layers_of(model, params)):

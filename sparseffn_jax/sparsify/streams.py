@@ -109,6 +109,20 @@ class Streams:
         # Until the first layer is replaced there is one stream.
         self._converted: np.ndarray | None = None
         self._runs: dict[Any, Callable] = {}
+        # Of all layers alike.
+        block = block_module(model, 0)
+
+        def rest_and_target(params, dense, mine, y, repair):
+            dense, mine, y = (part.astype(jnp.float32) for part in (dense, mine, y))
+            variables = {"params": params}
+            rest = mine - block.apply(variables, y, method="behind_ffn")
+            lost = repair * (dense - mine)
+            return rest, y + block.apply(variables, y, lost, method="before_norm")
+
+        self._rest_and_target = jax.jit(rest_and_target)
+        self._behind_ffn = jax.jit(
+            lambda params, y: block.apply({"params": params}, y, method="behind_ffn")
+        )
 
     def reach(self, layer: int, params: Any, repair: float) -> LayerActivations:
         """Takes both streams to where the layer's FFN adds to them, and the dense one past it.
@@ -129,7 +143,7 @@ class Streams:
             if self._converted is not None:
                 mine, z, y = run(params, self._place(before[rows]), self._table)
             x[rows] = z
-            rest[rows], target[rows] = _rest_and_target(dense, mine, y, repair)
+            rest[rows], target[rows] = self._rest_and_target(params, dense, mine, y, repair)
             self._dense[rows] = dense
         self._converted = rest
         d_model = x.shape[-1]
@@ -157,12 +171,14 @@ class Streams:
     def leave(
         self,
         activations: LayerActivations,
+        params: Any,
         ffn: Callable[[Float[Array, "c d"]], Float[Array, "c d"]],
     ) -> float:
         """Takes the converted stream past the layer that it has reached.
 
         Args:
           activations: what :meth:`reach` returned.
+          params: the layer's parameters in the dense model.
           ffn: the FFN that replaces the layer's.
 
         Returns:
@@ -175,7 +191,8 @@ class Streams:
         for start, (x, target) in enumerate(activations.chunks()):
             rows = slice(start * CHUNK, start * CHUNK + len(x))
             y = ffn(x)
-            stream[rows] = np.asarray(stream[rows], np.float32) + np.asarray(y, np.float32)
+            added = np.asarray(self._behind_ffn(params, y), np.float32)
+            stream[rows] = np.asarray(stream[rows], np.float32) + added
             error += float(jnp.sum(jnp.square(y - target)))
             scale += float(jnp.sum(jnp.square(target - mean)))
         return error / max(scale, float(np.finfo(np.float32).tiny))
@@ -207,10 +224,3 @@ class Streams:
                 run, "a layer's forward pass", "lower the batch size or the window"
             )
         return self._runs[key]
-
-
-@jax.jit
-def _rest_and_target(dense, mine, y, repair):
-    dense, mine, y = (part.astype(jnp.float32) for part in (dense, mine, y))
-    rest = mine - y
-    return rest, y + repair * (dense - mine)

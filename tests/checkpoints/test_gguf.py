@@ -100,6 +100,7 @@ def big_config(family):
 BIG = {
     "llama": {"rope_theta": 50_000.0},
     "qwen3": {"head_dim": 128},
+    "gemma3_text": {"head_dim": 256, "pad_token_id": 0},
     "phi3": {"pad_token_id": 0},
     "smollm3": {"pad_token_id": 0},
 }
@@ -188,6 +189,9 @@ OF_FILES = {
     "qwen3": {"attention_bias": True},
     "phi3": {"rope_scaling": None, "partial_rotary_factor": 0.5, "sliding_window": 5},
     "smollm3": {"no_rope_layers": None, "num_hidden_layers": 5, "tie_word_embeddings": False},
+    "gemma3_text": {
+        "sliding_window_pattern": 6, "num_hidden_layers": 7, "query_pre_attn_scalar": 16,
+    },
 }  # fmt: skip
 
 

@@ -128,6 +128,18 @@ CONFIGS = {
         },
         "epsilon": {"rms_norm_eps": 0.3, "rope_theta": 100.0},
     },
+    "gemma3_text": {
+        "default": {},
+        "untied-biases": {
+            "tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 4,
+        },
+        "bases": {"rope_theta": 100.0, "rope_local_base_freq": 30.0, "rms_norm_eps": 0.1},
+        "windows-last": {
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "num_hidden_layers": 3, "query_pre_attn_scalar": 8, "head_dim": 8,
+        },
+        "linear": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 3},
+    },
 }  # fmt: skip
 # What the installed transformers has.
 ALL_CONFIGS = [(name, variant) for name in NEW for variant in CONFIGS[name]]
@@ -229,6 +241,8 @@ DECODED = [
     ("phi3", "short-text", False),
     ("phi3", "unscaled", True),
     ("smollm3", "window-without-positions", False),
+    ("gemma3_text", "default", True),
+    ("gemma3_text", "windows-last", False),
 ]
 
 
@@ -401,6 +415,8 @@ def test_attention_and_norms_are_what_the_family_calls_them(name):
 def test_an_unknown_family_is_refused():
     with pytest.raises(ValueError, match=r"'bert': known .* are gpt2, gptj, llama, mistral, qwen2"):
         family("bert")
+    with pytest.raises(ValueError, match="'gemma3': that is Gemma 3 with images; give the text"):
+        family("gemma3")
 
 
 REFUSED = [
@@ -414,6 +430,9 @@ REFUSED = [
     ("mistral", {"hidden_act": "sillu"}, "unknown activation 'sillu'"),
     ("qwen2", {"sliding_window": 0}, "sliding_window=0: sliding_attention needs"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layer_types=.*expected full_att"),
+    ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "a model of embeddings"),
+    ("gemma3_text", {"sliding_window": None}, "sliding_window=None: sliding_attention needs"),
     ("smollm3", {"no_rope_layers": [2, 1]}, r"no_rope_layers=\[2, 1\]: expected"),
 ]
 

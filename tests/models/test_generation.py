@@ -42,6 +42,14 @@ SETTINGS = {
         "pad_token_id": 0,
     },
     "smollm3": {**LLAMA, "num_hidden_layers": 3, "no_rope_layer_interval": 2, "pad_token_id": 0},
+    "gemma3_text": {
+        **LLAMA,
+        "num_hidden_layers": 3,
+        "sliding_window_pattern": 2,
+        "sliding_window": 6,
+        "head_dim": 12,
+        "pad_token_id": 0,
+    },
 }
 FAMILIES = {
     name: family.config_class(**copy.deepcopy(SETTINGS[name]), **COMMON)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny_models import make_model
+from tiny_models import D, make_model
 
 from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from sparseffn_jax.checkpoints.weights import Tensor
@@ -20,7 +20,7 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
-from sparseffn_jax.models.decoder import layers_of
+from sparseffn_jax.models.decoder import block_module, layers_of
 from sparseffn_jax.models.families import FAMILIES
 from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.fit import fit_layer
@@ -93,10 +93,31 @@ def test_a_layer_is_fitted_on_what_the_converted_prefix_gives(family, repair):
     prefix_params = {**leaves, body: {**leaves[body], collection: blocks}}
     x, y, behind = sown(prefix, prefix_params, tokens, last)
     _, _, dense_behind = sown(model, params, tokens, last)
-    target = (1 - repair) * y + repair * (dense_behind - (behind - y))
+    error = repair * (dense_behind - behind)
+    if family == "gemma3_text":
+        # What the norm behind the FFN must be given.
+        norm = layers_of(model, params)[last]["post_feedforward_layernorm"]
+        gain = 1 + np.asarray(norm["weight"], np.float64)
+        size = np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + model.config.rms_norm_eps)
+        error = error * size * gain / (gain**2 + 0.01 * np.mean(gain**2))
+    target = y + error
     for actual, expected in ((seen[last].x, x), (seen[last].target, target)):
         scale = np.abs(expected).max()
         np.testing.assert_allclose(actual.reshape(expected.shape), expected, atol=1e-4 * scale)
+
+
+@pytest.mark.skipif("gemma3_text" not in FAMILIES, reason="transformers has no Gemma 3")
+def test_errors_in_front_of_a_norm():
+    model, params = make_model("gemma3_text")
+    block, variables = block_module(model, 0), {"params": layers_of(model, params)[0]}
+    y, error = np.random.default_rng(0).standard_normal((2, 50, D)).astype(np.float32)
+    before, after = (
+        block.apply(variables, x, method="behind_ffn")
+        for x in (y, y + block.apply(variables, y, 0.01 * error, method="before_norm"))
+    )
+    missed = np.linalg.norm(after - before - 0.01 * error) / np.linalg.norm(0.01 * error)
+    # One of the 32 directions, and what is damped.
+    assert missed < 0.25
 
 
 def test_repair_brings_the_model_nearer_to_the_dense_one():
