@@ -26,6 +26,8 @@ from pathlib import Path
 
 import campaign
 import gguf_faults
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax.serialization import msgpack_serialize
@@ -140,14 +142,23 @@ def make_seeds(folder: Path) -> dict[str, Files]:
         for i in (0, 1)
     }
     flax_index = {path: f"flax-{i}.msgpack" for i in (0, 1) for path in paths[i::2]}
+    sliding, fused = gguf_faults.newer_configs()
     return {
         "safetensors": whole,
+        "sliding": _folder(folder / "sliding", sf.Gemma3ForCausalLM(sliding), fast),
+        "fused": _folder(folder / "fused", sf.Phi3ForCausalLM(fused), fast),
         "shards": common | shards | {"model.safetensors.index.json": _index(index)},
         "msgpack": common | {"flax_model.msgpack": msgpack_serialize(_arrays(params))},
         "msgpack shards": common
         | flax_shards
         | {"flax_model.msgpack.index.json": _index(flax_index)},
     }
+
+
+def _folder(folder: Path, model: sf.Decoder, tokenizer: PreTrainedTokenizerFast) -> Files:
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    sf.save_pretrained(folder, model, params, tokenizer=tokenizer)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def write(folder: Path, files: Files) -> Path:

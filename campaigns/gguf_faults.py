@@ -12,19 +12,35 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import byte_level, torch_tensors, write_gguf
-from transformers import GPT2Config, LlamaConfig
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
 import sparseffn_jax as sf
 
 NAME = "model.gguf"
 _HUGE = (2**31, 2**32 - 1, 2**40, 2**61, 2**63 - 1, 2**63, 2**64 - 1, 100_000, 1_000_000)
 _SMALL = (0, 1, 2, 3, 7, 8, 9, 12, 13, 32, 97, 255)
+LONG_FACTORS, SHORT_FACTORS = [1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.5, 1.5]
 _FORMATS = {1: "<B", 4: "<I", 8: "<Q"}
 Files = dict[str, bytes]
 
 
+def newer_configs() -> tuple[Gemma3TextConfig, Phi3Config]:
+    """Returns configs of tiny models with windows by layer, and with fused weights and LongRoPE."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16,
+        "bos_token_id": 96, "eos_token_id": 96, "pad_token_id": 0,
+    }  # fmt: skip
+    factors = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
+    return Gemma3TextConfig(**sizes, head_dim=8, sliding_window=4), Phi3Config(
+        **sizes,
+        original_max_position_embeddings=8,
+        rope_scaling={"type": "longrope", **factors},
+    )
+
+
 def make_seeds(folder: Path) -> dict[str, Files]:
-    """Returns valid files: two architectures, three kinds of numbers, two kinds of tokenizers."""
+    """Returns valid files: four architectures, three kinds of numbers, two kinds of tokenizers."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes: dict[str, Any] = {"vocab_size": 97, "bos_token_id": 96, "eos_token_id": 96}
     llama = LlamaConfig(
@@ -40,18 +56,27 @@ def make_seeds(folder: Path) -> dict[str, Files]:
     kept = (8192 / (2 * np.pi * 500_000**0.5) - 1) / 3
     divisors = [1.0, 1.0, 1 / (kept + (1 - kept) / 8), 8.0]
     freqs = {"rope_freqs.weight": np.array(divisors, np.float32)}
+    sliding, phi3 = newer_configs()
+    factors = {
+        f"rope_factors_{name}.weight": np.array(values, np.float32)
+        for name, values in (("long", LONG_FACTORS), ("short", SHORT_FACTORS))
+    }
+    theta = {"rope__freq_base": 500_000.0}
+    # LongRoPE's, from 8 tokens to 16.
+    factor = {"rope__scaling__attn_factor": float(np.sqrt(1 + np.log(2) / np.log(8)))}
     written = {
-        "gguf llama": (sf.LlamaForCausalLM(llama), Kind.F32, bpe, {}),
-        "gguf llama 3": (sf.LlamaForCausalLM(llama), Kind.Q8_0, pieces, freqs),
-        "gguf gpt2": (sf.GPT2LMHeadModel(gpt2), Kind.F16, bpe, {}),
+        "gguf llama": (sf.LlamaForCausalLM(llama), Kind.F32, bpe, {}, {}),
+        "gguf llama 3": (sf.LlamaForCausalLM(llama), Kind.Q8_0, pieces, freqs, theta),
+        "gguf gpt2": (sf.GPT2LMHeadModel(gpt2), Kind.F16, bpe, {}, {}),
+        "gguf phi3": (sf.Phi3ForCausalLM(phi3), Kind.Q8_0, pieces, factors, factor),
+        "gguf gemma3": (sf.Gemma3ForCausalLM(sliding), Kind.F16, pieces, {}, {}),
     }
     seeds = {}
-    for name, (model, kind, tokenizer, extra) in written.items():
+    for name, (model, kind, tokenizer, extra, settings) in written.items():
         params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         file = folder / NAME
-        theta = {"rope__freq_base": 500_000.0} if extra else {}
         tensors = torch_tensors(model, params)
-        write_gguf(file, model.config, tensors, kind, tokenizer=tokenizer, extra=extra, **theta)
+        write_gguf(file, model.config, tensors, kind, tokenizer=tokenizer, extra=extra, **settings)
         seeds[name] = {NAME: file.read_bytes()}
         _places[len(seeds[name][NAME])] = _find_places(file)
     return seeds
@@ -85,8 +110,8 @@ def announce_and_end(choose: random.Random, files: Files) -> None:
 def exchange_strings(choose: random.Random, files: Files) -> None:
     """Gives keys, values, tokens or tensors another's name, of the same length or not."""
     text = (
-        "llama gpt2 token_embd attn_q attn_k ffn_up weight bias block_count tokens merges scores "
-        "ab w1 blk.0 blk.9"
+        "llama gpt2 phi3 gemma3 token_embd attn_q attn_k ffn_up weight bias block_count tokens "
+        "merges scores ab w1 blk.0 blk.9"
     )
     words = [word.encode() for word in text.split()]
     old, new = choose.choice(words), choose.choice(words)

@@ -21,12 +21,9 @@ from transformers.activations import ACT2FN
 class _Sparse(nn.Module):
     """What makes the FFNs of a model sparse; it goes before transformers' class."""
 
-    base_model: Any
-
     def __init__(self, config: Any):
         super().__init__(config)
-        body = self.base_model
-        blocks = body.h if hasattr(body, "h") else body.layers
+        blocks: Any = self.transformer.h if hasattr(self, "transformer") else self.model.layers
         for block, ffn in zip(blocks, config.sparse_ffn, strict=True):
             if ffn is not None:
                 block.mlp = SparseFFN(ffn)
@@ -104,7 +101,7 @@ class SparsePhi3ForCausalLM(_Sparse, transformers.Phi3ForCausalLM):
     config_class = SparsePhi3Config
 
 
-# Versions of transformers that know less models read the folders of all others.
+# Families that older versions of transformers lack, which read the folders of all others.
 
 if hasattr(transformers, "Qwen3Config"):
 

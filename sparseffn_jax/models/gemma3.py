@@ -36,7 +36,7 @@ from sparseffn_jax.models.llama import (
 from sparseffn_jax.models.mistral import MistralMLP
 from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.nn.parts import embed
-from sparseffn_jax.nn.rotary import Table, longrope_border, rope_parameters, rotary_table, rotate
+from sparseffn_jax.nn.rotary import longrope_border, rope_parameters, rotary_table
 
 # How far, in its own size, a norm's weight may be from zero and a channel's error still not be
 # undone in front of it.
@@ -67,11 +67,6 @@ class Gemma3Attention(LlamaAttention):
         """Returns normalised queries or keys, as :meth:`LlamaAttention.normalise` describes."""
         return _norm(self, name)(x)
 
-    def place(self, x: Float[Array, "B T H K"], table: dict[str, Table]) -> Any:
-        """Returns queries or keys at their positions, by the table of the layer's kind."""
-        kind = layer_types(self.config)[self.layer_index]
-        return rotate(x, table[kind], interleaved=False)
-
     @property
     def scale(self) -> float:
         """The factor of the attention's logits."""
@@ -97,13 +92,15 @@ class Gemma3Block(LlamaBlock):
         self,
         x: Float[Array, "B T D"],
         attention_mask: Int[Array, "B S"] | None,
-        table: dict[str, Table],
+        table: Any,
         deterministic: bool,
         init_cache: bool,
     ) -> Float[Array, "B T D"]:
         dtypes = (self.dtype, self.param_dtype)
         attend = self.attention(self.config, self.layer_index, *dtypes, name="self_attn")
         normed = _norm(self, "input_layernorm")(x)
+        # One for each kind of layers.
+        table = table[layer_types(self.config)[self.layer_index]]
         attended = attend(normed, attention_mask, table, deterministic, init_cache)
         x = x + _norm(self, "post_attention_layernorm")(attended)
         normed = _norm(self, "pre_feedforward_layernorm")(x)
@@ -137,7 +134,7 @@ class Gemma3Model(LlamaModel):
         self.layers = BlockCollection(self.block, config, self.ffns, *dtypes, self.remat)
         self.norm = _norm(self)
 
-    def embed(self, input_ids, position_ids, deterministic):
+    def embed(self, input_ids, position_ids, deterministic) -> tuple[Array, Any]:
         """Returns what goes into the first block, and the rotary table of each kind of layers."""
         config, width = self.config, head_width(self.config)
         tables = {

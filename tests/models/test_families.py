@@ -33,6 +33,7 @@ from sparseffn_jax.config import (
 from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.models.decoder import ffn_module, init_cache, layers_of
 from sparseffn_jax.models.families import FAMILIES, family
+from sparseffn_jax.models.llama import check_windows, layer_window
 from sparseffn_jax.models.paths import is_attention_kernel, is_attention_or_norm
 from sparseffn_jax.nn.lora import init_lora
 from sparseffn_jax.nn.rotary import rotary_table
@@ -461,6 +462,20 @@ def test_longrope_that_transformers_lets_pass(changes, message):
     config = types.SimpleNamespace(rope_parameters=given, max_position_embeddings=POSITIONS)
     with pytest.raises(ValueError, match=message):
         rotary_table(jnp.zeros((1, 1), jnp.int32), 8, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "windows"),
+    [
+        ({"use_sliding_window": False, "max_window_layers": 1}, [None, None, None]),
+        ({"use_sliding_window": True, "max_window_layers": 1}, [None, 4, 4]),
+        ({"sliding_window_pattern": 3}, [4, 4, None]),
+    ],
+)
+def test_windows_of_configs_without_layer_types(settings, windows):
+    config = types.SimpleNamespace(num_hidden_layers=3, sliding_window=4, **settings)
+    check_windows(config)
+    assert [layer_window(config, i) for i in range(3)] == windows
 
 
 def test_wrong_calls_are_refused():
