@@ -7,10 +7,11 @@ attention and its norms is said by its class, and a name counts if any registere
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sparseffn_jax.models.decoder import FFN_NAME
 from sparseffn_jax.models.families import FAMILIES
+from sparseffn_jax.models.names import generalise
 from sparseffn_jax.nn.lora import LORA_SHARDING
 from sparseffn_jax.nn.paths import POLYNOMIAL, SPARSE_FFN_PARTS, SPARSE_FFN_SHARDING, ShardingRule
 
@@ -20,6 +21,11 @@ Path = tuple[str, ...]
 def is_ffn(path: Path) -> bool:
     """Says whether a path leads into a feed-forward layer."""
     return FFN_NAME in path
+
+
+def ffn_of(path: Path) -> Path:
+    """Returns the path of the feed-forward layer that a path leads into."""
+    return path[: path.index(FFN_NAME) + 1]
 
 
 def in_sparse_ffns(paths: Iterable[Path]) -> set[Path]:
@@ -32,6 +38,50 @@ def in_sparse_ffns(paths: Iterable[Path]) -> set[Path]:
 def is_attention_kernel(path: Path) -> bool:
     """Says whether a path is an attention projection's kernel, which Hu et al. 2021 adapt."""
     return path[-1] == "kernel" and _has_any(path, _attention_names())
+
+
+def lora_targets(paths: Iterable[Path], names: Sequence[str]) -> dict[str, set[Path]]:
+    """Returns the kernels that get LoRA adapters, by the name that asks for them.
+
+    There are the projections of attention and the linear maps of dense feed-forward layers.
+
+    Args:
+      paths: the paths of a model's parameters.
+      names: names of modules as peft takes them, ``"q_proj"`` or, where two maps share a name,
+        ``"attn.c_proj"``; ``"attention"``, all projections of attention; or ``"all-linear"``.
+
+    Raises:
+      ValueError: if a name matches nothing; the message lists what there is.
+    """
+    paths = list(paths)
+    in_sparse = in_sparse_ffns(paths)
+    attention = {path for path in paths if is_attention_kernel(path)}
+    dense = {path for path in paths if is_ffn(path) and path[-1] == "kernel"} - in_sparse
+    groups = {"attention": attention, "all-linear": attention | dense}
+    linear = groups["all-linear"]
+    found = {
+        name: groups.get(name, {path for path in linear if is_module(".".join(path[:-1]), name)})
+        for name in names
+    }
+    if missing := [name for name in names if not found[name]]:
+        there = sorted({".".join(path[-3:-1]) for path in linear})
+        sparse = "; SparseFFNs have none, and train in full" if in_sparse else ""
+        raise ValueError(
+            f"no linear map is called {', '.join(map(repr, missing))}: adapters can be on "
+            f"{', '.join(there)} (or the last part of these names), on attention or on "
+            f"all-linear{sparse}"
+        )
+    return found
+
+
+def is_module(module: str, name: str) -> bool:
+    """Says whether a module, by its whole name, is one of those that peft takes a name for."""
+    return f".{module}".endswith(f".{name}")
+
+
+def is_out_in(path: Path) -> bool:
+    """Says whether a kernel is stored as (outputs, inputs), as GPT-2's are."""
+    return generalise(".".join(path))[0] in _out_in_kernels()
 
 
 def is_attention_or_norm(path: Path) -> bool:
@@ -59,6 +109,16 @@ def sharding_rules() -> tuple[ShardingRule, ...]:
     # Families that share modules share rules.
     own = dict.fromkeys(itertools.chain.from_iterable(by_family))
     return (*own, *SPARSE_FFN_SHARDING, *LORA_SHARDING)
+
+
+def _out_in_kernels() -> set[str]:
+    return {
+        rule.path
+        for family in FAMILIES.values()
+        if family.ffn_layout.transposed
+        for rule in family.names.rules
+        if rule.path.startswith(".".join(family.layer_path))
+    }
 
 
 def _attention_names() -> set[str]:

@@ -1,6 +1,7 @@
 """The settings of a training run."""
 
 import dataclasses
+import re
 
 from sparseffn_jax.train.guard import GuardConfig
 from sparseffn_jax.train.recipes import RECIPES
@@ -13,9 +14,9 @@ class TrainConfig:
     Attributes:
       steps: number of batches to read, each for one optimizer update.
       batch_size: number of windows in a batch.
-      recipe: what trains: ``"full"``, ``"ffn_only"``, ``"lora"`` (feed-forward layers, and
-        adapters on attention) or ``"stepwise"`` (half of the steps ``ffn_only``, then attention
-        and LayerNorm too).
+      recipe: what trains: ``"full"``, ``"ffn_only"``, ``"lora"`` (adapters, and in full the
+        feed-forward layers without adapters) or ``"stepwise"`` (half of the steps ``ffn_only``,
+        then attention and LayerNorm too).
       learning_rate: peak learning rate.
       ffn_learning_rate: peak learning rate of sparse feed-forward layers; ``None`` takes half of
         ``learning_rate``.
@@ -29,6 +30,13 @@ class TrainConfig:
       accumulate_steps: number of microbatches that a batch is split into to save memory; it must
         divide ``batch_size``, and changes nothing but rounding and dropout.
       lora_rank: rank of the adapters.
+      lora_alpha: scale of the adapters, which is divided by their rank; ``None`` takes the rank.
+      lora_targets: linear maps that get adapters, names joined by commas: ``"attention"``,
+        ``"all-linear"`` (dense feed-forward layers too), or modules, such as ``"q_proj,v_proj"``.
+      lora_ranks: ranks of their own for some targets, such as ``"q_proj=16,o_proj=4"``.
+      lora_rslora: whether alpha is divided by the square root of the rank.
+      lora_ffns: whether feed-forward layers without adapters train in full beside the adapters;
+        otherwise the adapters train alone.
       dropout: whether to apply the model's dropout rates.
       distill_weight: weight of the distillation loss, from 0 to 1; cross-entropy has the rest.
       temperature: temperature that softens both distributions of the distillation loss.
@@ -66,6 +74,11 @@ class TrainConfig:
     loss_scale_interval: int = 2000
     accumulate_steps: int = 1
     lora_rank: int = 8
+    lora_alpha: float | None = None
+    lora_targets: str = "attention"
+    lora_ranks: str = ""
+    lora_rslora: bool = False
+    lora_ffns: bool = True
     dropout: bool = False
     distill_weight: float = 0.0
     temperature: float = 2.0
@@ -99,6 +112,7 @@ class TrainConfig:
             "ffn_learning_rate",
             "clip_norm",
             "loss_scale",
+            "lora_alpha",
             "temperature",
         ):
             value = getattr(self, name)
@@ -114,6 +128,7 @@ class TrainConfig:
                 f"accumulate_steps={self.accumulate_steps} does not divide "
                 f"batch_size={self.batch_size}"
             )
+        self._check_lora()
         shortest = self.steps // len(RECIPES[self.recipe])
         if self.warmup_steps is not None and not 0 <= self.warmup_steps < max(1, shortest):
             raise ValueError(
@@ -128,3 +143,44 @@ class TrainConfig:
         """The steps after which the stages of the recipe are over, in order."""
         stages = len(RECIPES[self.recipe])
         return tuple(self.steps * (i + 1) // stages for i in range(stages))
+
+    @property
+    def lora_target_names(self) -> list[str]:
+        """The names in :attr:`lora_targets`."""
+        return [name.strip() for name in self.lora_targets.split(",")]
+
+    @property
+    def lora_ranks_by_name(self) -> dict[str, int]:
+        """The ranks that :attr:`lora_ranks` gives, by the names of their targets."""
+        pairs = [pair.partition("=") for pair in self.lora_ranks.split(",") if pair]
+        return {name.strip(): int(rank) for name, _, rank in pairs}
+
+    def lora_scale(self, rank: int) -> float:
+        """Returns what the product of an adapter's factors of some rank is multiplied with.
+
+        By default 1: with Adam, tuning alpha is tuning the learning rate (Hu et al. 2021, 4.1).
+        The square root is Kalajdzievski's 2023 (2312.03732).
+        """
+        alpha = rank if self.lora_alpha is None else self.lora_alpha
+        return alpha / (rank**0.5 if self.lora_rslora else rank)
+
+    def _check_lora(self) -> None:
+        for name, form, example in (
+            ("lora_targets", r"[\w.-]+", "q_proj,v_proj"),
+            ("lora_ranks", r"[\w.-]+=0*[1-9]\d*", "q_proj=16,o_proj=4"),
+        ):
+            value, item = getattr(self, name), rf"\s*{form}\s*"
+            optional = name == "lora_ranks" and value == ""
+            if not isinstance(value, str) or not (
+                optional or re.fullmatch(rf"{item}(,{item})*", value)
+            ):
+                raise ValueError(
+                    f"{name}={value!r}: expected a string such as {example!r}, its parts joined by "
+                    "commas"
+                )
+        if self.recipe == "lora":
+            return
+        for name in ("lora_alpha", "lora_targets", "lora_ranks", "lora_rslora", "lora_ffns"):
+            value = getattr(self, name)
+            if value != getattr(TrainConfig, name):
+                raise ValueError(f"{name}={value!r} needs recipe='lora', not {self.recipe!r}")

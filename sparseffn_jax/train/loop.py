@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 
 from sparseffn_jax.evaluate.losses import check_token_ids
+from sparseffn_jax.nn.lora import LoraAdapter
 from sparseffn_jax.progress import stage
 from sparseffn_jax.train import processes
 from sparseffn_jax.train.checkpoints import CheckpointStore
@@ -35,6 +36,8 @@ class TrainResult:
       history: the records of ``metrics.jsonl``, from the run's first step on.
       data_hash: the SHA-256 chained over the batches read, in hexadecimal; it is equal for two
         runs that read the same batches.
+      adapter: of the lora recipe, what trained, apart from the model: the adapters, and the leaves
+        of feed-forward layers that trained in full. ``None`` in other recipes.
 
     Example:
       >>> import tempfile
@@ -63,6 +66,7 @@ class TrainResult:
     params: Params
     history: list[Record]
     data_hash: str
+    adapter: LoraAdapter | None = None
 
 
 class Terminated(SystemExit):
@@ -167,7 +171,7 @@ def train(
     if run.position.step < config.steps:
         raise _stopped(stopped_by, run.position.step, config.steps, store)
     params = processes.to_every_process(run.model_params())
-    return TrainResult(params, log.history, run.position.data_hash)
+    return TrainResult(params, log.history, run.position.data_hash, run.adapter())
 
 
 def _run_and_save(

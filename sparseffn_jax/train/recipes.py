@@ -23,6 +23,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sparseffn_jax.models.paths import (
+    ffn_of,
     in_sparse_ffns,
     is_attention_or_norm,
     is_decayed,
@@ -81,27 +82,29 @@ def lora(
     learning_rate: optax.ScalarOrSchedule,
     ffn_learning_rate: optax.ScalarOrSchedule,
     *,
+    train_ffns: bool = True,
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
 ) -> tuple[optax.GradientTransformation, Labels]:
-    """Trains the feed-forward layers and the LoRA adapters.
+    """Trains the LoRA adapters and, in full, the feed-forward layers without adapters.
 
     The arguments and what is returned are those of :func:`full`; ``params`` holds the adapters of
-    :func:`sparseffn_jax.nn.lora.init_lora` under ``"lora"``.
+    :func:`sparseffn_jax.nn.lora.init_lora` under ``"lora"``, and ``train_ffns=False`` trains them
+    alone.
 
     Raises:
       ValueError: if there are no adapters.
     """
     if "lora" not in params:
         raise ValueError("the lora recipe trains adapters: add them as params['lora']")
-    return _recipe(
-        params,
-        lambda path: is_ffn(path) or path[0] == "lora",
-        learning_rate,
-        ffn_learning_rate,
-        weight_decay,
-        clip_norm,
-    )
+    adapted = {ffn_of(path) for path in flatten_dict(params["lora"]) if is_ffn(path)}
+
+    def trains(path):
+        if path[0] == "lora":
+            return True
+        return train_ffns and is_ffn(path) and ffn_of(path) not in adapted
+
+    return _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
 
 
 def stepwise(

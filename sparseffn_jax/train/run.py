@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from sparseffn_jax.evaluate.losses import make_evaluator
+from sparseffn_jax.nn.lora import LoraAdapter
 from sparseffn_jax.train import guard, processes
 from sparseffn_jax.train.checkpoints import CheckpointStore, Position, Snapshot
 from sparseffn_jax.train.config import TrainConfig
@@ -19,6 +20,7 @@ from sparseffn_jax.train.recipes import combine, is_ffn, partition
 from sparseffn_jax.train.sharding import path_name
 from sparseffn_jax.train.step import (
     TrainState,
+    adapter_scales,
     add_adapters,
     init_state,
     make_stage,
@@ -78,7 +80,15 @@ class Run:
 
     def model_params(self) -> Params:
         """Returns the model's parameters as they are now, with the adapters merged."""
-        return merge_adapters(combine(self._state.trainable, self._frozen))
+        return merge_adapters(self._config, combine(self._state.trainable, self._frozen))
+
+    def adapter(self) -> LoraAdapter | None:
+        """Returns the adapters as they are now, with what trains beside them, if there are any."""
+        trained = dict(self._state.trainable)
+        if (factors := trained.pop("lora", None)) is None:
+            return None
+        factors, trained = processes.to_every_process((factors, trained))
+        return LoraAdapter(factors, adapter_scales(self._config, factors), trained)
 
     def start(self, log: MetricsLog) -> None:
         """Shows what a user should know before the first step."""

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from sparseffn_jax.evaluate import losses
 from sparseffn_jax.evaluate.fused_loss import Mixture, mean_loss
-from sparseffn_jax.models.paths import is_attention_kernel
+from sparseffn_jax.models.paths import is_out_in, lora_targets
 from sparseffn_jax.nn.lora import init_lora, merge_lora
 from sparseffn_jax.ops.plans.choice import platform_of
 from sparseffn_jax.train.config import TrainConfig
@@ -107,7 +107,10 @@ def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp
     warmup = steps // 10 if config.warmup_steps is None else config.warmup_steps
     ffn_peak = config.ffn_learning_rate or config.learning_rate / 2
     rates = [warmup_cosine(peak, warmup, steps) for peak in (config.learning_rate, ffn_peak)]
-    optimizer, labels = RECIPES[config.recipe][index](
+    recipe = RECIPES[config.recipe][index]
+    if config.recipe == "lora":
+        recipe = partial(recipe, train_ffns=config.lora_ffns)
+    optimizer, labels = recipe(
         params, *rates, weight_decay=config.weight_decay, clip_norm=config.clip_norm
     )
     if jnp.dtype(dtype) == jnp.float16:
@@ -116,23 +119,47 @@ def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp
 
 
 def add_adapters(config: TrainConfig, params: Params) -> Params:
-    """Returns ``params``; the lora recipe adds new adapters on attention under ``"lora"``."""
+    """Returns ``params``; the lora recipe adds new adapters under ``"lora"``.
+
+    Raises:
+      ValueError: if a name of the config's targets or ranks matches none of the model's linear
+        maps, or a rank does not fit one.
+    """
     if config.recipe != "lora":
         return params
+    paths = flatten_dict(params).keys()
+    targets = set().union(*lora_targets(paths, config.lora_target_names).values())
+    ranks = dict.fromkeys(targets, config.lora_rank)
+    given = config.lora_ranks_by_name
+    for name, kernels in lora_targets(paths, list(given)).items():
+        if not kernels <= targets:
+            raise ValueError(
+                f"lora_ranks={config.lora_ranks!r} gives {name} a rank, but lora_targets="
+                f"{config.lora_targets!r} gives it no adapter: name it there too"
+            )
+        ranks |= dict.fromkeys(kernels, given[name])
     key = jax.random.key(config.seed)
-    return {**params, "lora": init_lora(key, params, config.lora_rank, is_attention_kernel)}
+    adapters = init_lora(key, params, ranks.__getitem__, ranks.__contains__, is_out_in)
+    return {**params, "lora": adapters}
 
 
-def merge_adapters(params: Params) -> Params:
+def merge_adapters(config: TrainConfig, params: Params) -> Params:
     """Returns the model's own parameters, with the adapters, if there are any, merged in."""
     if "lora" not in params:
         return params
     params = dict(params)
     adapters = params.pop("lora")
-    # alpha = rank: with Adam, tuning alpha is tuning the learning rate (Hu et al. 2021, 4.1).
+    return merge_lora(params, adapters, adapter_scales(config, adapters))
+
+
+def adapter_scales(config: TrainConfig, adapters: Params) -> dict[tuple[str, ...], float]:
+    """Returns what each product of factors is multiplied with, by its kernel's path."""
     flat: dict[tuple[str, ...], Any] = flatten_dict(adapters)
-    rank = next(a for path, a in flat.items() if path[-1] == "a").shape[1]
-    return merge_lora(params, adapters, alpha=rank)
+    return {
+        path[:-1]: config.lora_scale(leaf.shape[1])
+        for path, leaf in flat.items()
+        if path[-1] == "a"
+    }
 
 
 def init_state(
@@ -250,7 +277,7 @@ def _make_loss(
     mixture = Mixture(config.distill_weight, config.temperature, batch_shards)
 
     def loss_and_metrics(trainable, frozen, teacher_params, windows, key):
-        params = merge_adapters(gather(combine(trainable, frozen)))
+        params = merge_adapters(config, gather(combine(trainable, frozen)))
         inputs, targets = windows[:, :-1], windows[:, 1:]
         outputs, states = losses.forward(
             model,

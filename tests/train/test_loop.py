@@ -256,6 +256,15 @@ def test_losses_above_the_band_are_undone(model_and_params, tmp_path):
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
         ({"distill_weight": 1.5}, "distill_weight=1.5 must lie between 0 and 1"),
         ({"lora_rank": 0}, "lora_rank=0 must be at least 1"),
+        ({"lora_alpha": 0.0, "recipe": "lora"}, "lora_alpha=0.0 must be positive"),
+        ({"lora_ranks": "q_proj=0"}, "lora_ranks='q_proj=0': expected a string such as 'q_proj="),
+        ({"lora_ranks": "q_proj"}, "lora_ranks='q_proj': expected"),
+        (
+            {"lora_targets": ["q_proj"]},
+            "lora_targets=.*: expected a string such as 'q_proj,v_proj'",
+        ),
+        ({"lora_targets": ""}, "lora_targets='': expected"),
+        ({"lora_targets": "q_proj"}, "lora_targets='q_proj' needs recipe='lora', not 'ffn_only'"),
     ],
 )
 def test_settings_out_of_range(values, message):

@@ -49,6 +49,18 @@ def test_lora_trains_the_adapters_too(params):
         recipes.lora(base, 1e-3, 1e-4)
 
 
+def test_a_dense_layer_with_adapters_is_frozen_beside_them(params):
+    kernels = {("transformer", "h", "1", "mlp", "c_fc", "kernel")}
+    lora = init_lora(jax.random.key(0), params, 2, kernels.__contains__)
+    label = label_of(recipes.lora({**params, "lora": lora}, 1e-3, 1e-4)[1])
+    assert label("h/0/mlp") == {"ffn"}
+    assert label("lora/transformer/h/1/mlp") == {"rest"}
+    assert label("c_proj") == {"frozen"}
+    alone = label_of(recipes.lora({**params, "lora": lora}, 1e-3, 1e-4, train_ffns=False)[1])
+    assert alone("lora/") == {"rest"}
+    assert alone("h/0/mlp") == alone("attn") == {"frozen"}
+
+
 def test_stepwise_unfreezes_attention_and_norms(params):
     _, first = recipes.stepwise(params, 1e-3, 1e-4, stage=1)
     chex.assert_trees_all_equal(first, recipes.ffn_only(params, 1e-3, 1e-4)[1])

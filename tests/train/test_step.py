@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from train_models import make_model
+from train_models import SPARSE_FFN, make_model
 from transformers import GPT2Config
 
 from sparseffn_jax.config import (
@@ -105,11 +105,46 @@ def test_losses_are_weighted(model_and_params, windows):
 
 def test_adapters_start_exact_and_merge_away(model_and_params):
     _, params = model_and_params
-    with_adapters = add_adapters(TrainConfig(recipe="lora", lora_rank=3), params)
+    config = TrainConfig(recipe="lora", lora_rank=3)
+    with_adapters = add_adapters(config, params)
     adapters = flatten_dict(with_adapters["lora"])
     assert {path[-2:] for path in adapters} == {("kernel", "a"), ("kernel", "b")}
     assert {leaf.shape[1] for path, leaf in adapters.items() if path[-1] == "a"} == {3}
-    chex.assert_trees_all_equal(merge_adapters(with_adapters), params)
+    chex.assert_trees_all_equal(merge_adapters(config, with_adapters), params)
+
+
+def test_targets_and_ranks_are_named_as_in_peft():
+    """Layer 0 is sparse, layer 1 dense."""
+    _, params = make_model(ffns=(SPARSE_FFN, None))
+    attention = {f"{i}.attn.{name}" for i in (0, 1) for name in ("c_attn", "c_proj")}
+
+    def ranks(targets, **settings):
+        config = TrainConfig(recipe="lora", lora_rank=4, lora_targets=targets, **settings)
+        flat = flatten_dict(add_adapters(config, params)["lora"])
+        return {".".join(path[2:-2]): a.shape[1] for path, a in flat.items() if path[-1] == "a"}
+
+    assert ranks("attention") == dict.fromkeys(attention, 4)
+    assert ranks("all-linear") == dict.fromkeys(attention | {"1.mlp.c_fc", "1.mlp.c_proj"}, 4)
+    assert ranks("c_proj") == {"0.attn.c_proj": 4, "1.attn.c_proj": 4, "1.mlp.c_proj": 4}
+    assert ranks("attn.c_proj, mlp.c_fc", lora_ranks="c_fc=2, 0.attn.c_proj=1") == {
+        "0.attn.c_proj": 1, "1.attn.c_proj": 4, "1.mlp.c_fc": 2,
+    }  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"'q_proj', 'proj': .* attn.c_attn, .* mlp.c_fc, .*Sparse"
+    ):
+        ranks("c_attn,q_proj,proj")
+    with pytest.raises(ValueError, match="'up': adapters can be on"):
+        ranks("up")
+    with pytest.raises(ValueError, match="gives c_fc a rank, but lora_targets='c_attn'"):
+        ranks("c_attn", lora_ranks="c_fc=2")
+    with pytest.raises(ValueError, match="rank=99 does not fit"):
+        ranks("c_attn", lora_ranks="c_attn=99")
+
+
+def test_the_scale_of_adapters():
+    assert TrainConfig(recipe="lora").lora_scale(16) == 1.0
+    assert TrainConfig(recipe="lora", lora_alpha=4.0).lora_scale(16) == 0.25
+    assert TrainConfig(recipe="lora", lora_alpha=4.0, lora_rslora=True).lora_scale(16) == 1.0
 
 
 def step_memory(model, config, window):
