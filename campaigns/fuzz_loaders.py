@@ -1,4 +1,4 @@
-"""Throws damaged and malicious model folders and GGUF files at the loaders.
+"""Throws damaged and malicious model folders, GGUF files and adapters at the loaders.
 
     python campaigns/fuzz_loaders.py --inputs 20000
     python campaigns/fuzz_loaders.py --inputs 5000 --only gguf
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax.serialization import msgpack_serialize
+from flax.traverse_util import flatten_dict
 from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -38,6 +39,8 @@ from transformers.utils import logging
 
 import sparseffn_jax as sf
 from sparseffn_jax.checkpoints.tokenizers import check_tokenizer
+from sparseffn_jax.models.paths import is_attention_kernel
+from sparseffn_jax.nn.lora import init_lora
 
 SECONDS, ALLOWANCE, ADDRESS_SPACE = 20, 48 * 2**20, 8 * 2**30
 Files = dict[str, bytes]
@@ -67,10 +70,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seeds = make_seeds(Path(folder) / "seed") | gguf_faults.make_seeds(Path(folder) / "gguf")
         seeds = {name: files for name, files in seeds.items() if name.startswith(arguments.only)}
-        target = Path(folder) / "input"
+        sound, target = Path(folder) / "seed", Path(folder) / "input"
         # What the first loads take for good, such as compiled code, is not an input's doing.
         for name, files in seeds.items():
-            outcome, _ = attempt(write(target, files))
+            outcome, _ = attempt(write(target, files), sound)
             assert outcome == "loaded", f"{name}, without a fault: {outcome}"
         resource.setrlimit(resource.RLIMIT_AS, (_address_space() + ADDRESS_SPACE, hard))
         for number in track(range(arguments.inputs), description="fuzzing"):
@@ -83,7 +86,7 @@ def main() -> None:
                 done.append(fault.__name__)
                 fault(choose, files)
             write(target, files)
-            outcome, used = attempt(target)
+            outcome, used = attempt(target, sound)
             over = used - 2 * sum(map(len, files.values()))
             largest = max(largest, over)
             if over > ALLOWANCE:
@@ -97,14 +100,20 @@ def main() -> None:
     campaign.finish("Fuzzed loaders", rows, failures, arguments.out, settings)
 
 
-def attempt(folder: Path) -> tuple[str, int]:
-    """Loads a folder or its GGUF file; returns what came of it, and the most memory it took."""
+def attempt(folder: Path, sound: Path) -> tuple[str, int]:
+    """Loads a folder or its GGUF file; returns what came of it, and the most memory it took.
+
+    A folder without a model is loaded as an adapter of the model in ``sound``.
+    """
     source = folder / gguf_faults.NAME if (folder / gguf_faults.NAME).exists() else folder
+    adapter = None
+    if any(folder.glob("adapter*")) and not (folder / "tokenizer.json").exists():
+        source, adapter = sound, folder
     Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
     before = _status("VmRSS")
     signal.alarm(SECONDS)
     try:
-        pretrained = sf.load_pretrained(source)
+        pretrained = sf.load_pretrained(source, adapter=adapter)
         check_tokenizer(sf.load_tokenizer(source), pretrained.config)
         outcome = "loaded"
     except sf.CheckpointError:
@@ -141,9 +150,16 @@ def make_seeds(folder: Path) -> dict[str, Files]:
         f"flax-{i}.msgpack": msgpack_serialize({path: flat[path] for path in paths[i::2]})
         for i in (0, 1)
     }
+    adapter = sf.LoraAdapter(
+        init_lora(jax.random.key(0), params, 2, is_attention_kernel),
+        {path: 0.5 for path in flatten_dict(params) if is_attention_kernel(path)},
+        {"transformer": {"h": {"0": {"mlp": params["transformer"]["h"]["0"]["mlp"]}}}},
+    )
+    sf.save_adapter(folder / "adapter", model, adapter)
     flax_index = {path: f"flax-{i}.msgpack" for i in (0, 1) for path in paths[i::2]}
     sliding, fused = gguf_faults.newer_configs()
     return {
+        "adapter": {file.name: file.read_bytes() for file in (folder / "adapter").iterdir()},
         "safetensors": whole,
         "sliding": _folder(folder / "sliding", sf.Gemma3ForCausalLM(sliding), fast),
         "fused": _folder(folder / "fused", sf.Phi3ForCausalLM(fused), fast),
@@ -314,6 +330,11 @@ def bad_config(choose: random.Random, files: Files) -> None:
     _mutate_json(choose, files, "config.json")
 
 
+def bad_adapter(choose: random.Random, files: Files) -> None:
+    """Changes values of an adapter's settings, anywhere in them."""
+    _mutate_json(choose, files, "adapter_config.json")
+
+
 def bad_tokenizer(choose: random.Random, files: Files) -> None:
     """Changes values of the tokenizer's files, anywhere in them."""
     _mutate_json(choose, files, choose.choice(("tokenizer.json", "tokenizer_config.json")))
@@ -361,6 +382,7 @@ FAULTS: tuple[Callable[[random.Random, Files], None], ...] = (
     bad_index,
     bad_config,
     bad_config,
+    bad_adapter,
     bad_tokenizer,
     huge_json,
     not_finite,

@@ -18,6 +18,7 @@ if not os.path.exists("/proc/driver/nvidia"):
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 if TYPE_CHECKING:
+    from sparseffn_jax.checkpoints.adapters import load_adapter, save_adapter
     from sparseffn_jax.checkpoints.errors import CheckpointError
     from sparseffn_jax.checkpoints.export import export_dense
     from sparseffn_jax.checkpoints.pretrained import (
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from sparseffn_jax.models.smollm3 import SmolLM3ForCausalLM
     from sparseffn_jax.models.spec import DecoderSpec
     from sparseffn_jax.models.text_generation import generate_text, stream_text
+    from sparseffn_jax.nn.lora import LoraAdapter
     from sparseffn_jax.nn.sparse_ffn import SparseFFN
     from sparseffn_jax.ops.masks import BlockMask
     from sparseffn_jax.ops.plans.choice import PlanTable
@@ -76,6 +78,7 @@ _HOMES = {
     "Gemma3ForCausalLM": "models.gemma3",
     "GuardConfig": "train.guard",
     "LlamaForCausalLM": "models.llama",
+    "LoraAdapter": "nn.lora",
     "MicroRefinementConfig": "config",
     "MistralForCausalLM": "models.mistral",
     "Phi3ForCausalLM": "models.phi3",
@@ -101,10 +104,12 @@ _HOMES = {
     "generate": "models.generation",
     "generate_text": "models.text_generation",
     "init_cache": "models.decoder",
+    "load_adapter": "checkpoints.adapters",
     "load_pretrained": "checkpoints.pretrained",
     "load_tokenizer": "checkpoints.tokenizers",
     "load_windows": "train.data",
     "make_strategy": "train.strategies",
+    "save_adapter": "checkpoints.adapters",
     "save_pretrained": "checkpoints.pretrained",
     "size_ffn": "sparsify.sizing",
     "sparsify": "sparsify.convert",

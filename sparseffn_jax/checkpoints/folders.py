@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,6 +16,10 @@ PathLike = str | os.PathLike[str]
 
 SAFETENSORS = "model.safetensors"
 MSGPACK = "flax_model.msgpack"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What the Hub shows of a model.
+CARD = "README.md"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,33 +51,39 @@ def find_folder(source: PathLike) -> Path:
     Raises:
       CheckpointError: if there is neither.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file: give the folder that holds it, or a .gguf file")
-    name = os.fspath(source)
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise CheckpointError(f"there is no folder {name}")
-    try:
-        folder = _download(name, SAFETENSORS)
-        if not any(folder.glob("*.safetensors")):
-            folder = _download(name, MSGPACK)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name!r} is not a folder here, and the Hugging Face Hub did not give such a model "
-            f"({type(error).__name__}): check its spelling and the network, or give a local folder"
-        ) from error
+    return _find(source, "model", "the folder that holds it, or a .gguf file", _download_model)
+
+
+def find_adapter(source: PathLike) -> Path:
+    """Returns a local folder, or downloads the adapter of that name and returns where it lies.
+
+    Raises:
+      CheckpointError: if there is neither, or it is not an adapter's.
+    """
+    folder = _find(
+        source,
+        "adapter",
+        "the folder that holds it",
+        lambda name: _download(name, ADAPTER_CONFIG, ADAPTER_WEIGHTS),
+    )
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder} has no {ADAPTER_CONFIG}: give an adapter folder as peft's")
     return folder
 
 
-def check_replaceable(folder: PathLike, overwrite: bool, sources: Collection[str] = ()) -> None:
+def check_replaceable(
+    folder: PathLike,
+    overwrite: bool,
+    sources: Collection[str] = (),
+    holds: str = "config.json",
+) -> None:
     """Checks that ``save_pretrained`` may write ``folder``, before the work that leads there.
 
     Args:
       folder: the folder to write.
       overwrite: whether a model that is there may be replaced.
       sources: names of models that are read, which must stay.
+      holds: a file by which a folder is known to be one that may be replaced.
 
     Raises:
       CheckpointError: if something is there that must not be replaced.
@@ -97,10 +107,11 @@ def check_replaceable(folder: PathLike, overwrite: bool, sources: Collection[str
             f"{target} is not empty, nothing was written: name another folder, or pass "
             "overwrite=True (--overwrite) to replace it"
         )
-    if not (target / "config.json").is_file():
+    if not (target / holds).is_file():
+        kind = "an adapter" if holds == ADAPTER_CONFIG else "a model"
         raise CheckpointError(
-            f"{target} is not a model folder (it has no config.json) and will not be replaced: "
-            "name another one"
+            f"{target} is not {kind} folder (it has no {holds}) and will not be replaced: name "
+            "another one"
         )
 
 
@@ -122,7 +133,36 @@ def replacing(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _download(name: str, weights: str) -> Path:
+def _find(source: PathLike, what: str, instead: str, download: Callable[[str], Path]) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file: give {instead}")
+    name = os.fspath(source)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise CheckpointError(f"there is no folder {name}")
+    try:
+        return download(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name!r} is not a folder here, and the Hugging Face Hub did not give such a {what} "
+            f"({type(error).__name__}): check its spelling and the network, or give a local folder"
+        ) from error
+
+
+def _download_model(name: str) -> Path:
+    folder = _download(name, *_files(SAFETENSORS))
+    if not any(folder.glob("*.safetensors")):
+        folder = _download(name, *_files(MSGPACK))
+    return folder
+
+
+def _files(weights: str) -> tuple[str, ...]:
     stem, suffix = weights.split(".")
-    files = (weights, f"{stem}-*.{suffix}", f"{weights}.index.json")
-    return Path(snapshot_download(name, allow_patterns=["config.json", *TOKENIZER_FILES, *files]))
+    others = ("config.json", CARD, *TOKENIZER_FILES)
+    return (*others, weights, f"{stem}-*.{suffix}", f"{weights}.index.json")
+
+
+def _download(name: str, *files: str) -> Path:
+    return Path(snapshot_download(name, allow_patterns=list(files)))

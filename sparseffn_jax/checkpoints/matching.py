@@ -43,7 +43,7 @@ def match(weights: Weights, model: Decoder, where: str, *, are_leaves: bool = Fa
       CheckpointError: if the config cannot be honoured, if a tensor is missing, there twice or not
         the model's, or if one has another shape or is not a floating-point array.
     """
-    leaves = _expected_leaves(model, where)
+    leaves = expected_leaves(model, where)
     names = model.names
     places = {
         name: (name, False) if are_leaves else names.to_path(name) for name in weights.tensors
@@ -52,11 +52,16 @@ def match(weights: Weights, model: Decoder, where: str, *, are_leaves: bool = Fa
     for name, tensor in weights.tensors.items():
         path, transposed = places[name]
         if path in leaves:
-            _check_leaf(name, tensor, leaves[path][::-1] if transposed else leaves[path])
+            check_leaf(name, tensor, leaves[path][::-1] if transposed else leaves[path])
     return Match(leaves, places)
 
 
-def _expected_leaves(model: Decoder, where: str) -> dict[str, tuple[int, ...]]:
+def expected_leaves(model: Decoder, where: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each of a model's parameters, by path joined by dots.
+
+    Raises:
+      CheckpointError: if the model's config, which ``where`` names, cannot be honoured.
+    """
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     try:
         shapes = jax.eval_shape(model.init, jax.random.key(0), ids)
@@ -93,7 +98,12 @@ def _check_names(
         )
 
 
-def _check_leaf(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def check_leaf(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Checks that a tensor has this shape, as stored, and a dtype that parameters can have.
+
+    Raises:
+      CheckpointError: if it has not.
+    """
     if tensor.shape != shape:
         # A damaged file can name thousands of sides.
         raise CheckpointError(

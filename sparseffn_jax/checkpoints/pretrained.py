@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError
 
+from sparseffn_jax.checkpoints.adapters import adapted, load_adapter
 from sparseffn_jax.checkpoints.configs import (
     MODELING,
     config_json,
@@ -29,6 +30,7 @@ from sparseffn_jax.checkpoints.configs import (
 )
 from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.folders import (
+    CARD,
     PathLike,
     check_replaceable,
     find_folder,
@@ -108,6 +110,7 @@ def load_pretrained(
     param_dtype: Dtype | None = jnp.float32,
     sharding: Placement | None = None,
     on_demand: bool = False,
+    adapter: PathLike | None = None,
 ) -> Pretrained:
     """Loads a model's config and parameters.
 
@@ -132,10 +135,13 @@ def load_pretrained(
         not fit into memory can be converted: leaves are then objects that
         :func:`sparseffn_jax.sparsify` and :func:`save_pretrained` take in place of arrays, and
         nothing else does. Values are checked when they are read.
+      adapter: LoRA adapters to merge into the weights in float32: a folder that peft or
+        :func:`save_adapter` has written, or the name of one on the Hub.
 
     Raises:
       CheckpointError: if the source is not there, damaged, of another kind than its config says,
-        or of a model family that is not known, or if reading it needs an extra that is missing.
+        or of a model family that is not known, if reading it needs an extra that is missing, or if
+        the adapter is none for this model.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -157,7 +163,9 @@ def load_pretrained(
         check_sizes(config.num_hidden_layers, sides, weights.shapes, where)
     decoder = known_family(getattr(config, "model_type", None), where)
     weights = split_fused(weights, decoder.names, config)
-    matched = match(weights, decoder(config, ffns), where)
+    matched = match(weights, model := decoder(config, ffns), where)
+    if adapter is not None:
+        weights = adapted(weights, matched, load_adapter(adapter, model), param_dtype)
     read = _on_demand if on_demand else _read
     return Pretrained(config, read(weights, matched, param_dtype, sharding), ffns, folder)
 
@@ -171,6 +179,7 @@ def save_pretrained(
     dtype: Dtype | None = None,
     overwrite: bool = False,
     max_shard_size: int = 5_000_000_000,
+    card: str | None = None,
 ) -> None:
     """Writes a model as a folder that :func:`load_pretrained` reads back bit for bit.
 
@@ -187,6 +196,7 @@ def save_pretrained(
       dtype: the dtype that the parameters are cast to; ``None`` keeps theirs.
       overwrite: whether a model folder of that name is replaced, with all that is in it.
       max_shard_size: the most bytes of one file; a larger model is written in shards with an index.
+      card: the text of ``README.md``, which the Hugging Face Hub shows; ``None`` writes none.
 
     Raises:
       CheckpointError: if the folder cannot be written or holds something already, if ``params``
@@ -217,6 +227,8 @@ def save_pretrained(
             tensors = to_pytorch(weights, model.names)
             write_safetensors(staging, tensors, dtype, max_shard_size)
             write_tokenizer(staging, tokenizer)
+            if card is not None:
+                (staging / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
 
