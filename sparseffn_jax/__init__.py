@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparseffn_jax.checkpoints.adapters import load_adapter, save_adapter
     from sparseffn_jax.checkpoints.errors import CheckpointError
     from sparseffn_jax.checkpoints.export import export_dense
+    from sparseffn_jax.checkpoints.hub import push_to_hub
     from sparseffn_jax.checkpoints.pretrained import (
         EMBEDDED_MODEL,
         Pretrained,
@@ -109,6 +110,7 @@ _HOMES = {
     "load_tokenizer": "checkpoints.tokenizers",
     "load_windows": "train.data",
     "make_strategy": "train.strategies",
+    "push_to_hub": "checkpoints.hub",
     "save_adapter": "checkpoints.adapters",
     "save_pretrained": "checkpoints.pretrained",
     "size_ffn": "sparsify.sizing",

@@ -24,6 +24,8 @@ from sparseffn_jax.bench.comparison import (
 from sparseffn_jax.bench.fairness import check_comparable
 from sparseffn_jax.bench.planned import PlannedMethod, Planning
 from sparseffn_jax.bench.settings import begin_report, check_counts
+from sparseffn_jax.checkpoints.cards import model_card, origin_of
+from sparseffn_jax.checkpoints.cards import table as markdown_table
 from sparseffn_jax.checkpoints.folders import check_replaceable
 from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL, save_pretrained
 from sparseffn_jax.config import SparseFFNConfig
@@ -120,6 +122,9 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         job.report["seconds"] = round(time.perf_counter() - started, 1)
         job.finish()
         return job.report
+
+
+_COLUMNS = ("", "dense", "sparse", "ratio")
 
 
 class _Job:
@@ -290,6 +295,13 @@ class _Job:
             self.sparse_params,
             tokenizer=self.comparison.dense.folder or self.comparison.tokenizer,
             overwrite=True,
+            card=model_card(
+                out.name,
+                self.sparse_model,
+                self.sparse_params,
+                origin_of(self.settings.model, self.comparison.dense.folder),
+                _card_section(rep),
+            ),
         )
         starts = {
             "dense": rep["dense"]["pretrained_val_loss"],
@@ -318,13 +330,30 @@ class _Job:
 
 def _summary(rep: dict[str, Any]) -> Table:
     table = Table(title="Dense and sparse, fine-tuned on the same batches")
-    for name in ("", "dense", "sparse", "ratio"):
+    for name in _COLUMNS:
         table.add_column(name, justify="left" if not name else "right")
+    for row in _rows(rep):
+        table.add_row(*row)
+    return table
+
+
+def _card_section(rep: dict[str, Any]) -> str:
+    tokens, versions = rep["times"]["tokens"], rep["versions"]
+    return (
+        f"## Converted and fine-tuned\n\n{markdown_table(_COLUMNS, _rows(rep))}\n\n"
+        "Both were fine-tuned on the same batches. Losses are in nats a token on held-out text. "
+        f"Times are medians of pairs in turn, FFNs on {tokens['ffn']:,} and models on "
+        f"{tokens['model']:,} tokens, on {versions['device']} with {versions['cpu_count']} CPUs."
+    )
+
+
+def _rows(rep: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    rows = []
     flops, warm = rep["ffn_flops_per_token"], rep["warm_start"]
     parameters = rep["parameters"]
 
     def row(label: str, dense: str, sparse: str, ratio: str) -> None:
-        table.add_row(label, dense, sparse, ratio)
+        rows.append((label, dense, sparse, ratio))
 
     pretrained = rep["dense"]["pretrained_val_loss"]
     row("val. loss, before", f"{pretrained:.4f}", f"{warm['layer_distillation']:.4f}", "")
@@ -360,7 +389,7 @@ def _summary(rep: dict[str, Any]) -> Table:
             f"{1e3 * times['candidate_seconds']:.1f} ms",
             f"{times['speedup']:.2f}x",
         )
-    return table
+    return rows
 
 
 def _forward(model: Decoder, params: Any) -> Callable[[Any], Any]:

@@ -134,7 +134,16 @@ def load_adapter(source: PathLike, model: Decoder) -> LoraAdapter:
 
     Raises:
       CheckpointError: if the source is not there, damaged or of another model; if it is no LoRA, or
-        has settings that are not read, such as DoRA; the message names them.
+        has settings that are not supported, such as DoRA; the message names them.
+
+    Example:
+      >>> import sparseffn_jax as sf
+      >>> model = sf.load_pretrained(sf.EMBEDDED_MODEL).model()
+      >>> try:
+      ...     sf.load_adapter(sf.EMBEDDED_MODEL, model)
+      ... except sf.CheckpointError as error:
+      ...     print(str(error).partition("has ")[2])
+      no adapter_config.json: give an adapter folder as peft's
     """
     folder = find_adapter(source)
     settings = _Settings.read(folder / ADAPTER_CONFIG)

@@ -11,7 +11,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from sparseffn_jax.checkpoints.cards import model_card, origin_of, table
 from sparseffn_jax.checkpoints.folders import check_replaceable
+from sparseffn_jax.checkpoints.hub import check_push, push_to_hub
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
 from sparseffn_jax.commands.budget import Budget
 from sparseffn_jax.commands.common import DTYPES, check_at_least, matching_tokenizer
@@ -59,6 +61,8 @@ class Convert:
       seed: Of the choice of windows.
       plans: Table of measured plans to choose by, as "inspect --autotune" writes it.
       overwrite: Replace an existing model in --out.
+      push: Repository on the Hugging Face Hub, such as me/sparse-gpt2, to push the model to.
+      private: Make that repository private.
     """
 
     model: str
@@ -76,6 +80,8 @@ class Convert:
     seed: int = 0
     plans: Path | None = None
     overwrite: bool = False
+    push: str | None = None
+    private: bool = False
 
     def run(self, console: Console) -> None:
         """Runs the command."""
@@ -84,6 +90,8 @@ class Convert:
         check_at_least("distill_steps", self.distill_steps, 0)
         self._check_budget()
         check_replaceable(self.out, self.overwrite, [self.model])
+        if self.push is not None:
+            check_push(self.push)
         if self._plan is not None:
             self._make_plan(self._plan, console)
         with stage("loading the model", console):
@@ -95,10 +103,12 @@ class Convert:
             windows = load_windows(self.text, tokenizer, window).train
         order = np.random.default_rng(self.seed).permutation(len(windows))
         chosen = order[: max(1, self.calibration_tokens // window)]
+        errors: list[float] = []
         with self._stoppable(), counter("converting layer", console) as count:
 
             def on_layer(layer: ConvertedLayer) -> None:
                 count(layer.layer + 1, dense.spec.n_layer)
+                errors.append(layer.error)
                 console.print(
                     f"layer {layer.layer}: error {layer.error:.4f} of the targets' variance, "
                     f"{layer.seconds:.1f} s"
@@ -117,9 +127,38 @@ class Convert:
                 work_dir=self._work_dir,
                 on_layer=on_layer,
             )
-        save_pretrained(self.out, model, params, tokenizer=tokenizer, overwrite=self.overwrite)
+        card = model_card(
+            self.push or self.out.name,
+            model,
+            params,
+            origin_of(self.model, dense.folder),
+            self._card_section(len(chosen) * window, dense.spec.n_layer, errors),
+        )
+        save_pretrained(
+            self.out, model, params, tokenizer=tokenizer, overwrite=self.overwrite, card=card
+        )
         shutil.rmtree(self._work_dir)
         console.print(f"wrote {self.out}; recover its quality with: sparseffn finetune")
+        if self.push is not None:
+            with stage(f"pushing {self.out}", console):
+                url = push_to_hub(self.out, self.push, private=self.private or None)
+            console.print(f"pushed {self.out} to {self.push}: {url}")
+
+    def _card_section(self, tokens: int, n_layer: int, errors: list[float]) -> str:
+        rows = [
+            ("calibration", f"{tokens:,} tokens of {Path(self.text).name}"),
+            ("distillation, layer by layer", f"{self.distill_steps} steps a layer"),
+            ("repair", f"{self.repair:g} of what the layers before have lost"),
+        ]
+        # A conversion that went on where it stopped knows the errors of its last layers alone.
+        if len(errors) == n_layer:
+            worst = f"{max(errors):.4f} in the worst layer"
+            rows.append(
+                ("error", f"{np.mean(errors):.4f} of the targets' variance on average, {worst}")
+            )
+        if self._plan is not None:
+            rows += self._plan.card_rows()
+        return f"## Converted\n\n{table(('', ''), rows)}"
 
     @property
     def _work_dir(self) -> Path:

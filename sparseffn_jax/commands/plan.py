@@ -160,6 +160,28 @@ class Plan:
         """All settings, in a form fit for JSON."""
         return dataclasses.asdict(self) | {"out": str(self.out)}
 
+    def card_rows(self) -> list[tuple[str, str]]:
+        """Returns what a model's card says of the plan that was made, as pairs of text."""
+        report = read_json(self.out / "report.json")
+        totals, budget = report["totals"], self.budget
+        rows = [
+            ("planned for", ", ".join(f"{name}={limit:g}" for name, limit in budget.given.items())),
+            ("predicted loss of the plan", f"{totals['predicted_damage']:+.4f} nats a token"),
+        ]
+        if (wanted := budget.speedup_wanted) is not None:
+            how = f"estimated for {budget.device}, not measured"
+            if budget.device is None:
+                versions = report["versions"]
+                how = f"measured on {versions['device']}, {versions['cpu_count']} CPUs"
+            rows.append(
+                (
+                    f"{wanted[0].replace('_', ' ')} of the plan, dense = 1",
+                    f"{totals[wanted[0]]:.2f}x, {budget.timed_pass} of {budget.timed_tokens} "
+                    f"tokens in {budget.timed_dtype}, {how}",
+                )
+            )
+        return rows
+
     def _check(self) -> None:
         self.budget.check()
         for name in ("calibration_tokens", "batch_size"):
