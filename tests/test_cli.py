@@ -19,7 +19,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 import sparseffn_jax as sf
 from sparseffn_jax.bench.clock import FFNClock, ModelClock
 from sparseffn_jax.cli import main
-from sparseffn_jax.commands import convert
+from sparseffn_jax.commands import convert, finetune
 from sparseffn_jax.commands.evaluate import Evaluate
 from sparseffn_jax.measure import memory
 from sparseffn_jax.train.run_lock import hold_run_folder
@@ -157,6 +157,69 @@ def test_finetune_trains_resumes_and_leaves_a_model(folder, sparse, tmp_path, ca
     assert fingerprint(out / "model") == trained
     run("evaluate", "--model", out / "model", "--text", folder / "short.txt")
     assert "nats a token" in capfd.readouterr().out
+
+
+def test_finetune_leaves_adapters_in_peft_format(folder, sparse, tmp_path, capfd):
+    common = ["--text", folder / "corpus.txt", "--steps", 4, "--batch-size", 2]
+    out = tmp_path / "run"
+    run("finetune", "--model", sparse, "--out", out, *common, "--recipe", "lora", "--lora-rank", 4,
+        "--lora-alpha", 6, "--lora-targets", "c_attn", "--learning-rate", 0.01)  # fmt: skip
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 6, ["c_attn"])
+    assert config["modules_to_save"] == ["mlp"]
+    assert config["base_model_name_or_path"] == str(sparse)
+    merged = sf.load_pretrained(out / "model").params
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        sf.load_pretrained(sparse, adapter=out / "adapter").params,
+        merged,
+    )
+    cards = [(out / name / "README.md").read_text() for name in ("adapter", "model")]
+    validation = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"]
+    for card in cards:
+        assert f"{validation:.4f} nats a token" in card
+        assert "| adapters | rank 4 on c_attn |" in card
+        assert "tokens of corpus.txt" in card  # How its base was converted.
+        assert str(folder) not in card
+    # Elsewhere the adapters go into another run.
+    run("finetune", "--model", sparse, "--adapter", out / "adapter", "--out", tmp_path / "next",
+        *common, "--recipe", "ffn_only")  # fmt: skip
+    after = sf.load_pretrained(tmp_path / "next" / "model").params
+    kernels = [tree["transformer"]["h"]["0"]["attn"]["c_attn"]["kernel"] for tree in (after, merged)]
+    np.testing.assert_allclose(*kernels, atol=1e-6)
+
+
+def test_adapters_alone_are_pushed(folder, tmp_path, capfd, monkeypatch):
+    pushed, checked = [], []
+    monkeypatch.setattr(finetune, "check_push", checked.append)
+    monkeypatch.setattr(
+        finetune, "push_to_hub", lambda *args, private: pushed.append((*args, private)) or "url"
+    )
+    run("finetune", "--model", folder / "dense", "--text", folder / "corpus.txt", "--steps", 1,
+        "--out", tmp_path, "--batch-size", 2, "--recipe", "lora", "--no-lora-ffns", "--no-merge",
+        "--push", "me/lora", "--private")  # fmt: skip
+    assert checked == ["me/lora"]
+    assert pushed == [(tmp_path / "adapter", "me/lora", True)]
+    assert not (tmp_path / "model").exists()
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["target_modules"]) == (
+        None,
+        ["attn.c_proj", "c_attn"],
+    )
+    assert "me/lora: url" in capfd.readouterr().out
+
+
+def test_who_may_not_push_is_told_before_any_work(folder, tmp_path, capfd, monkeypatch):
+    def refuse(repo_id):
+        raise sf.CheckpointError(f"cannot push to {repo_id}")
+
+    for command in (convert, finetune):
+        monkeypatch.setattr(command, "check_push", refuse)
+        monkeypatch.setattr(command, "load_pretrained", None)
+        name = command.__name__.rpartition(".")[2]
+        error = refused(capfd, name, "--model", folder / "dense", "--out", tmp_path / "out",
+                        "--text", folder / "corpus.txt", "--push", "me/x")  # fmt: skip
+        assert error == "error: cannot push to me/x\n"
 
 
 def test_generate_continues_the_prompt(sparse, capfd):
@@ -364,6 +427,13 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("finetune --model {run}/model/a --out {run} --text {corpus}", "holds the model that is"),
         ("finetune --model {dense} --teacher {embedded} --distill-weight 1 --out {dir}/run "
          "--text {corpus}", "the teacher has a vocabulary of 1024 tokens"),
+        ("finetune --model {dense} --out {dir}/run --text {corpus} --recipe lora --lora-targets "
+         "q_proj", "no linear map is called 'q_proj': adapters can be on attn.c_attn, "),
+        ("finetune --model {dense} --out {dir}/run --text {corpus} --recipe lora --adapter x",
+         "Merge these first"),
+        ("finetune --model {dense} --out {dir}/run --text {corpus} --no-merge", "is for --recipe"),
+        ("finetune --model {dense} --out {dir}/run --text {corpus} --adapter {dense}",
+         "has no adapter_config.json"),
         ("convert --model {dense} --out {dir}/out --flops 0 --text {corpus}", "flops=0.0"),
         ("convert --model {dense} --out {dir}/out --text {empty}", "empty"),
         ("plan --model {dense} --out {dir}/plan --text {corpus}", "give one of --flops"),
