@@ -102,7 +102,7 @@ def model_card(
         (_ranges(numbers), "; ".join(parts), f"{of_dense:.3f}")
         for (parts, of_dense), numbers in by_parts.items()
     ]
-    trust = ", trust_remote_code=True" if sparse else ""
+    trust = _trust(model)
     body = [
         f"# {name.rpartition('/')[2]}",
         f"{what}. Made with sparseffn_jax.",
@@ -132,9 +132,16 @@ def model_card(
     return _card(body, "transformers", origin, tags)
 
 
-def adapter_card(name: str, origin: Origin, section: str = "") -> str:
-    """Returns the text of the card of LoRA adapters; the arguments are :func:`model_card`'s."""
-    base = origin.hub_name or origin.name
+def adapter_card(name: str, model: Decoder, origin: Origin, section: str = "") -> str:
+    """Returns the text of the card of LoRA adapters.
+
+    Args:
+      name: the adapters' name on the Hub, or that of their folder.
+      model: the model that they are for.
+      origin: where that model comes from.
+      section: how they were made, as Markdown.
+    """
+    base, trust = origin.name, _trust(model)
     body = [
         f"# {name.rpartition('/')[2]}",
         f"LoRA adapters for {_code(origin.name)}. Made with sparseffn_jax.",
@@ -144,7 +151,7 @@ def adapter_card(name: str, origin: Origin, section: str = "") -> str:
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
             "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base}", trust_remote_code=True)',
+            f'base = AutoModelForCausalLM.from_pretrained("{base}"{trust})',
             f'model = PeftModel.from_pretrained(base, "{name}")',
         ),
         _python(
@@ -160,6 +167,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _trust(model: Decoder) -> str:
+    # A dense folder needs no code but transformers' own.
+    return ", trust_remote_code=True" if any(model.ffns) else ""
 
 
 def _history(origin: Origin | None, section: str) -> list[str]:

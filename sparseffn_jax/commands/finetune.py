@@ -116,7 +116,7 @@ class Finetune:
                 model,
                 result.adapter,
                 base_model=self.model,
-                card=adapter_card(self.push or self._adapter.name, origin, section),
+                card=adapter_card(self.push or self._adapter.name, model, origin, section),
                 overwrite=True,
             )
             console.print(f"wrote {self._adapter}")
@@ -186,7 +186,8 @@ class Finetune:
             name = origin_of(self.teacher, None).name
             rows.append(("distilled from", f"{name}, with weight {config.distill_weight:g}"))
         if result.adapter is not None:
-            rows.append(("adapters", f"rank {config.lora_rank} on {config.lora_targets}"))
+            ranks = f" ({config.lora_ranks})" if config.lora_ranks else ""
+            rows.append(("adapters", f"rank {config.lora_rank}{ranks} on {config.lora_targets}"))
         if (loss := last.get("validation_loss")) is not None:
             held_out = windows.validation[:, 1:].size
             rows.append(

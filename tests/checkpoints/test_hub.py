@@ -174,9 +174,12 @@ def test_a_card_takes_over_how_its_base_was_made(tmp_path):
     data, text = metadata(second)
     assert data["base_model"] == "gpt2"
     assert text.index("## Converted\n\nSo.") < text.index("## Fine-tuned\n\nThen.")
-    adapter, text = metadata(adapter_card("me/lora", origin, "## Fine-tuned\n\nThen."))
+    adapter, text = metadata(adapter_card("me/lora", model, origin, "## Fine-tuned\n\nThen."))
     assert (adapter["library_name"], adapter["base_model"]) == ("peft", "gpt2")
     assert "## Converted\n\nSo." in text
+    assert 'from_pretrained("sparse", trust_remote_code=True)' in text
+    dense = make_model("gpt2")[0]
+    assert "trust_remote_code" not in adapter_card("me/lora", dense, origin_of("gpt2", None))
 
 
 @pytest.mark.parametrize(
