@@ -148,6 +148,7 @@ def mean_loss(
     targets: Int[Array, "B T"],
     teacher: Outputs | None = None,
     mixture: Mixture | None = None,
+    weights: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the loss to train on, and the cross-entropy in it, as means over tokens in nats.
 
@@ -162,9 +163,11 @@ def mean_loss(
       teacher: the teacher's outputs for the same tokens; ``None`` if the weight is 0.
       mixture: the weight, the temperature, and how the batch is dealt out; ``None`` is the
         cross-entropy alone, on one device.
+      weights: how much each token counts in both, float32; ``None`` stands for 1 over the number of
+        tokens. Tokens of which nothing is to be learned have the weight 0.
 
     Returns:
-      Two float32 scalars.
+      Two float32 scalars, the sums of the tokens' losses times their weights.
 
     Raises:
       ValueError: if there is a teacher and no weight, or a weight and no teacher, if the teacher's
@@ -198,21 +201,25 @@ def mean_loss(
         raise ValueError(
             f"{targets.shape[0]} rows cannot be dealt out to batch_shards={mixture.batch_shards}"
         )
-    means: Any = _mean_loss(mixture, outputs, targets, jax.lax.stop_gradient(teacher))
+    if weights is None:
+        weights = jnp.full(targets.shape, 1.0 / targets.size, jnp.float32)
+    means: Any = _mean_loss(mixture, outputs, targets, weights, jax.lax.stop_gradient(teacher))
     loss, cross_entropy = means
     return loss, jax.lax.stop_gradient(cross_entropy)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mean_loss(mixture: Mixture, outputs: Outputs, targets: Array, teacher: Outputs | None) -> Any:
+def _mean_loss(
+    mixture: Mixture, outputs: Outputs, targets: Array, weights: Array, teacher: Outputs | None
+) -> Any:
     nothing = jax.tree.map(lambda _: False, outputs)
-    return _means_and_gradient(mixture, outputs, targets, teacher, nothing)[0]
+    return _means_and_gradient(mixture, nothing, outputs, targets, weights, teacher)[0]
 
 
 def _forward(mixture: Mixture, *primals: Any) -> Any:
     wanted = jax.tree.map(lambda leaf: leaf.perturbed, primals[0])
-    outputs, targets, teacher = jax.tree.map(lambda leaf: leaf.value, primals)
-    means, gradient = _means_and_gradient(mixture, outputs, targets, teacher, wanted)
+    outputs, *others = jax.tree.map(lambda leaf: leaf.value, primals)
+    means, gradient = _means_and_gradient(mixture, wanted, outputs, *others)
     return means, (gradient, outputs)
 
 
@@ -223,21 +230,21 @@ def _backward(_: Mixture, residuals: Any, cotangents: Any) -> Any:
     gradient = jax.tree.map(
         lambda x, g: None if g is None else (scale * g).astype(x.dtype), outputs, gradient
     )
-    return gradient, None, None
+    return gradient, None, None, None
 
 
 _mean_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _means_and_gradient(
-    mixture: Mixture, outputs: Outputs, targets: Array, teacher: Outputs | None, wanted: Any
+    mixture: Mixture, wanted: Any, *operands: Any
 ) -> tuple[tuple[Array, Array], Any]:
     """Returns loss and cross-entropy, and the loss's float32 gradient where it is wanted.
 
-    ``wanted`` and the gradient are trees like ``outputs``: of bools, and of arrays or ``None``.
+    The operands are outputs, targets, weights and teacher; ``wanted`` and the gradient are trees
+    like ``outputs``: of bools, and of arrays or ``None``.
     """
-    compute = partial(_in_chunks, mixture, wanted)
-    return _by_platform(compute, outputs, targets, teacher)
+    return _by_platform(partial(_in_chunks, mixture, wanted), *operands)
 
 
 def _by_platform(compute: Any, *operands: Any) -> Any:
@@ -252,13 +259,13 @@ def _in_chunks(
     work: _Work,
     outputs: Outputs,
     targets: Array,
+    weights: Array,
     teacher: Outputs | None,
 ) -> tuple[tuple[Array, Array], Any]:
     (rows, tokens), head = targets.shape, _prepared(work, outputs)
     soft_head = teacher and _prepared(work, teacher)
     models = 1 if teacher is None else 2
     count = _chunk_count(work, rows // mixture.batch_shards, tokens, models * outputs.vocab_size)
-    weights = jnp.full(targets.shape, 1.0 / targets.size, jnp.float32)
     cut = partial(_cut, count=count)
     # Padding gets the weight 0.
     chunks = jax.tree.map(cut, (outputs.hidden, targets, weights, teacher and teacher.hidden))

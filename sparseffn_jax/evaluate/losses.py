@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparseffn_jax.evaluate.fused_loss import Outputs, token_losses
 from sparseffn_jax.evaluate.windows import cut_windows
@@ -27,7 +27,7 @@ class Evaluator(Protocol):
         params: Params,
         windows: Int[np.ndarray, "n w"],
         batch_size: int,
-        counts: Int[np.ndarray, " n"] | None = None,
+        counted: Bool[np.ndarray, "n t"] | None = None,
         on_batch: OnBatch | None = None,
     ) -> float:
         """Returns the mean over the predictions that count, in nats a token."""
@@ -98,7 +98,11 @@ def forward(
 
 
 def evaluate_loss(
-    model: nn.Module, params: Params, windows: Int[np.ndarray, "n w"], batch_size: int
+    model: nn.Module,
+    params: Params,
+    windows: Int[np.ndarray, "n w"],
+    batch_size: int,
+    counted: Bool[np.ndarray, "n t"] | None = None,
 ) -> float:
     """Returns the mean cross-entropy over all windows' targets, in nats a token.
 
@@ -108,9 +112,11 @@ def evaluate_loss(
       windows: token ids ``(n, window + 1)``; ``[:, :-1]`` are the inputs and ``[:, 1:]`` the
         targets. :func:`sparseffn_jax.load_windows` returns such windows.
       batch_size: number of windows in one forward pass; it changes the result by rounding alone.
+      counted: which targets the mean is over, ``(n, window)``; ``None`` takes all.
 
     Raises:
-      ValueError: if there is no window, or a token id that the model does not know.
+      ValueError: if there is no window, no target that counts, or a token id that the model does
+        not know.
 
     Example:
       >>> import jax
@@ -131,7 +137,7 @@ def evaluate_loss(
       0
     """
     check_token_ids(model, params, windows)
-    return make_evaluator(model)(params, windows, batch_size)
+    return make_evaluator(model)(params, windows, batch_size, counted)
 
 
 def evaluate_tokens(
@@ -141,6 +147,7 @@ def evaluate_tokens(
     window: int,
     batch_size: int,
     on_batch: OnBatch | None = None,
+    counted: Bool[np.ndarray, " n"] | None = None,
 ) -> float:
     """Returns the mean cross-entropy of a whole text, in nats a token.
 
@@ -155,20 +162,21 @@ def evaluate_tokens(
       batch_size: number of windows in one forward pass; it changes the result by rounding alone.
       on_batch: function that is called after every forward pass, with the number of windows that
         are done and that of all.
+      counted: which tokens the mean is over; ``None`` takes all but the first, which is never
+        predicted.
 
     Raises:
+      ValueError: if no token counts.
       MemoryError: if a forward pass needs more memory than there is.
     """
-    rows = cut_windows(tokens, window)
-    counts = np.full(len(rows), window)
-    rest = tokens[len(rows) * window :]
-    if len(rest) > 1:
-        # As long as the others, so that one program serves all: what follows a token does not
-        # change its loss.
-        padded = np.resize(rest, (1, window + 1 if len(rows) else len(rest)))
-        rows = np.concatenate([rows, padded]) if len(rows) else padded
-        counts = np.append(counts, len(rest) - 1)
-    return make_evaluator(model)(params, rows, batch_size, counts, on_batch)
+    # The last window is as long as the others, so that one program serves all: what follows a token
+    # does not change its loss.
+    window = min(window, len(tokens) - 1)
+    padding = -(len(tokens) - 1) % window
+    counted = np.ones(len(tokens), bool) if counted is None else counted
+    rows = cut_windows(np.pad(tokens, (0, padding)), window)
+    rows_counted = cut_windows(np.pad(counted, (0, padding)), window)[:, 1:]
+    return make_evaluator(model)(params, rows, batch_size, rows_counted, on_batch)
 
 
 def make_evaluator(
@@ -176,38 +184,40 @@ def make_evaluator(
 ) -> Evaluator:
     """Returns a function that computes :func:`evaluate_loss` for one model, compiled once.
 
-    It takes parameters, windows and batch size; on request, for each window the number of
-    predictions that count, from the first on, and a function that is called after every batch with
-    the numbers of windows done and to be done. Unlike :func:`evaluate_loss` it does not check the
-    windows, which :func:`check_token_ids` does.
+    It takes parameters, windows and batch size; on request, which targets count, and a function
+    that is called after every batch with the numbers of windows done and to be done. Unlike
+    :func:`evaluate_loss` it does not check the windows, which :func:`check_token_ids` does. It
+    raises ``ValueError`` if no target counts.
 
     Args:
       model: a decoder.
       place: function that puts a batch on the devices on which the parameters lie.
     """
 
-    def sum_losses(params, batch, counts):
+    def sum_losses(params, batch, counted):
         outputs, _ = forward(model, params, batch[:, :-1])
         losses, _ = token_losses(outputs, batch[:, 1:])
-        return jnp.sum(losses, where=jnp.arange(losses.shape[1]) < counts[:, None])
+        return jnp.sum(losses, where=counted)
 
     run = CheckedJit(sum_losses, "evaluation", "lower the batch size or the window")
 
-    def evaluate(params, windows, batch_size, counts=None, on_batch=None):
-        if counts is None:
-            counts = np.full(len(windows), windows.shape[1] - 1)
+    def evaluate(params, windows, batch_size, counted=None, on_batch=None):
+        if counted is None:
+            counted = np.ones((len(windows), windows.shape[1] - 1), bool)
+        if not counted.any():
+            raise ValueError("no target counts: there is nothing to evaluate")
         batch_size = min(batch_size, len(windows))
         total = 0.0
         for start in range(0, len(windows), batch_size):
             rows = slice(start, start + batch_size)
             # A last batch of its own shape would compile the model a second time.
             batch = np.resize(windows[rows], (batch_size, windows.shape[1]))
-            counted = np.zeros(batch_size, np.int32)
-            counted[: len(counts[rows])] = counts[rows]
-            total += float(run(params, place(batch), counted))
+            mask = np.zeros((batch_size, counted.shape[1]), bool)
+            mask[: len(counted[rows])] = counted[rows]
+            total += float(run(params, place(batch), place(mask)))
             if on_batch is not None:
                 on_batch(min(start + batch_size, len(windows)), len(windows))
-        return total / int(counts.sum())
+        return total / int(counted.sum())
 
     return evaluate
 

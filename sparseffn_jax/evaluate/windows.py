@@ -1,10 +1,10 @@
 """Windows of tokens, on which a model is trained and evaluated."""
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Shaped
 
 
-def cut_windows(tokens: Int[np.ndarray, " n"], window: int) -> Int[np.ndarray, "k w"]:
+def cut_windows(tokens: Shaped[np.ndarray, " n"], window: int) -> Shaped[np.ndarray, "k w"]:
     """Cuts a row of tokens into windows of ``window + 1``, each sharing one token with the next.
 
     Every token but the first is then the target of exactly one window. Tokens behind the last full

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Bool, Float, Int
 
 from sparseffn_jax.evaluate import losses
 from sparseffn_jax.evaluate.fused_loss import Mixture, mean_loss
@@ -59,6 +60,18 @@ class Stage(NamedTuple):
     end: int
 
 
+class Batch(NamedTuple):
+    """Windows of which some targets do not count.
+
+    Attributes:
+      tokens: int32 token ids, ``(batch_size, window + 1)``.
+      counted: which targets the loss is a mean over, ``(batch_size, window)``.
+    """
+
+    tokens: Int[Array, "b w"]
+    counted: Bool[Array, "b t"]
+
+
 class Update(Protocol):
     """One optimizer update, as :func:`make_update` returns it and JAX compiles it.
 
@@ -66,7 +79,8 @@ class Update(Protocol):
       state: the train state; the update returns the next one.
       frozen: the parameters that do not train.
       teacher_params: the teacher's parameters, or ``None`` without a teacher.
-      batch: int32 token ids, ``(batch_size, window + 1)``.
+      batch: int32 token ids, ``(batch_size, window + 1)``; or a :class:`Batch`, of whose targets
+        some do not count.
       index: the step's number, from which dropout's keys come.
       updates: the number of updates of the stage so far, by which the rates are scheduled.
       rate_factor: the factor by which both learning rates are multiplied.
@@ -242,7 +256,11 @@ def make_update(
         gradient = partial(
             jax.grad(scaled_loss, has_aux=True), state.trainable, frozen, teacher_params
         )
-        grads, metrics = _mean_of_microbatches(gradient, batch, key, config.accumulate_steps)
+        tokens, weights = batch, None
+        if isinstance(batch, Batch):
+            tokens, weights = batch.tokens, _weights(batch.counted, config, axis_name)
+        microbatches = (tokens, weights)
+        grads, metrics = _mean_of_microbatches(gradient, microbatches, key, config.accumulate_steps)
         if scale is not None:
             grads = jax.tree.map(lambda x: x / scale, grads)
         if axis_name is not None:
@@ -269,15 +287,17 @@ def _make_loss(
     gather: Callable[[Params], Params],
     batch_shards: int,
 ) -> Callable:
-    """Returns what maps ``(trainable, frozen, teacher_params, windows, key)`` to loss and metrics.
+    """Returns what maps ``(trainable, frozen, teacher_params, batch, key)`` to loss and metrics.
 
-    ``windows`` holds the token ids of a microbatch, and ``key`` is for dropout.
+    ``batch`` holds the token ids of a microbatch and the weights of its targets, or ``None`` where
+    all weigh the same; ``key`` is for dropout.
     """
     with_states = config.hidden_weight > 0
     mixture = Mixture(config.distill_weight, config.temperature, batch_shards)
 
-    def loss_and_metrics(trainable, frozen, teacher_params, windows, key):
+    def loss_and_metrics(trainable, frozen, teacher_params, batch, key):
         params = merge_adapters(config, gather(combine(trainable, frozen)))
+        windows, weights = batch
         inputs, targets = windows[:, :-1], windows[:, 1:]
         outputs, states = losses.forward(
             model,
@@ -287,13 +307,13 @@ def _make_loss(
             with_hidden_states=with_states,
         )
         if teacher_model is None:
-            loss, _ = mean_loss(outputs, targets, None, mixture)
+            loss, _ = mean_loss(outputs, targets, None, mixture, weights)
             return loss, {"loss": loss}
         teacher, teacher_states = losses.forward(
             teacher_model, gather(teacher_params), inputs, with_hidden_states=with_states
         )
         soft = teacher if config.distill_weight > 0 else None
-        loss, cross_entropy = mean_loss(outputs, targets, soft, mixture)
+        loss, cross_entropy = mean_loss(outputs, targets, soft, mixture, weights)
         if config.hidden_weight > 0:
             loss = loss + config.hidden_weight * losses.hidden_state_mse(states, teacher_states)
         return loss, {"loss": loss, "cross_entropy": cross_entropy}
@@ -301,24 +321,38 @@ def _make_loss(
     return loss_and_metrics
 
 
-def _mean_of_microbatches(gradient: Callable, batch: Any, key: Any, count: int) -> Any:
-    """Returns the mean of ``gradient(windows, key)`` over ``count`` equal parts of a batch."""
+def _weights(
+    counted: Bool[Array, "b t"], config: TrainConfig, axis_name: str | None
+) -> Float[Array, "b t"]:
+    """Returns the weights by which the mean over microbatches is that over all counted targets.
 
-    def of_microbatch(windows, number):
-        return gradient(windows, jax.random.fold_in(key, number))
+    Microbatches and devices hold unequal numbers of them: a mean of their means would weigh a
+    target by its neighbours. A batch without any has the weights 0, and so the loss 0.
+    """
+    count = counted.sum(dtype=jnp.float32)
+    if axis_name is not None:
+        count = jax.lax.pmean(count, axis_name)
+    return counted * (config.accumulate_steps / jnp.where(count > 0.0, count, 1.0))
+
+
+def _mean_of_microbatches(gradient: Callable, batch: Any, key: Any, count: int) -> Any:
+    """Returns the mean of ``gradient(batch, key)`` over ``count`` equal parts of a batch."""
+
+    def of_microbatch(part, number):
+        return gradient(part, jax.random.fold_in(key, number))
 
     if count == 1:
         return of_microbatch(batch, 0)
     # A scan, not optax.MultiSteps: that keeps its accumulator between updates, in memory and in
     # checkpoints, and updates at some steps only.
-    microbatches = batch.reshape(count, -1, batch.shape[-1])
+    microbatches = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
 
     def add(total, numbered):
         return jax.tree.map(jnp.add, total, of_microbatch(*numbered)), None
 
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(of_microbatch, microbatches[0], 0),
+        jax.eval_shape(of_microbatch, jax.tree.map(lambda x: x[0], microbatches), 0),
     )
     total, _ = jax.lax.scan(add, zeros, (microbatches, jnp.arange(count)))
     return jax.tree.map(lambda x: x / count, total)

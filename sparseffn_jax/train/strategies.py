@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from sparseffn_jax.measure.memory import check_fits
 from sparseffn_jax.models.decoder import gathering
 from sparseffn_jax.ops.plans.choice import refusing
 from sparseffn_jax.train import sharding
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.step import Stage, TrainState, compiler_options, init_state
+from sparseffn_jax.train.step import Batch, Stage, TrainState, compiler_options, init_state
 
 StrategyName = Literal["single", "pmap", "mesh"]
 # Examples of the step's last three arguments: index, updates and rate_factor.
@@ -71,16 +71,23 @@ class SingleDevice:
         """Called within the step: brings parameters to where the computation needs them."""
         return params
 
-    def place_batch(self, windows: Int[np.ndarray, "n w"], rows: Int[np.ndarray, " b"]) -> Any:
+    def place_batch(self, windows: Shaped[np.ndarray, "n w"], rows: Int[np.ndarray, " b"]) -> Any:
         """Returns the batch ``windows[rows]``, placed; a process reads only what it needs."""
         return windows[rows]
 
-    def place_evaluation(self, batch: Int[np.ndarray, "b w"]) -> Any:
+    def place_evaluation(self, batch: Shaped[np.ndarray, "b w"]) -> Any:
         """Returns a batch for evaluation, placed where the parameters are."""
         return batch
 
     def compile(
-        self, update: Callable, state: Any, frozen: Any, teacher: Any, batch_shape: tuple[int, int]
+        self,
+        update: Callable,
+        state: Any,
+        frozen: Any,
+        teacher: Any,
+        batch_shape: tuple[int, int],
+        *,
+        counts: bool = False,
     ) -> Callable:
         """Compiles an :class:`~sparseffn_jax.train.step.Update` for placed arguments.
 
@@ -90,11 +97,12 @@ class SingleDevice:
           frozen: the parameters that do not train.
           teacher: the teacher's parameters, or ``None``.
           batch_shape: ``(batch_size, window + 1)``, the shape of a batch on all devices together.
+          counts: whether a batch says which of its targets count.
 
         Raises:
           MemoryError: if the update needs more memory than there is beside the arguments.
         """
-        batch = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
+        batch = _abstract_batch(batch_shape, counts)
         step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options(state))
         return _compiled(step, state, frozen, teacher, batch)
 
@@ -167,10 +175,9 @@ class MeshSharding(SingleDevice):
         spec = sharding.BATCH_SPEC if deals else PartitionSpec()
         return _put(batch, NamedSharding(self.mesh, spec))
 
-    def compile(self, update, state, frozen, teacher, batch_shape):
-        batch = jax.ShapeDtypeStruct(
-            batch_shape, jnp.int32, sharding=NamedSharding(self.mesh, sharding.BATCH_SPEC)
-        )
+    def compile(self, update, state, frozen, teacher, batch_shape, *, counts=False):
+        where = NamedSharding(self.mesh, sharding.BATCH_SPEC)
+        batch = _abstract_batch(batch_shape, counts, where)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(
             update,
@@ -256,6 +263,12 @@ def make_strategy(name: StrategyName, mesh: str | None = None) -> Strategy:
             "'mesh'"
         )
     return MeshSharding(f"data={jax.device_count()}") if name == "pmap" else SingleDevice()
+
+
+def _abstract_batch(shape: tuple[int, int], counts: bool, where: Any = None) -> Any:
+    tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
+    counted: Any = jax.ShapeDtypeStruct((shape[0], shape[1] - 1), bool, sharding=where)
+    return Batch(tokens, counted) if counts else tokens
 
 
 def _compiled(step: Any, state: Any, frozen: Any, teacher: Any, batch: Any) -> Callable:

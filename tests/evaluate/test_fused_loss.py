@@ -54,7 +54,7 @@ def draw(seed, tied=False, bias=True, dtype=jnp.float32, scale=1.0):
     return Outputs(leaves[0], Head(leaves[1], leaves[2], tied, dtype)), exact
 
 
-def reference(exact, targets, soft=None, weight=0.0, temperature=1.0, tied=False):
+def reference(exact, targets, soft=None, weight=0.0, temperature=1.0, tied=False, counted=None):
     """The loss, its cross-entropy and its gradient, from their definitions, in float64."""
 
     def logits_of(exact):
@@ -62,14 +62,15 @@ def reference(exact, targets, soft=None, weight=0.0, temperature=1.0, tied=False
         return hidden @ (kernel.T if tied else kernel) + bias
 
     logits, one_hot = logits_of(exact), np.eye(V)[targets]
+    shares = np.full(targets.shape, 1 / targets.size) if counted is None else counted
     p = softmax(logits)
-    cross_entropy = -np.log((p * one_hot).sum(-1)).mean()
+    cross_entropy = -(shares * np.log((p * one_hot).sum(-1))).sum()
     loss, slope = (1 - weight) * cross_entropy, (1 - weight) * (p - one_hot)
     if soft is not None:
         p, q = softmax(logits / temperature), softmax(logits_of(soft) / temperature)
-        loss += weight * temperature**2 * (q * np.log(q / p)).sum(-1).mean()
+        loss += weight * temperature**2 * (shares * (q * np.log(q / p)).sum(-1)).sum()
         slope += weight * temperature * (p - q)
-    slope /= targets.size
+    slope *= shares[..., None]
     kernel = exact[1].T if tied else exact[1]
     of_kernel = np.einsum("btd,btv->dv", exact[0], slope)
     gradient = slope @ kernel.T, of_kernel.T if tied else of_kernel, slope.sum((0, 1))
@@ -88,18 +89,24 @@ TARGETS = np.random.default_rng(9).integers(0, V, (B, T))
 @pytest.mark.parametrize(
     ("weight", "temperature"), [(0.0, 1.0), (1.0, 1.0), (0.3, 2.0)], ids=["ce", "kl", "mixture"]
 )
-@pytest.mark.parametrize("shards", [1, 2])
-def test_loss_and_gradient(small_chunks, tied, weight, temperature, shards):
+@pytest.mark.parametrize(("shards", "some_count"), [(1, False), (2, False), (2, True)])
+def test_loss_and_gradient(small_chunks, tied, weight, temperature, shards, some_count):
     outputs, exact = draw(0, tied)
     teacher, soft = draw(1, tied) if weight else (None, None)
     mixture = Mixture(weight, temperature, shards)
-    run = jax.value_and_grad(partial(mean_loss, mixture=mixture), has_aux=True)
+    counted = np.random.default_rng(8).random((B, T)) < 0.3 if some_count else None
+    shares = counted / counted.sum() if some_count else None
+    weights = np.float32(shares) if some_count else None
+    compute = partial(mean_loss, mixture=mixture, weights=weights)
+    run = jax.value_and_grad(compute, has_aux=True)
     (loss, cross_entropy), gradient = jax.jit(run)(outputs, TARGETS, teacher)
-    expected = reference(exact, TARGETS, soft, weight, temperature, tied)
+    expected = reference(exact, TARGETS, soft, weight, temperature, tied, shares)
     np.testing.assert_allclose([loss, cross_entropy], expected[:2], rtol=1e-6)
     for actual, leaf in zip(jax.tree.leaves(gradient), expected[2], strict=True):
         assert_close(actual, leaf, 1e-6)
-    plain = jax.jit(partial(mean_loss, mixture=mixture))(outputs, TARGETS, teacher)
+    if some_count:
+        assert not np.any(gradient.hidden[~counted])
+    plain = jax.jit(compute)(outputs, TARGETS, teacher)
     np.testing.assert_allclose(plain, (loss, cross_entropy), rtol=1e-6)
 
 
@@ -312,10 +319,9 @@ def test_evaluators_hold_the_logits_of_a_chunk(chunks_of_eight, monkeypatch):
     monkeypatch.undo()
     set_chunk(monkeypatch, ROWS * 8 * WORDS)
     counted = jax.ShapeDtypeStruct((ROWS, WINDOW), bool)
-    counts = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
-    for program, argument in ((sum_losses, counts), (score_batch, counted)):
-        assert largest_logits(program, params, BATCH, argument) == ROWS * 8
-        memory = jax.jit(program).lower(params, BATCH, argument).compile().memory_analysis()
+    for program in (sum_losses, score_batch):
+        assert largest_logits(program, params, BATCH, counted) == ROWS * 8
+        memory = jax.jit(program).lower(params, BATCH, counted).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 3 * 4 * ROWS * 8 * WORDS
 
 
