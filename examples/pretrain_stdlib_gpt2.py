@@ -26,6 +26,7 @@ from sparseffn_jax import GPT2LMHeadModel, evaluate_loss, save_pretrained
 from sparseffn_jax.evaluate.fused_loss import mean_loss
 from sparseffn_jax.evaluate.losses import forward
 from sparseffn_jax.train import data
+from sparseffn_jax.train.documents import STDLIB, Source
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -61,10 +62,12 @@ def main() -> None:
         parser.error(f"{arguments.out} is there already: give a new folder")
     settings = Settings(steps=arguments.steps)
 
-    train_text, validation_text = data.split_documents(data.read_documents(data.STDLIB), 0.05)
-    tokenizer = train_tokenizer(train_text, settings.vocab_size)
-    train = data.pack(data.tokenize(train_text, tokenizer), settings.window)
-    validation = data.pack(data.tokenize(validation_text, tokenizer), settings.window)
+    documents = list(Source(STDLIB))
+    names = [document.name for document in documents]
+    train_text, _ = data.split_names(names, [1] * len(names), 0.05)
+    tokenizer = train_tokenizer([documents[i] for i in train_text], settings.vocab_size)
+    windows = data.load_windows(STDLIB, tokenizer, settings.window, 0.05)
+    train, validation = windows.train, windows.validation
 
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -90,7 +93,7 @@ def main() -> None:
     (arguments.out / "README.md").write_text(card, encoding="utf-8")
 
 
-def train_tokenizer(documents: list[data.Document], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: list[Any], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer: any text can be encoded, none is lost."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

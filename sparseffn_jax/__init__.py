@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from sparseffn_jax.sparsify.convert import sparsify
     from sparseffn_jax.sparsify.sizing import size_ffn
     from sparseffn_jax.train.config import TrainConfig
-    from sparseffn_jax.train.data import TokenWindows, load_windows
+    from sparseffn_jax.train.data import SplitCounts, TextCounts, TokenWindows, load_windows
     from sparseffn_jax.train.guard import DivergenceError, GuardConfig
     from sparseffn_jax.train.loop import Terminated, TrainResult, train
     from sparseffn_jax.train.strategies import make_strategy
@@ -93,7 +93,9 @@ _HOMES = {
     "SparseFFN": "nn.sparse_ffn",
     "SparseFFNConfig": "config",
     "SpectralConfig": "config",
+    "SplitCounts": "train.data",
     "Terminated": "train.loop",
+    "TextCounts": "train.data",
     "TokenWindows": "train.data",
     "TrainConfig": "train.config",
     "TrainResult": "train.loop",

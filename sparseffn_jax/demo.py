@@ -139,6 +139,8 @@ class _Job:
             # Before the text is read, because it refuses a ratio that the model is too small for.
             self.configs = (size_model(dense.spec, settings.flops),) * dense.spec.n_layer
         self.comparison = Comparison(settings, dense, timed_tokens=_TIMED_TOKENS, timing_seed=0)
+        for line in self.comparison.text_counts.lines():
+            self.console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
         self.model, self.pretrained = self.comparison.model, dense.params
         self.prompt: list[int] = self.comparison.tokenizer.encode(settings.prompt)
         if not 1 <= len(self.prompt) < dense.spec.n_positions:
@@ -149,6 +151,7 @@ class _Job:
         self.report: dict[str, Any] = {
             "model": settings.model,
             "text": settings.text,
+            "text_counts": dataclasses.asdict(self.comparison.text_counts),
             **begin_report(settings),
             "parameters": {"dense": _count(dense.params)},
             "dense": {},

@@ -224,6 +224,39 @@ def test_who_may_not_push_is_told_before_any_work(folder, tmp_path, capfd, monke
         assert error == "error: cannot push to me/x\n"
 
 
+def test_a_loss_on_completions_counts_them_and_says_so(folder, tmp_path, capfd):
+    rows = [{"prompt": f"def f{i}(x):\n", "completion": f"    return x + {i}\n"} for i in range(80)]
+    text, out = tmp_path / "text", tmp_path / "run"
+    text.mkdir()
+    (text / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (text / "notes.doc").write_text("")
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, rows[:20])))
+    run("finetune", "--model", folder / "dense", "--text", text, "--validation-text", held_out,
+        "--out", out, "--loss-on", "completion", "--steps", 1, "--batch-size", 2)  # fmt: skip
+    counts = json.loads((out / "text.json").read_text())
+    encode = sf.load_tokenizer(folder / "dense").encode
+    tokens = sum(len(encode(row["prompt"] + row["completion"])) + 1 for row in rows)
+    assert counts["train"]["tokens"] == tokens
+    assert [counts[split]["documents"] for split in ("train", "validation")] == [80, 20]
+    assert 0 < counts["train"]["counted"] < counts["train"]["targets"]
+    assert counts["unread"] == {".doc": 1}
+    printed = capfd.readouterr().out
+    assert f"training text: {tokens:,} tokens in 80 documents" in printed
+    assert f"loss on {counts['train']['counted']:,}" in printed
+    assert "1 .doc" in printed
+
+    (step,) = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    file = tmp_path / "loss.json"
+    run("evaluate", "--model", out / "model", "--text", held_out, "--loss-on", "completion",
+        "--json", file)  # fmt: skip
+    loss = json.loads(file.read_text())
+    expected = [len(encode(row["completion"])) + 1 for row in rows[:20]]
+    assert loss["tokens"] == sum(expected)
+    # The order of the documents and the end of the last window differ.
+    assert loss["loss"] == pytest.approx(step["validation_loss"], abs=0.1)
+
+
 def test_generate_continues_the_prompt(sparse, capfd):
     run("generate", "--model", sparse, "--prompt", "def f1(x):", "--max-new-tokens", 5)
     assert capfd.readouterr().out.startswith("def f1(x):")
@@ -408,12 +441,21 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
     ("argv", "message"),
     [
         ("evaluate --model {dense} --text {dir}/nothing.txt", "nothing.txt"),
-        ("evaluate --model {dense} --text {empty}", "tokens"),
+        ("evaluate --model {dense} --text {empty}", "no text found in"),
         ("evaluate --model {dense} --text {binary}", "not UTF-8"),
         ("evaluate --model {dense} --text nothing.txt", "no file or folder 'nothing.txt'"),
         ("evaluate --model {dense} --text my_corpus/", "no file or folder 'my_corpus/'"),
-        ("evaluate --model {dense} --text {parquet}", "write it as .jsonl"),
-        ("evaluate --model {dense} --text {jsonl}", 'line 2: expected a JSON object with a string'),
+        ("evaluate --model {dense} --text {parquet}", "table.parquet cannot be read as parquet"),
+        ("evaluate --model {dense} --text {rows} --loss-on completion", "has no completions"),
+        ("evaluate --model {dense} --text {rows} --loss-on prompt", "'prompt'"),
+        (
+            "evaluate --model {dense} --text {rows} --loss-on completion --stride 8",
+            "leave out --loss-on, or --stride",
+        ),
+        ("finetune --model {dense} --text {rows} --out {run}", "rows.jsonl' has 1 document, which"),
+        ("finetune --model {dense} --text {chats} --out {run}", "line 1: messages need a chat"),
+        ("finetune --model {dense} --text {chats} --out {run} --text-tokens 0", "most_tokens=0"),
+        ("evaluate --model {dense} --text {jsonl}", 'line 2: expected "text", a string; or'),
         ("evaluate --model {dense} --text {short} --window 33", "n_positions=32"),
         ("evaluate --model {dense} --text {short} --json {short}/out.json", "cannot write"),
         ("evaluate --model {dense} --txt {short}", "--txt"),
@@ -472,6 +514,8 @@ def test_wrong_use_is_refused(folder, sparse, tmp_path, capfd, argv, message):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}')
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}')
     (tmp_path / "lines.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
     places = {
         "dense": folder / "dense",
@@ -481,6 +525,8 @@ def test_wrong_use_is_refused(folder, sparse, tmp_path, capfd, argv, message):
         "empty": tmp_path / "empty.txt",
         "binary": tmp_path / "binary.txt",
         "parquet": tmp_path / "table.parquet",
+        "rows": tmp_path / "rows.jsonl",
+        "chats": tmp_path / "chats.jsonl",
         "jsonl": tmp_path / "lines.jsonl",
         "run": tmp_path / "run",
         "embedded": sf.EMBEDDED_MODEL,

@@ -21,7 +21,8 @@ from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.timing import PairedTimes
 from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.data import STDLIB, TokenWindows, load_windows
+from sparseffn_jax.train.data import TextCounts, TokenWindows, load_windows
+from sparseffn_jax.train.documents import STDLIB
 from sparseffn_jax.train.loop import train
 
 # Windows in one forward pass, in evaluation and in calibration.
@@ -37,8 +38,9 @@ class ComparisonSettings:
     Attributes:
       model: Folder, GGUF file or hub name of a dense model.
       text: What to train, calibrate and evaluate on: "stdlib" (the source of Python's standard
-        library), a text file, a folder of text files, or a Hugging Face dataset with a "text"
-        column.
+        library); a file of text, or a .jsonl or .parquet file with "text", with "messages", or with
+        "prompt" and "completion"; a folder of such files; a folder that a Hugging Face dataset was
+        saved to; or a dataset of the Hub, NAME:CONFIGURATION:SPLIT.
       out: Folder that the results are written to.
       steps: Fine-tuning steps, as many for the dense model as for sparse ones.
       distill_weight: Share of the pretrained dense model's predictions in what sparse models learn
@@ -107,6 +109,7 @@ class Comparison:
       model: the dense model's decoder.
       tokenizer: the model's tokenizer.
       windows: the training windows, and the held-out windows that are evaluated on.
+      text_counts: how much text there was.
       calibration: (calibration_windows, window + 1) token ids, drawn from the training windows.
       timed_tokens: rows of the activations that FFNs are timed on.
 
@@ -136,6 +139,8 @@ class Comparison:
         rng = np.random.default_rng(settings.seed)
         held_out = rng.permutation(len(windows.validation))[: settings.evaluation_windows]
         self.windows = TokenWindows(windows.train, windows.validation[held_out])
+        assert windows.counts is not None
+        self.text_counts: TextCounts = windows.counts
         chosen = rng.permutation(len(windows.train))[: settings.calibration_windows]
         self.calibration: Int[np.ndarray, "n w"] = windows.train[chosen]
         self.timed_tokens = timed_tokens

@@ -128,6 +128,9 @@ class _Job:
             settings, dense, timed_tokens=settings.timed_tokens, timing_seed=settings.seed
         )
         self.model, self.pretrained = self.comparison.model, dense.params
+        self.report["text_counts"] = dataclasses.asdict(self.comparison.text_counts)
+        for line in self.comparison.text_counts.lines():
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _start_report(self) -> dict[str, Any]:
         fresh = begin_report(self.settings) | {"format": _FORMAT, "points": []}

@@ -8,9 +8,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from sparseffn_jax.checkpoints.pretrained import Pretrained
 from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
+from sparseffn_jax.progress import stage
+from sparseffn_jax.train.data import TextCounts, TokenWindows, load_windows
+from sparseffn_jax.train.processes import is_first
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -21,6 +25,27 @@ def matching_tokenizer(source: str, pretrained: Pretrained) -> Any:
     tokenizer = load_tokenizer(source)
     check_tokenizer(tokenizer, pretrained.config)
     return tokenizer
+
+
+def read_windows(
+    text: str, tokenizer: Any, window: int, console: Console, **options: Any
+) -> tuple[TokenWindows, TextCounts]:
+    """Reads text, and shows how much it is and what was left out.
+
+    Args:
+      text: the source of the text.
+      tokenizer: the model's tokenizer.
+      window: number of tokens that a window predicts.
+      console: where the counts are shown.
+      **options: other arguments of :func:`~sparseffn_jax.train.data.load_windows`.
+    """
+    with stage("reading the text"):
+        windows = load_windows(text, tokenizer, window, **options)
+    assert windows.counts is not None
+    if is_first():
+        for line in windows.counts.lines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return windows, windows.counts
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

@@ -16,7 +16,12 @@ from sparseffn_jax.checkpoints.folders import check_replaceable
 from sparseffn_jax.checkpoints.hub import check_push, push_to_hub
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
 from sparseffn_jax.commands.budget import Budget
-from sparseffn_jax.commands.common import DTYPES, check_at_least, matching_tokenizer
+from sparseffn_jax.commands.common import (
+    DTYPES,
+    check_at_least,
+    matching_tokenizer,
+    read_windows,
+)
 from sparseffn_jax.commands.plan import Plan
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
@@ -24,7 +29,7 @@ from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.layers import REPAIR, ConvertedLayer
 from sparseffn_jax.sparsify.sizing import size_model
-from sparseffn_jax.train.data import STDLIB, load_windows, read_text
+from sparseffn_jax.train.documents import STDLIB, read_text
 
 # FFN FLOPs over the dense ones, where nothing else is asked for.
 _FLOPS = 0.4
@@ -50,6 +55,9 @@ class Convert:
       config: JSON file of one SparseFFNConfig for every layer, or a list with one (or null, to
         keep the layer dense) for each; see "inspect".
       text: Calibration text; see "demo".
+      validation_text: What will be validated on. Without it, a twentieth of --text is held out for
+        that, as "finetune" does.
+      text_tokens: Most tokens to read of each text; see "finetune".
       calibration_tokens: Tokens of it to use; ten for each hidden unit of a layer or more. A plan
         takes 32768 of them at most.
       window: Tokens in a window; default the smaller of n_positions and 1024.
@@ -71,6 +79,8 @@ class Convert:
     planned: bool = False
     config: Path | None = None
     text: str = STDLIB
+    validation_text: str | None = None
+    text_tokens: int | None = None
     calibration_tokens: int = 65536
     window: int | None = None
     batch_size: int = 4
@@ -98,9 +108,16 @@ class Convert:
             dense = load_pretrained(self.model, param_dtype=None, on_demand=True)
             configs = self._configs(dense)
             tokenizer = matching_tokenizer(self.model, dense)
-        with stage("reading the text", console):
-            window = check_window(self.window, dense.spec.n_positions)
-            windows = load_windows(self.text, tokenizer, window).train
+        window = check_window(self.window, dense.spec.n_positions)
+        read, _ = read_windows(
+            self.text,
+            tokenizer,
+            window,
+            console,
+            validation_source=self.validation_text,
+            most_tokens=self.text_tokens,
+        )
+        windows = read.train
         order = np.random.default_rng(self.seed).permutation(len(windows))
         chosen = order[: max(1, self.calibration_tokens // window)]
         errors: list[float] = []
@@ -174,6 +191,8 @@ class Convert:
             self.out.with_name(self.out.name + ".plan"),
             self.budget,
             text=self.text,
+            validation_text=self.validation_text,
+            text_tokens=self.text_tokens,
             calibration_tokens=min(self.calibration_tokens, Plan.calibration_tokens),
             window=self.window,
             batch_size=self.batch_size,

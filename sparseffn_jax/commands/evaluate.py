@@ -4,7 +4,6 @@ import dataclasses
 import math
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from sparseffn_jax.checkpoints.pretrained import load_pretrained
@@ -15,7 +14,9 @@ from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.records import make_folder, write_json
 from sparseffn_jax.ops.plans.choice import platform_of
 from sparseffn_jax.progress import counter, stage
-from sparseffn_jax.train.data import read_whole
+from sparseffn_jax.train.data import check_has_completions, join_tokens, left_out
+from sparseffn_jax.train.documents import Source
+from sparseffn_jax.train.tokens import LossOn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Evaluate:
 
     Attributes:
       model: Folder, GGUF file or hub name, dense or sparse.
-      text: UTF-8 text file; or a folder of text files or a Hugging Face dataset, whose documents
-        are joined by blank lines.
+      text: What to evaluate on; see "demo". The documents are joined by blank lines, and prompts,
+        completions and messages by what ends them in training.
+      loss_on: "all" tokens, or those of "completion" alone; see "finetune".
       window: Tokens in a window; default the smaller of n_positions and 1024.
       stride: Tokens between the beginnings of two windows.
       batch_size: Windows computed at once; changes the time, not the result. Default 8, or 2 on
@@ -41,6 +43,7 @@ class Evaluate:
 
     model: str
     text: str
+    loss_on: LossOn = "all"
     window: int | None = None
     stride: int | None = None
     batch_size: int | None = None
@@ -53,14 +56,20 @@ class Evaluate:
         if batch_size is None:
             batch_size = 2 if platform_of(None) == "cpu" else 8
         check_at_least("batch_size", batch_size, 1)
+        if self.stride is not None and self.loss_on != "all":
+            raise ValueError("--stride counts all tokens: leave out --loss-on, or --stride")
         if self.json is not None:
             make_folder(self.json.parent)
-        text = read_whole(self.text)
+        source = Source(self.text)
+        documents = list(source)
+        check_has_completions(documents, self.loss_on, self.text)
         with stage("loading the model"):
             pretrained = load_pretrained(self.model)
             tokenizer = matching_tokenizer(self.model, pretrained)
         with stage("reading the text"):
-            tokens = np.array(tokenizer.backend_tokenizer.encode(text).ids, np.int32)
+            tokens, counted = join_tokens(documents, tokenizer, self.loss_on)
+        for line in left_out(source.unread, source.empty):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         if len(tokens) < 2:
             raise ValueError(f"{self.text} has {len(tokens)} tokens: at least 2 are needed")
         window = check_window(self.window, pretrained.spec.n_positions)
@@ -68,12 +77,13 @@ class Evaluate:
         arguments = (model, pretrained.params, tokens, window)
         with counter("evaluating") as on_batch:
             if self.stride is None:
-                loss = evaluate_tokens(*arguments, batch_size, on_batch)
+                loss = evaluate_tokens(*arguments, batch_size, on_batch, counted)
             else:
                 loss = strided_loss(*arguments, self.stride, batch_size, on_batch)
         result = {
             "loss": loss,
-            "tokens": len(tokens) - 1,
+            "tokens": len(tokens) - 1 if counted is None else int(counted[1:].sum()),
+            "loss_on": self.loss_on,
             "perplexity": math.exp(loss),
             "window": window,
             "stride": self.stride,

@@ -11,31 +11,38 @@ from sparseffn_jax.checkpoints.cards import adapter_card, model_card, origin_of,
 from sparseffn_jax.checkpoints.folders import ADAPTER_CONFIG, check_replaceable
 from sparseffn_jax.checkpoints.hub import check_push, push_to_hub
 from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
-from sparseffn_jax.commands.common import DTYPES, Precision, matching_tokenizer
+from sparseffn_jax.commands.common import DTYPES, Precision, matching_tokenizer, read_windows
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.records import make_folder, versions
 from sparseffn_jax.progress import stage
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.data import STDLIB, TokenWindows, load_windows
+from sparseffn_jax.train.data import TextCounts
+from sparseffn_jax.train.documents import STDLIB
 from sparseffn_jax.train.loop import Resume, TrainResult, train
 from sparseffn_jax.train.processes import DistributedConfig, is_first
 from sparseffn_jax.train.strategies import StrategyName, make_strategy
+from sparseffn_jax.train.tokens import LossOn
 
 
 @dataclasses.dataclass(frozen=True)
 class Finetune:
     """Fine-tune a dense or sparse model; stop and resume at will.
 
-    --out gets checkpoints, metrics.jsonl, TensorBoard events and, at the end, the model in
-    Hugging Face format in --out/model. The recipe "lora" leaves its adapters too, in peft's format
-    in --out/adapter. The same command goes on where it stopped. After SIGTERM it saves and exits
-    with status 143, after Ctrl-C with 130.
+    --out gets checkpoints, metrics.jsonl, TensorBoard events, text.json with the counts of the text
+    and, at the end, the model in Hugging Face format in --out/model. The recipe "lora" leaves its
+    adapters too, in peft's format in --out/adapter. The same command goes on where it stopped. After
+    SIGTERM it saves and exits with status 143, after Ctrl-C with 130.
 
     Attributes:
       model: Folder, GGUF file or hub name.
       out: Folder of the run.
       train: How to train.
-      text: What to train on; see "demo".
+      text: What to train on; see "demo". Messages go through the tokenizer's chat template.
+      validation_text: What to validate on; default a twentieth of --text, which is held out.
+      text_tokens: Most tokens to take of each text, from its beginning; a dataset of the Hugging
+        Face Hub is then streamed and not downloaded. Default all.
+      loss_on: "all" tokens, or those of "completion" alone: what follows prompts, or the assistant
+        says.
       adapter: Folder or hub name of LoRA adapters, in peft's format, to merge into --model first.
       merge: Of the recipe "lora", write the model with its adapters merged, in --out/model, too.
       push: Repository on the Hugging Face Hub, such as me/sparse-gpt2, to push the model to; with
@@ -60,6 +67,9 @@ class Finetune:
     out: Path
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
     text: str = STDLIB
+    validation_text: str | None = None
+    text_tokens: int | None = None
+    loss_on: LossOn = "all"
     adapter: str | None = None
     merge: bool = True
     push: str | None = None
@@ -87,9 +97,16 @@ class Finetune:
         with stage("loading the model"):
             pretrained = load_pretrained(self.model, adapter=self.adapter)
             tokenizer = matching_tokenizer(self.model, pretrained)
-        with stage("reading the text"):
-            window = check_window(self.window, pretrained.spec.n_positions)
-            windows = load_windows(self.text, tokenizer, window)
+        window = check_window(self.window, pretrained.spec.n_positions)
+        windows, counts = read_windows(
+            self.text,
+            tokenizer,
+            window,
+            console,
+            validation_source=self.validation_text,
+            most_tokens=self.text_tokens,
+            loss_on=self.loss_on,
+        )
         model = pretrained.model(DTYPES[self.dtype], self.remat)
         teacher = None
         if self.teacher is not None:
@@ -109,7 +126,7 @@ class Finetune:
         if not is_first():
             return
         origin = origin_of(self.model, pretrained.folder)
-        section = self._card_section(windows, result)
+        section = self._card_section(counts, result)
         if result.adapter is not None:
             save_adapter(
                 self._adapter,
@@ -172,12 +189,14 @@ class Finetune:
         sources = [self.model, *filter(None, [self.teacher, self.adapter])]
         check_replaceable(folder, True, sources, holds)
 
-    def _card_section(self, windows: TokenWindows, result: TrainResult) -> str:
+    def _card_section(self, counts: TextCounts, result: TrainResult) -> str:
         config, last = self.train, result.history[-1]
-        tokens = config.steps * config.batch_size * (windows.train.shape[1] - 1)
+        window = counts.train.targets // counts.train.windows
+        tokens = config.steps * config.batch_size * window
         rows = [
             ("recipe", config.recipe),
             ("text", Path(self.text).name),
+            ("tokens that the loss counts", self.loss_on),
             ("steps", f"{config.steps} of {config.batch_size} windows, {tokens:,} tokens in all"),
             ("learning rate", f"{config.learning_rate:g}"),
             ("loss of the last batch", f"{last['loss']:.4f} nats a token"),
@@ -189,7 +208,7 @@ class Finetune:
             ranks = f" ({config.lora_ranks})" if config.lora_ranks else ""
             rows.append(("adapters", f"rank {config.lora_rank}{ranks} on {config.lora_targets}"))
         if (loss := last.get("validation_loss")) is not None:
-            held_out = windows.validation[:, 1:].size
+            held_out = counts.validation.counted
             rows.append(
                 ("validation loss", f"{loss:.4f} nats a token over {held_out:,} held-out tokens")
             )

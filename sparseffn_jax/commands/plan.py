@@ -19,7 +19,12 @@ from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from sparseffn_jax.checkpoints.untrusted import read_json
 from sparseffn_jax.commands.budget import Budget
-from sparseffn_jax.commands.common import DTYPES, check_at_least, matching_tokenizer
+from sparseffn_jax.commands.common import (
+    DTYPES,
+    check_at_least,
+    matching_tokenizer,
+    read_windows,
+)
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.costs import flops_ratio, parameters_ratio
@@ -40,7 +45,8 @@ from sparseffn_jax.sparsify.planning import (
     size_of,
     try_out_best,
 )
-from sparseffn_jax.train.data import STDLIB, load_windows
+from sparseffn_jax.train.data import TextCounts
+from sparseffn_jax.train.documents import STDLIB
 
 # A plan whose measured speed-up falls short of the one asked for by more than the first share, or
 # exceeds it by more than the second, is made again.
@@ -67,6 +73,8 @@ class Plan:
         pay: as many with them as without.
       repair: As "convert" will be given it. With 0 nothing is repaired, and nothing is tried out.
       text: Calibration text; see "demo".
+      validation_text: What will be validated on; see "convert".
+      text_tokens: Most tokens to read of each text; see "finetune".
       calibration_tokens: Tokens of it to use.
       window: Tokens in a window; default the smaller of n_positions and 1024.
       batch_size: Windows computed at once.
@@ -80,6 +88,8 @@ class Plan:
     narrow: bool = False
     trials: int = 1
     text: str = STDLIB
+    validation_text: str | None = None
+    text_tokens: int | None = None
     calibration_tokens: int = 32768
     window: int | None = None
     batch_size: int = 4
@@ -95,9 +105,16 @@ class Plan:
             tokenizer = matching_tokenizer(self.model, dense)
         if any(dense.ffns):
             raise ValueError(f"{self.model} is sparse already: plan from the dense checkpoint")
-        with stage("reading the text", console):
-            window = check_window(self.window, dense.spec.n_positions)
-            windows = load_windows(self.text, tokenizer, window).train
+        window = check_window(self.window, dense.spec.n_positions)
+        read, counts = read_windows(
+            self.text,
+            tokenizer,
+            window,
+            console,
+            validation_source=self.validation_text,
+            most_tokens=self.text_tokens,
+        )
+        windows = read.train
         order = np.random.default_rng(self.seed).permutation(len(windows))
         chosen = windows[order[: max(1, self.calibration_tokens // window)]]
         model, tokens = dense.model(), chosen[:, :-1]
@@ -139,7 +156,7 @@ class Plan:
             plan, measured = make(target), {}
         else:
             plan, measured = self._met(make, prices.measure, console)
-        self._write(plan, measured, dense.spec, console)
+        self._write(plan, measured, dense.spec, counts, console)
 
     @property
     def plan_file(self) -> Path:
@@ -273,7 +290,12 @@ class Plan:
         return best
 
     def _write(
-        self, plan: ModelPlan, measured: dict[str, float], spec: DecoderSpec, console: Console
+        self,
+        plan: ModelPlan,
+        measured: dict[str, float],
+        spec: DecoderSpec,
+        counts: TextCounts,
+        console: Console,
     ) -> None:
         # The report says that there is a whole plan with its settings: the old one goes first, and
         # the new one comes last.
@@ -297,6 +319,7 @@ class Plan:
         report = {
             "settings": self.settings,
             "versions": versions(),
+            "text_counts": dataclasses.asdict(counts),
             "totals": totals,
             "layers": rows,
         }

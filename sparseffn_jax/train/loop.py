@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 
 from sparseffn_jax.evaluate.losses import check_token_ids
+from sparseffn_jax.measure.records import write_json
 from sparseffn_jax.nn.lora import LoraAdapter
 from sparseffn_jax.progress import stage
 from sparseffn_jax.train import processes
@@ -115,7 +116,8 @@ def train(
       params: where to start; not changed. A resumed run takes its own from the checkpoint.
       windows: training and validation text.
       config: the settings; a resumed run must have those it started with.
-      out_dir: gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``run.lock``.
+      out_dir: gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``run.lock`` and, if the
+        windows know it, how much text there is in ``text.json``.
       teacher: model and parameters to distil from; needs a weight in ``config``.
       strategy: how devices share the work; ``None`` takes one device. A resumed run may have
         another strategy, or another number of devices.
@@ -166,6 +168,8 @@ def train(
     with hold_run_folder(out_dir), CheckpointStore(out_dir, config.keep_checkpoints) as store:
         with stage("compiling the training step") if writes else contextlib.nullcontext():
             run = Run(model, params, windows, config, store, teacher, strategy, resume)
+        if writes and windows.counts is not None and run.position.step == 0:
+            write_json(out_dir / "text.json", dataclasses.asdict(windows.counts))
         with MetricsLog(out_dir, run.position.step, config.steps, writes=writes) as log:
             stopped_by = _run_and_save(run, log, config.steps, on_step)
     if run.position.step < config.steps:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,10 @@ def wait_for_all(name: str) -> None:
 
 
 def chain_batch(
-    data_hash: str, windows: Int[np.ndarray, "n w"], rows: Int[np.ndarray, " b"]
+    data_hash: str,
+    rows: Int[np.ndarray, " b"],
+    windows: Int[np.ndarray, "n w"],
+    counted: Bool[np.ndarray, "n t"] | None = None,
 ) -> str:
     """Returns the SHA-256 of ``data_hash`` and of the SHA-256 of every window in a batch.
 
@@ -99,16 +102,18 @@ def chain_batch(
 
     Args:
       data_hash: the hash chained over the batches before, in hexadecimal.
-      windows: the token ids of all windows.
       rows: the numbers of the windows in the batch.
+      windows: the token ids of all windows.
+      counted: which targets of all windows count, where not all do.
 
     Returns:
       The hash chained over all batches up to this one, in hexadecimal.
     """
     count, here = jax.process_count(), jax.process_index()
     share = -(-len(rows) // count)
+    arrays = [windows] if counted is None else [windows, counted]
     digests = [
-        hashlib.sha256(windows[row].tobytes()).digest()
+        hashlib.sha256(b"".join(array[row].tobytes() for array in arrays)).digest()
         for row in rows[here * share : (here + 1) * share]
     ]
     joined = b"".join(digests)

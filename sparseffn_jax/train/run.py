@@ -19,6 +19,7 @@ from sparseffn_jax.train.metrics import MetricsLog, Record
 from sparseffn_jax.train.recipes import combine, is_ffn, partition
 from sparseffn_jax.train.sharding import path_name
 from sparseffn_jax.train.step import (
+    Batch,
     TrainState,
     adapter_scales,
     add_adapters,
@@ -149,6 +150,8 @@ class Run:
         started = time.perf_counter()
         rows = next(self._batches)
         batch = self._strategy.place_batch(self._windows.train, rows)
+        if self._windows.train_counted is not None:
+            batch = Batch(batch, self._strategy.place_batch(self._windows.train_counted, rows))
         self._state, metrics = self._step(
             self._state,
             self._frozen,
@@ -173,7 +176,9 @@ class Run:
             stage=position.stage,
             updates=position.updates + (not metrics.get("overflow")),
             data=self._batches.get_state(),
-            data_hash=processes.chain_batch(position.data_hash, self._windows.train, rows),
+            data_hash=processes.chain_batch(
+                position.data_hash, rows, self._windows.train, self._windows.train_counted
+            ),
             guard=guard_state,
         )
 
@@ -225,7 +230,12 @@ class Run:
         )
         batch_shape = (self._config.batch_size, self._windows.train.shape[1])
         self._step = self._strategy.compile(
-            update, self._state, self._frozen, self._teacher_params, batch_shape
+            update,
+            self._state,
+            self._frozen,
+            self._teacher_params,
+            batch_shape,
+            counts=self._windows.train_counted is not None,
         )
 
     def _is_snapshot_due(self) -> bool:
@@ -315,15 +325,20 @@ class Run:
             microbatch = config.batch_size // config.accumulate_steps
             with self._strategy.tracing():
                 metrics["validation_loss"] = self._evaluate(
-                    self.model_params(), self._windows.validation, microbatch
+                    self.model_params(),
+                    self._windows.validation,
+                    microbatch,
+                    self._windows.validation_counted,
                 )
         log.record({"step": step} | metrics)
 
 
 def _settings(config: TrainConfig, windows: TokenWindows) -> dict[str, Any]:
     """Returns what a resumed run must have in common with its beginning, ready for JSON."""
-    text = hashlib.sha256(windows.train.tobytes()).hexdigest()
-    return dataclasses.asdict(config) | {"training_text": text}
+    text = hashlib.sha256(windows.train.tobytes())
+    if windows.train_counted is not None:
+        text.update(windows.train_counted.tobytes())
+    return dataclasses.asdict(config) | {"training_text": text.hexdigest()}
 
 
 def _step_to_resume(store: CheckpointStore, resume: Resume) -> int | None:

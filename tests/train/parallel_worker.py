@@ -15,13 +15,16 @@ def main():
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--process", type=int)
     parser.add_argument("--port", type=int)
+    parser.add_argument("--counted", action="store_true")
     arguments = parser.parse_args()
     count = f"--xla_force_host_platform_device_count={arguments.devices}"
     os.environ["XLA_FLAGS"] = f"{count} --xla_cpu_multi_thread_eigen=false"
 
     import jax
 
-    if arguments.process is None:
+    if arguments.counted:
+        counted_targets(arguments.out)
+    elif arguments.process is None:
         one_process(arguments.out)
     else:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -50,8 +53,10 @@ def model_params_config():
     return model, jax.tree.map(np.asarray, params), config
 
 
-def fit(strategy, folder):
+def fit(strategy, folder, windows=None, **settings):
     """Returns the losses, the hash of the batches and the parameters of a run."""
+    import dataclasses
+
     from train_models import make_windows
 
     from sparseffn_jax.train.loop import train
@@ -61,8 +66,8 @@ def fit(strategy, folder):
     result = train(
         model,
         params,
-        make_windows(),
-        config,
+        windows or make_windows(),
+        dataclasses.replace(config, **settings),
         folder,
         strategy=strategy,
         on_step=lambda _, metrics: losses.append(metrics["loss"]),
@@ -71,16 +76,18 @@ def fit(strategy, folder):
     return {"losses": losses, "validation": validation, "hash": result.data_hash}, result.params
 
 
-def losses_under_pmap():
+def losses_under_pmap(windows, **settings):
     """Returns the losses of a run whose update ``jax.pmap`` compiles, without the loop."""
+    import dataclasses
+
     import jax
     import numpy as np
-    from train_models import make_windows
 
     from sparseffn_jax.train.data import make_batches
-    from sparseffn_jax.train.step import init_state, make_stage, make_update
+    from sparseffn_jax.train.step import Batch, init_state, make_stage, make_update
 
     model, params, config = model_params_config()
+    config = dataclasses.replace(config, **settings)
     stage = make_stage(config, params, 0)
     count = jax.local_device_count()
     state, frozen = jax.tree.map(
@@ -91,10 +98,14 @@ def losses_under_pmap():
         axis_name="replicas",
         in_axes=(0, 0, None, 0, None, None, None),
     )
-    batches, losses = make_batches(make_windows().train, config.batch_size, config.seed), []
+    rows = np.arange(len(windows.train))
+    batches, losses = make_batches(rows, config.batch_size, config.seed), []
     for i in range(config.steps):
-        batch = next(batches)
-        batch = batch.reshape(count, -1, batch.shape[-1])
+        read = next(batches)
+        batch = windows.train[read]
+        if windows.train_counted is not None:
+            batch = Batch(batch, windows.train_counted[read])
+        batch = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
         state, metrics = step(state, frozen, None, batch, i, i, 1.0)
         losses.append(np.asarray(metrics["loss"]).tolist())
     return losses
@@ -135,6 +146,7 @@ def one_process(out):
     import numpy as np
     from communication import bytes_sent
     from flax.traverse_util import flatten_dict
+    from train_models import make_windows
 
     from sparseffn_jax.train.sharding import replicated_leaves
     from sparseffn_jax.train.strategies import MeshSharding, make_strategy
@@ -163,9 +175,23 @@ def one_process(out):
         _, params = fit(strategy, out / "mesh")
         flat = {"/".join(path): np.asarray(x) for path, x in flatten_dict(params).items()}
         np.savez(out / f"mesh_on_{name}.npz", **flat)
-    seen["under_pmap"] = losses_under_pmap()
+    seen["under_pmap"] = losses_under_pmap(make_windows())
     seen["plans"] = plans_by_mesh()
     seen["communication"] = communication(bytes_sent)
+    (out / "seen.json").write_text(json.dumps(seen))
+
+
+def counted_targets(out):
+    """Trains on devices and microbatches of which unequal numbers of targets count, or none."""
+    from train_models import make_counted_windows
+
+    from sparseffn_jax.train.strategies import make_strategy
+
+    settings = {"batch_size": 8, "accumulate_steps": 2, "steps": 3, "eval_every": 3}
+    windows, seen = make_counted_windows(), {}
+    for name, mesh in (("single", None), ("pmap", None), ("mesh", "data=2,fsdp=2")):
+        seen[name], _ = fit(make_strategy(name, mesh), out / name, windows, **settings)
+    seen["under_pmap"] = losses_under_pmap(windows, **settings)
     (out / "seen.json").write_text(json.dumps(seen))
 
 

@@ -7,28 +7,31 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import sparseffn_jax as sf
 from sparseffn_jax.evaluate.windows import cut_windows
-from sparseffn_jax.train import data
-from sparseffn_jax.train.data import (
-    Document,
-    load_windows,
-    make_batches,
-    read_documents,
-    read_whole,
-    split_documents,
-    tokenize,
-)
+from sparseffn_jax.train import documents
+from sparseffn_jax.train.data import TokenWindows, load_windows, make_batches, split_names
 
 WORDS = ("<end>", "<unknown>", "one", "two", "three")
 END, _, ONE, TWO, THREE = range(5)
+CHATS = "{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     words = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unknown>")
     tokenizer = Tokenizer(words)
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHATS
+    )
+
+
+def write_words(path, count, line=20):
+    """Writes so many words in lines, after every fifth of which a paragraph ends."""
+    words = [WORDS[2 + i % 3] for i in range(count)]
+    lines = [" ".join(words[i : i + line]) for i in range(0, count, line)]
+    path.write_text("".join(x + "\n" * (1 + (i % 5 == 4)) for i, x in enumerate(lines)))
 
 
 @pytest.mark.parametrize(("length", "window"), [(41, 8), (47, 8), (9, 8), (30, 1)])
@@ -45,127 +48,100 @@ def test_pack_of_too_few_tokens_is_empty():
     assert cut_windows(np.arange(8, dtype=np.int32), 8).shape == (0, 9)
 
 
-def test_documents_end_with_an_end_of_text_token(tokenizer):
-    tokens = tokenize([Document("a", "one two"), Document("b", "three")], tokenizer)
-    np.testing.assert_array_equal(tokens, [ONE, TWO, END, THREE, END])
-    assert tokens.dtype == np.int32
+def test_documents_end_with_an_end_of_text_token(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("one two")
+    (tmp_path / "b.txt").write_text("three one")
+    windows = load_windows(
+        str(tmp_path / "a.txt"), tokenizer, 2, validation_source=str(tmp_path / "b.txt")
+    )
+    np.testing.assert_array_equal(windows.train, [[ONE, TWO, END]])
+    np.testing.assert_array_equal(windows.validation, [[THREE, ONE, END]])
+    assert windows.train.dtype == np.int32
 
 
-def test_tokenizer_without_end_of_text(tokenizer):
+def test_tokenizer_without_end_of_text(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("one two")
     headless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="eos_token"):
-        tokenize([Document("a", "one")], headless)
+        load_windows(str(tmp_path), headless, 2)
 
 
 def test_split_is_disjoint_complete_and_independent_of_order():
-    documents = [Document(f"name {i}", f"text {i}") for i in range(40)]
-    train, validation = split_documents(documents, 0.2)
+    names, sizes = [f"name {i}" for i in range(40)], [1] * 40
+    train, validation = split_names(names, sizes, 0.2)
     assert len(validation) == 8
-    assert set(train).isdisjoint(validation)
-    assert set(train) | set(validation) == set(documents)
-    assert split_documents(documents[::-1], 0.2) == (train, validation)
+    assert sorted(train + validation) == list(range(40))
+    other = split_names(names[::-1], sizes, 0.2)
+    assert [[39 - i for i in part] for part in other] == [train, validation]
 
 
 def test_split_moves_no_document_into_validation_when_one_comes():
-    documents = [Document(f"name {i}", "") for i in range(40)]
-    _, before = split_documents(documents, 0.2)
-    _, after = split_documents([*documents, Document("another", "")], 0.2)
-    assert set(after) - set(before) <= {Document("another", "")}
+    names = [f"name {i}" for i in range(40)]
+    _, before = split_names(names, [1] * 40, 0.2)
+    _, after = split_names([*names, "another"], [1] * 41, 0.2)
+    assert set(after) - set(before) <= {40}
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
+def test_split_is_by_size(fraction):
+    sizes = np.random.default_rng(0).integers(1, 1000, 400)
+    train, validation = split_names([str(i) for i in range(400)], sizes, fraction)
+    assert sizes[validation].sum() / sizes.sum() == pytest.approx(fraction, rel=0.03)
+    assert sorted(train + validation) == list(range(400))
+
+
+def test_what_is_larger_than_the_share_is_not_held_out():
+    for i in range(20):
+        _, validation = split_names([f"{i}", f"other {i}", f"third {i}"], [1000, 100, 1000], 0.1)
+        assert validation == [1]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])
-def test_split_fraction_out_of_range(fraction):
+def test_split_fraction_out_of_range(fraction, tokenizer):
     with pytest.raises(ValueError, match="validation_fraction"):
-        split_documents([Document("a", ""), Document("b", "")], fraction)
+        load_windows("stdlib", tokenizer, 8, fraction)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "short text",
-        "\n\n".join(f"paragraph {i} " + "word " * 50 for i in range(400)),
-        "no_blank_in_it" * 9000,
-    ],
-    ids=["short", "paragraphs", "one word"],
-)
-def test_a_single_file_is_cut_into_pieces_without_loss(tmp_path, text):
-    path = tmp_path / "book.txt"
-    path.write_text(text)
-    pieces = read_documents(str(path))
-    assert "".join(piece.text for piece in pieces) == text
-    assert len({piece.name for piece in pieces}) == len(pieces)
-    train, validation = split_documents(pieces, 0.05)
-    share = sum(len(d.text) for d in validation) / len(text)
-    assert 0.0 < share < 0.4
-    assert train
+@pytest.mark.parametrize("counts", [(3000,), (30_000, 2000), (500,) * 6])
+def test_the_split_has_its_share_of_tokens(tmp_path, tokenizer, counts):
+    for i, count in enumerate(counts):
+        write_words(tmp_path / f"{i}.txt", count)
+    windows = load_windows(str(tmp_path), tokenizer, 8)
+    train, validation = windows.counts.train, windows.counts.validation
+    total = train.tokens + validation.tokens
+    # Pieces end with an end-of-text token each.
+    assert total == sum(counts) + train.documents + validation.documents
+    assert 0.04 < validation.tokens / total < 0.06
+    ends = np.count_nonzero(windows.train[:, 1:] == END)
+    assert train.documents - 1 <= ends <= train.documents
 
 
-def test_pieces_end_at_paragraphs(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text("\n\n".join(f"paragraph {i}" for i in range(400)))
-    assert all(piece.text.endswith("\n\n") for piece in read_documents(str(path))[:-1])
+def test_long_texts_are_cut_at_paragraphs_without_overlap(tmp_path):
+    text = "\n\n".join(f"paragraph {i}" for i in range(400))
+    (tmp_path / "book.txt").write_text(text)
+    words = {word: i for i, word in enumerate(("<end>", "paragraph", *map(str, range(400))))}
+    model = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    numbered = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>")
+    windows = load_windows(str(tmp_path), numbered, 1)
+    found = [
+        sorted(part[part[:, 0] == words["paragraph"], 1].tolist())
+        for part in (windows.train, windows.validation)
+    ]
+    # A window of one token begins with every token.
+    assert sorted(found[0] + found[1]) == list(range(2, 402))
 
 
-def test_folder_gives_its_text_files_by_relative_name(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "b.md").write_text("bee")
-    (tmp_path / "a.txt").write_text("ay")
-    (tmp_path / "c.bin").write_bytes(b"\xff")
-    (tmp_path / "empty.txt").write_text(" \n")
-    assert read_documents(str(tmp_path)) == [Document("a.txt", "ay"), Document("sub/b.md", "bee")]
-
-
-def test_each_line_of_json_lines_is_a_document(tmp_path):
-    texts = ("one", "two\n\nth\u2028ree")
-    lines = [json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in texts]
-    (tmp_path / "some.jsonl").write_text("\n\n".join(lines) + "\n")
-    expected = [Document("some.jsonl#1", "one"), Document("some.jsonl#3", "two\n\nth\u2028ree")]
-    assert read_documents(str(tmp_path / "some.jsonl")) == expected
-    (tmp_path / "more.txt").write_text("four")
-    assert read_documents(str(tmp_path)) == [Document("more.txt", "four"), *expected]
-    assert read_whole(str(tmp_path / "some.jsonl")) == "one\n\ntwo\n\nth\u2028ree"
-
-
-@pytest.mark.parametrize(
-    "line", ["{", "[1]", "3", '{"text": 3}', '{"text": "\\ud800"}', 5000 * "["]
-)
-def test_a_line_without_a_text_is_named(tmp_path, line):
-    (tmp_path / "some.jsonl").write_text(f'{{"text": "one"}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"some.jsonl, line 2: expected a JSON object with a str"):
-        read_documents(str(tmp_path / "some.jsonl"))
-
-
-@pytest.mark.parametrize("source", ["text.txt", "corpus/", "./corpus", "a/b/c", "~/no-corpus"])
-def test_what_can_be_no_datasets_name_is_not_asked_for(source, monkeypatch):
-    monkeypatch.setattr(data, "_read_dataset", lambda name: pytest.fail(name))
-    with pytest.raises(FileNotFoundError, match="no file or folder"):
-        read_documents(source)
-
-
-def test_the_standard_library_is_a_corpus():
-    names = {document.name for document in read_documents("stdlib")}
-    assert {"argparse.py", "asyncio/events.py"} <= names
-    assert not any(name.startswith(("test/", "site-packages/")) for name in names)
-
-
-def test_empty_corpus(tmp_path):
-    (tmp_path / "a.txt").write_text("\n")
-    with pytest.raises(ValueError, match="no text found"):
-        read_documents(str(tmp_path))
-
-
-def test_file_that_is_not_utf8(tmp_path):
-    path = tmp_path / "latin.txt"
-    path.write_bytes("café".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8.*iconv"):
-        read_documents(str(path))
-
-
-def test_missing_dataset(monkeypatch):
-    # Without the datasets library, as without the network, the name can be had from nowhere.
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(FileNotFoundError, match="no file, folder or Hugging Face dataset"):
-        read_documents("no-such/corpus")
+def test_long_chats_are_not_cut(tmp_path, tokenizer):
+    for i, count in enumerate((300, 30)):
+        row = {"messages": [{"role": "user", "content": " ".join(["one"] * count)}]}
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps(row))
+    windows = load_windows(str(tmp_path), tokenizer, 8)
+    assert windows.counts.train.tokens == 302
+    assert windows.counts.validation.tokens == 32
+    (tmp_path / "1.jsonl").unlink()
+    with pytest.raises(ValueError, match="has 1 document, which cannot be split"):
+        load_windows(str(tmp_path), tokenizer, 8)
 
 
 def test_text_too_short_for_a_window(tmp_path, tokenizer):
@@ -183,6 +159,102 @@ def test_load_windows_is_deterministic(tmp_path, tokenizer):
     np.testing.assert_array_equal(first.validation, second.validation)
     assert first.train.shape[1] == first.validation.shape[1] == 9
     assert len(first.train) > len(first.validation) > 0
+
+
+def test_the_split_of_the_standard_library_is_that_of_the_embedded_model():
+    tokenizer = sf.load_tokenizer(sf.EMBEDDED_MODEL)
+    read = list(documents.Source("stdlib"))
+    ranking = sorted(read, key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    windows = load_windows("stdlib", tokenizer, 256)
+    held_out = round(0.05 * len(read))
+    assert windows.counts.validation.documents == held_out
+    ids = [i for d in ranking[:held_out] for i in [*tokenizer.encode(d.text), END]]
+    assert windows.counts.validation.tokens == len(ids)
+    np.testing.assert_array_equal(windows.validation, cut_windows(np.array(ids, np.int32), 256))
+
+
+def test_counts_of_a_mixed_folder(tmp_path, tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text("one two three one")
+    lines = [json.dumps({"prompt": "one two ", "completion": "three"})] * 30 + ['{"text": ""}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two two"}]
+    table = pyarrow.Table.from_pylist([{"messages": messages}] * 30)
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    for name in ("a.json", "b.json", "c.png"):
+        (tmp_path / name).write_text("[]")
+
+    counts = load_windows(str(tmp_path), tokenizer, 1, 0.1, loss_on="completion").counts
+    # Five tokens a text, four a row of JSON lines, of which two count, and seven a chat, of which
+    # four count: this template has no header that begins a turn.
+    sizes, counted = 40 * 5 + 30 * 4 + 30 * 7, 40 * 5 + 30 * 2 + 30 * 4
+    assert counts.train.tokens + counts.validation.tokens == sizes
+    assert counts.train.documents + counts.validation.documents == 100
+    # The first token of a split is predicted from nothing.
+    assert counted - 2 <= counts.train.counted + counts.validation.counted <= counted
+    assert counts.validation.tokens == pytest.approx(0.1 * sizes, abs=4)
+    assert (counts.unread, counts.empty) == ({".json": 2, ".png": 1}, 1)
+    assert counts.turns == "prefix"
+    assert counts.lines()[2:] == [
+        "the assistant's turns were found by rendered prefixes",
+        "files not read, of no known format: 2 .json, 1 .png",
+        "empty documents left out: 1",
+    ]
+
+
+@pytest.mark.parametrize("most", [100, 1000])
+def test_the_most_tokens_are_the_first(tmp_path, tokenizer, most):
+    lines = [json.dumps({"text": " ".join([WORDS[2 + i % 3]] * (i % 9))}) for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    windows = load_windows(str(tmp_path / "rows.jsonl"), tokenizer, 1, 0.2, most_tokens=most)
+    whole = load_windows(str(tmp_path / "rows.jsonl"), tokenizer, 1, 0.2)
+    total, everything = (
+        x.counts.train.tokens + x.counts.validation.tokens for x in (windows, whole)
+    )
+    assert total == min(most, everything)
+
+
+def test_the_most_tokens_of_one_text_are_its_beginning(tmp_path, tokenizer):
+    write_words(tmp_path / "a.txt", 1000)
+    write_words(tmp_path / "b.txt", 150)
+    options = {"validation_source": str(tmp_path / "b.txt"), "most_tokens": 100}
+    windows = load_windows(str(tmp_path / "a.txt"), tokenizer, 99, **options)
+    expected = [*(2 + i % 3 for i in range(99)), END]
+    np.testing.assert_array_equal(windows.train, [expected])
+    assert windows.counts.validation.tokens == 100
+    (tmp_path / "c.jsonl").write_text('{"prompt": "one one", "completion": " two"}')
+    with pytest.raises(ValueError, match="most_tokens=2 are fewer than the first document"):
+        load_windows(str(tmp_path / "c.jsonl"), tokenizer, 1, most_tokens=2)
+
+
+def test_windows_without_a_completion_are_left_out(tmp_path, tokenizer):
+    rows = [{"prompt": "one " * 20, "completion": "two"}, {"text": "three"}] * 10
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    windows = load_windows(str(tmp_path), tokenizer, 4, 0.2, loss_on="completion")
+    for tokens, counted in (
+        (windows.train, windows.train_counted),
+        (windows.validation, windows.validation_counted),
+    ):
+        assert counted.any(axis=1).all()
+        # Every prompt is made of one word.
+        np.testing.assert_array_equal(counted, tokens[:, 1:] != ONE)
+
+
+def test_a_loss_on_completions_needs_some(tmp_path, tokenizer):
+    write_words(tmp_path / "a.txt", 1000)
+    with pytest.raises(ValueError, match="has no completions"):
+        load_windows(str(tmp_path), tokenizer, 4, loss_on="completion")
+
+
+def test_what_counts_must_fit_the_windows():
+    tokens = np.zeros((2, 5), np.int32)
+    with pytest.raises(ValueError, match=r"train_counted must hold a bool for each target, \(2, 4"):
+        TokenWindows(tokens, tokens, np.ones((2, 5), bool))
+    with pytest.raises(ValueError, match="no target of the validation windows"):
+        TokenWindows(tokens, tokens, None, np.zeros((2, 4), bool))
 
 
 def test_each_epoch_has_every_window_once_in_an_order_of_its_own():

@@ -68,6 +68,17 @@ def eight(shared_folder):
 
 
 @pytest.fixture(scope="module")
+def counted(shared_folder):
+    """What a process with four devices saw where some targets do not count."""
+    out = shared_folder / "counted"
+    with FileLock(shared_folder / "counted.lock"):
+        if not (out / "seen.json").exists():
+            out.mkdir(exist_ok=True)
+            finish(start(out, "--devices", 4, "--counted"))
+    return json.loads((out / "seen.json").read_text())
+
+
+@pytest.fixture(scope="module")
 def two_processes(shared_folder):
     """What each of two processes saw together, their folder, and who held another folder."""
     out = shared_folder / "two"
@@ -101,6 +112,19 @@ def test_an_update_under_pmap_trains_as_one_device(eight):
     assert losses.shape == (6, 8)
     np.testing.assert_array_equal(losses, losses[:, :1].repeat(8, axis=1))
     np.testing.assert_allclose(losses[:, 0], seen["single"]["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["pmap", "mesh"])
+def test_a_loss_on_some_targets_is_the_same_on_four_devices(counted, strategy):
+    for what in ("losses", "validation"):
+        np.testing.assert_allclose(counted[strategy][what], counted["single"][what], rtol=1e-5)
+    assert counted[strategy]["hash"] == counted["single"]["hash"]
+
+
+def test_a_loss_on_some_targets_is_the_same_under_pmap(counted):
+    losses = np.array(counted["under_pmap"])
+    np.testing.assert_array_equal(losses, losses[:, :1].repeat(4, axis=1))
+    np.testing.assert_allclose(losses[:, 0], counted["single"]["losses"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["pmap", "mesh"])

@@ -50,6 +50,16 @@ def make_windows(vocab_size=VOCAB_SIZE):
     return TokenWindows(tokens[8:].astype(np.int32), tokens[:8].astype(np.int32))
 
 
+def make_counted_windows():
+    """Returns the same windows, of each of which 0 to WINDOW targets count."""
+    rng, windows = np.random.default_rng(1), make_windows()
+    train, validation = (
+        rng.random((len(x), WINDOW)) < rng.choice((0.0, 0.1, 0.9), (len(x), 1))
+        for x in (windows.train, windows.validation)
+    )
+    return dataclasses.replace(windows, train_counted=train, validation_counted=validation)
+
+
 def poison(params, windows, config, step):
     """Makes the loss NaN at one step: its batch has a token whose embedding is NaN.
 
