@@ -1,13 +1,15 @@
-"""Throws damaged and malicious model folders, GGUF files and adapters at the loaders.
+"""Throws damaged and malicious model folders, GGUF files, adapters and texts at the loaders.
 
     python campaigns/fuzz_loaders.py --inputs 20000
     python campaigns/fuzz_loaders.py --inputs 5000 --only gguf
+    python campaigns/fuzz_loaders.py --inputs 20000 --only text
 
 Each input is a valid folder or file with one to three faults: random bytes, structured lies in
-safetensors headers, msgpack, index, config, tokenizer and GGUF files. A loader may load it or raise
-its own error. Anything else fails the campaign: another exception, a hang, a crash (which ends this
-process), or more memory than twice the folder's size and an allowance for what loading a tiny model
-takes anyway.
+safetensors headers, msgpack, index, config, tokenizer and GGUF files, in rows of JSON lines and of
+parquet files, and in their messages. A loader may load it or raise its own error; of texts, one
+that names the file. Anything else fails the campaign: another exception, a hang, a crash (which
+ends this process), or more memory than twice the folder's size and an allowance for what loading a
+tiny model takes anyway.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+import text_faults
 from flax.serialization import msgpack_serialize
 from flax.traverse_util import flatten_dict
 from rich.progress import track
@@ -69,6 +72,7 @@ def main() -> None:
     largest = 0
     with tempfile.TemporaryDirectory() as folder:
         seeds = make_seeds(Path(folder) / "seed") | gguf_faults.make_seeds(Path(folder) / "gguf")
+        seeds |= text_faults.make_seeds()
         seeds = {name: files for name, files in seeds.items() if name.startswith(arguments.only)}
         sound, target = Path(folder) / "seed", Path(folder) / "input"
         # What the first loads take for good, such as compiled code, is not an input's doing.
@@ -82,7 +86,7 @@ def main() -> None:
             files = dict(seeds[name])
             done = []
             for _ in range(choose.choice((1, 1, 1, 2, 3))):
-                fault = choose.choice(GGUF_FAULTS if gguf_faults.NAME in files else FAULTS)
+                fault = choose.choice(_faults(name))
                 done.append(fault.__name__)
                 fault(choose, files)
             write(target, files)
@@ -101,22 +105,17 @@ def main() -> None:
 
 
 def attempt(folder: Path, sound: Path) -> tuple[str, int]:
-    """Loads a folder or its GGUF file; returns what came of it, and the most memory it took.
+    """Loads an input; returns what came of it, and the most memory it took.
 
     A folder without a model is loaded as an adapter of the model in ``sound``.
     """
-    source = folder / gguf_faults.NAME if (folder / gguf_faults.NAME).exists() else folder
-    adapter = None
-    if any(folder.glob("adapter*")) and not (folder / "tokenizer.json").exists():
-        source, adapter = sound, folder
     Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
     before = _status("VmRSS")
     signal.alarm(SECONDS)
     try:
-        pretrained = sf.load_pretrained(source, adapter=adapter)
-        check_tokenizer(sf.load_tokenizer(source), pretrained.config)
+        _load(folder, sound)
         outcome = "loaded"
-    except sf.CheckpointError:
+    except (sf.CheckpointError, text_faults.Refused):
         outcome = "refused"
     except Hang:
         outcome = "hung\n" + traceback.format_exc()[-1500:]
@@ -125,6 +124,18 @@ def attempt(folder: Path, sound: Path) -> tuple[str, int]:
     finally:
         signal.alarm(0)
     return outcome, _status("VmHWM") - before
+
+
+def _load(folder: Path, sound: Path) -> None:
+    if any(file.suffix in text_faults.SUFFIXES for file in folder.iterdir()):
+        text_faults.load(folder)
+        return
+    source = folder / gguf_faults.NAME if (folder / gguf_faults.NAME).exists() else folder
+    adapter = None
+    if any(folder.glob("adapter*")) and not (folder / "tokenizer.json").exists():
+        source, adapter = sound, folder
+    pretrained = sf.load_pretrained(source, adapter=adapter)
+    check_tokenizer(sf.load_tokenizer(source), pretrained.config)
 
 
 def make_seeds(folder: Path) -> dict[str, Files]:
@@ -388,7 +399,16 @@ FAULTS: tuple[Callable[[random.Random, Files], None], ...] = (
     not_finite,
 )
 
-GGUF_FAULTS = (*(flip_bits, flip_early_bits, truncate, insert) * 2, *gguf_faults.FAULTS)
+ANYWHERE = (flip_bits, flip_early_bits, truncate, insert)
+
+
+def _faults(name: str) -> tuple[Callable[[random.Random, Files], None], ...]:
+    """Returns the faults of the valid input of a name."""
+    if name.startswith("gguf"):
+        return (*ANYWHERE * 2, *gguf_faults.FAULTS)
+    if name.startswith("text"):
+        return (*ANYWHERE, remove_file, swap_files, *text_faults.FAULTS)
+    return FAULTS
 
 
 def _mutate_json(choose: random.Random, files: Files, name: str) -> None:

@@ -30,8 +30,8 @@ class Finetune:
 
     --out gets checkpoints, metrics.jsonl, TensorBoard events, text.json with the counts of the text
     and, at the end, the model in Hugging Face format in --out/model. The recipe "lora" leaves its
-    adapters too, in peft's format in --out/adapter. The same command goes on where it stopped. After
-    SIGTERM it saves and exits with status 143, after Ctrl-C with 130.
+    adapters too, in peft's format in --out/adapter. The same command goes on where it stopped.
+    After SIGTERM it saves and exits with status 143, after Ctrl-C with 130.
 
     Attributes:
       model: Folder, GGUF file or hub name.
