@@ -54,7 +54,7 @@ class PyTorchModel:
         """Returns what trains all parameters by one step of AdamW on a batch of windows."""
         batch, model = self._ids(tokens), self._model
         optimizer = self._torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            model.parameters(), lr=config.peak_rates[0], weight_decay=config.decay
         )
 
         def run() -> float:

@@ -98,6 +98,15 @@ def is_decayed(path: Path, ndim: int) -> bool:
     return ndim >= 2 and path[-1] not in ("embedding", POLYNOMIAL)
 
 
+def is_hidden_matrix(path: Path, ndim: int) -> bool:
+    """Says whether a parameter is a matrix of a block, of its weights themselves.
+
+    Embeddings, heads, LoRA adapters and stacks of matrices are none.
+    """
+    in_block = any(name.isdigit() for name in path)
+    return ndim == 2 and in_block and "lora" not in path and is_decayed(path, ndim)
+
+
 def sharding_rules() -> tuple[ShardingRule, ...]:
     """Returns how all parameters are dealt out on a mesh; the first rule that fits a leaf counts.
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 import re
+from typing import get_args
 
 from sparseffn_jax.train.guard import GuardConfig
+from sparseffn_jax.train.optimizers import DEFAULTS, OptimizerName
 from sparseffn_jax.train.recipes import RECIPES
+from sparseffn_jax.train.schedules import ScheduleName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +20,17 @@ class TrainConfig:
       recipe: what trains: ``"full"``, ``"ffn_only"``, ``"lora"`` (adapters, and in full the
         feed-forward layers without adapters) or ``"stepwise"`` (half of the steps ``ffn_only``,
         then attention and LayerNorm too).
-      learning_rate: peak learning rate.
+      optimizer: what makes the updates: ``"adamw"``, ``"lion"``, or ``"muon"`` for the matrices of
+        blocks with AdamW for the rest.
+      schedule: how the rate goes on after the warm-up: ``"cosine"`` falls to a tenth, ``"linear"``
+        to zero, ``"constant"`` stays, and ``"wsd"`` (warmup-stable-decay) stays and falls to zero
+        in the last fifth of a stage.
+      learning_rate: peak learning rate; ``None`` takes 5e-4, for Lion 5e-5.
       ffn_learning_rate: peak learning rate of sparse feed-forward layers; ``None`` takes half of
         ``learning_rate``.
       warmup_steps: number of updates in which the rate rises to its peak, in each stage of the
         recipe; ``None`` takes a tenth of the stage.
-      weight_decay: decoupled weight decay of matrices.
+      weight_decay: decoupled weight decay of matrices; ``None`` takes 0.1, for Lion 1.
       clip_norm: global norm that a larger gradient is scaled down to.
       loss_scale: first factor of the loss in float16; it falls and rises by itself.
       loss_scale_interval: number of updates in a row without overflow after which the factor of
@@ -65,10 +73,12 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 8
     recipe: str = "ffn_only"
-    learning_rate: float = 5e-4
+    optimizer: OptimizerName = "adamw"
+    schedule: ScheduleName = "cosine"
+    learning_rate: float | None = None
     ffn_learning_rate: float | None = None
     warmup_steps: int | None = None
-    weight_decay: float = 0.1
+    weight_decay: float | None = None
     clip_norm: float = 1.0
     loss_scale: float = 2.0**15
     loss_scale_interval: int = 2000
@@ -91,10 +101,13 @@ class TrainConfig:
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
     def __post_init__(self):
-        if self.recipe not in RECIPES:
-            raise ValueError(
-                f"unknown recipe {self.recipe!r}: expected one of {', '.join(RECIPES)}"
-            )
+        for name, known in (
+            ("recipe", RECIPES),
+            ("optimizer", get_args(OptimizerName)),
+            ("schedule", get_args(ScheduleName)),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
         for name in (
             "steps",
             "batch_size",
@@ -119,8 +132,9 @@ class TrainConfig:
             if value is not None and not value > 0.0:
                 raise ValueError(f"{name}={value} must be positive")
         for name in ("weight_decay", "hidden_weight", "eval_every", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value} must not be negative")
         if not 0.0 <= self.distill_weight <= 1.0:
             raise ValueError(f"distill_weight={self.distill_weight} must lie between 0 and 1")
         if self.batch_size % self.accumulate_steps:
@@ -137,6 +151,19 @@ class TrainConfig:
             )
         if shortest < 1:
             raise ValueError(f"steps={self.steps} are too few for the stages of {self.recipe!r}")
+
+    @property
+    def peak_rates(self) -> tuple[float, float]:
+        """The peak learning rates of what is not a sparse feed-forward layer, and of what is."""
+        peak = self.learning_rate or DEFAULTS[self.optimizer].learning_rate
+        return peak, self.ffn_learning_rate or peak / 2
+
+    @property
+    def decay(self) -> float:
+        """The decoupled weight decay of matrices."""
+        if self.weight_decay is None:
+            return DEFAULTS[self.optimizer].weight_decay
+        return self.weight_decay
 
     @property
     def stage_ends(self) -> tuple[int, ...]:

@@ -17,8 +17,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -26,9 +24,9 @@ from sparseffn_jax.models.paths import (
     ffn_of,
     in_sparse_ffns,
     is_attention_or_norm,
-    is_decayed,
     is_ffn,
 )
+from sparseffn_jax.train.optimizers import OptimizerName, make_optimizer
 
 Params = dict[str, Any]
 Labels = dict[str, Any]
@@ -42,6 +40,7 @@ def full(
     *,
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
+    optimizer: OptimizerName = "adamw",
 ) -> tuple[optax.GradientTransformation, Labels]:
     """Trains every parameter.
 
@@ -52,13 +51,20 @@ def full(
       weight_decay: the decoupled weight decay of matrices; embeddings, polynomial coefficients and
         vectors have none.
       clip_norm: the global norm that a larger gradient is scaled down to.
+      optimizer: what makes the updates, see :mod:`.optimizers`.
 
     Returns:
-      AdamW (Loshchilov & Hutter 2017, 1711.05101) after clipping, for the trainable part of
-      ``params``; and the labels, a tree like ``params``.
+      The optimizer after clipping, for the trainable part of ``params``; and the labels, a tree
+      like ``params``.
     """
     return _recipe(
-        params, lambda _: True, learning_rate, ffn_learning_rate, weight_decay, clip_norm
+        params,
+        lambda _: True,
+        learning_rate,
+        ffn_learning_rate,
+        weight_decay,
+        clip_norm,
+        optimizer,
     )
 
 
@@ -69,12 +75,15 @@ def ffn_only(
     *,
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
+    optimizer: OptimizerName = "adamw",
 ) -> tuple[optax.GradientTransformation, Labels]:
     """Trains the feed-forward layers, sparse and dense.
 
     The arguments and what is returned are those of :func:`full`.
     """
-    return _recipe(params, is_ffn, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
+    return _recipe(
+        params, is_ffn, learning_rate, ffn_learning_rate, weight_decay, clip_norm, optimizer
+    )
 
 
 def lora(
@@ -85,6 +94,7 @@ def lora(
     train_ffns: bool = True,
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
+    optimizer: OptimizerName = "adamw",
 ) -> tuple[optax.GradientTransformation, Labels]:
     """Trains the LoRA adapters and, in full, the feed-forward layers without adapters.
 
@@ -104,7 +114,9 @@ def lora(
             return True
         return train_ffns and is_ffn(path) and ffn_of(path) not in adapted
 
-    return _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
+    return _recipe(
+        params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm, optimizer
+    )
 
 
 def stepwise(
@@ -115,6 +127,7 @@ def stepwise(
     stage: Literal[1, 2],
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
+    optimizer: OptimizerName = "adamw",
 ) -> tuple[optax.GradientTransformation, Labels]:
     """Unfreezes in two stages: first the feed-forward layers, then attention and LayerNorm too.
 
@@ -122,7 +135,9 @@ def stepwise(
     says which stage it is; the other arguments and what is returned are those of :func:`full`.
     """
     trains = is_ffn if stage == 1 else lambda path: is_ffn(path) or is_attention_or_norm(path)
-    return _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm)
+    return _recipe(
+        params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm, optimizer
+    )
 
 
 # The stages of each recipe, one after the other.
@@ -158,48 +173,18 @@ def combine(trainable: Params, frozen: Params) -> Params:
     return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
 
 
-def warmup_cosine(peak: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """Returns a rate that rises linearly to ``peak`` and falls to a tenth of it by a cosine.
-
-    The shape is GPT-3's (Brown et al. 2020, 2005.14165, appendix B); the first update already has
-    a rate above zero.
-
-    Args:
-      peak: the highest learning rate.
-      warmup_steps: the number of updates before the peak.
-      steps: the number of updates after which the rate is a tenth of the peak.
-    """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=peak / (warmup_steps + 1),
-        peak_value=peak,
-        warmup_steps=warmup_steps,
-        decay_steps=steps,
-        end_value=0.1 * peak,
-    )
-    # XLA would compute the rate, and compile it, once for every leaf.
-    return lambda count: jax.lax.optimization_barrier(jnp.asarray(schedule(count)))
-
-
-def _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm):
+def _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm, optimizer):
     paths = flatten_dict(params).keys()
     new = in_sparse_ffns(paths)
     labels = unflatten_dict(
         {path: "frozen" if not trains(path) else "ffn" if path in new else "rest" for path in paths}
     )
-
-    def adamw(rate):
-        # b2 as in GPT-3: second moments that forget sooner ride out a spike better.
-        return optax.adamw(rate, b2=0.95, weight_decay=weight_decay, mask=_decayed)
-
     trainable_labels, _ = partition(labels, labels)
-    by_label: dict[Hashable, Any] = {"ffn": adamw(ffn_learning_rate), "rest": adamw(learning_rate)}
-    optimizer = optax.chain(
+    by_label: dict[Hashable, Any] = {
+        "ffn": make_optimizer(optimizer, ffn_learning_rate, weight_decay),
+        "rest": make_optimizer(optimizer, learning_rate, weight_decay),
+    }
+    clipped = optax.chain(
         optax.clip_by_global_norm(clip_norm), optax.multi_transform(by_label, trainable_labels)
     )
-    return optimizer, labels
-
-
-def _decayed(params: Params) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: is_decayed(tuple(entry.key for entry in path), leaf.ndim), params
-    )
+    return clipped, labels

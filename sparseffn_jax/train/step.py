@@ -24,8 +24,8 @@ from sparseffn_jax.train.recipes import (
     combine,
     partition,
     split_ffn,
-    warmup_cosine,
 )
+from sparseffn_jax.train.schedules import make_schedule
 
 Params = dict[str, Any]
 
@@ -119,13 +119,16 @@ def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp
     ends = (0, *config.stage_ends)
     steps = ends[index + 1] - ends[index]
     warmup = steps // 10 if config.warmup_steps is None else config.warmup_steps
-    ffn_peak = config.ffn_learning_rate or config.learning_rate / 2
-    rates = [warmup_cosine(peak, warmup, steps) for peak in (config.learning_rate, ffn_peak)]
+    rates = [make_schedule(config.schedule, peak, warmup, steps) for peak in config.peak_rates]
     recipe = RECIPES[config.recipe][index]
     if config.recipe == "lora":
         recipe = partial(recipe, train_ffns=config.lora_ffns)
     optimizer, labels = recipe(
-        params, *rates, weight_decay=config.weight_decay, clip_norm=config.clip_norm
+        params,
+        *rates,
+        weight_decay=config.decay,
+        clip_norm=config.clip_norm,
+        optimizer=config.optimizer,
     )
     if jnp.dtype(dtype) == jnp.float16:
         optimizer = dynamic_loss_scale(optimizer, config.loss_scale, config.loss_scale_interval)

@@ -246,6 +246,8 @@ def test_losses_above_the_band_are_undone(model_and_params, tmp_path):
     ("values", "message"),
     [
         ({"recipe": "half"}, "unknown recipe 'half'.*stepwise"),
+        ({"optimizer": "sgd"}, "unknown optimizer 'sgd'.*adamw, lion, muon"),
+        ({"schedule": "step"}, "unknown schedule 'step'.*cosine, linear, constant, wsd"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"recipe": "stepwise", "steps": 1}, "too few for the stages"),
         ({"batch_size": 6, "accumulate_steps": 4}, "does not divide batch_size=6"),

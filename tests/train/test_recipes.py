@@ -9,7 +9,7 @@ from train_models import SPARSE_FFN, make_model
 from sparseffn_jax.models.paths import is_attention_kernel
 from sparseffn_jax.nn.lora import init_lora
 from sparseffn_jax.train import recipes
-from sparseffn_jax.train.recipes import combine, partition, warmup_cosine
+from sparseffn_jax.train.recipes import combine, partition
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +121,3 @@ def test_gradients_are_clipped_by_their_global_norm():
     _, state = optimizer.update(grads, optimizer.init(params), params)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (2, 2)]
     np.testing.assert_allclose(np.linalg.norm(moments[0]), 0.1 * 2.0, rtol=1e-5)
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 4])
-def test_schedule(warmup_steps):
-    rates = [float(warmup_cosine(2.0, warmup_steps, 20)(step)) for step in range(21)]
-    assert rates[0] == pytest.approx(2.0 / (warmup_steps + 1))
-    assert max(rates) == rates[warmup_steps] == pytest.approx(2.0)
-    assert rates[-1] == pytest.approx(0.2)
-    assert rates[warmup_steps:] == sorted(rates[warmup_steps:], reverse=True)

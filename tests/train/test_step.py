@@ -74,8 +74,8 @@ def test_the_rate_factor_scales_the_update(model_and_params, windows):
     _, half = run_step(model, params, windows.train[:4], CONFIG, rate_factor=0.5)
     for name in ("update_norm", "learning_rate", "ffn_learning_rate"):
         np.testing.assert_allclose(half[name], 0.5 * whole[name], rtol=1e-5)
-    assert whole["learning_rate"] == pytest.approx(CONFIG.learning_rate)
-    assert whole["ffn_learning_rate"] == pytest.approx(CONFIG.learning_rate / 2)
+    assert whole["learning_rate"] == pytest.approx(5e-4)
+    assert whole["ffn_learning_rate"] == pytest.approx(2.5e-4)
 
 
 def test_losses_are_weighted(model_and_params, windows):
