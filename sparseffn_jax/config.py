@@ -14,7 +14,7 @@ import numpy as np
 
 from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.masks import BlockMask
-from sparseffn_jax.parsing import check_fields, parse_dataclass
+from sparseffn_jax.parsing import NamedFields, check_fields, parse_dataclass
 
 Transform = Literal["low_rank", "block_circulant"]
 _HIGHEST_DEGREE = 64  # Beyond it nothing is gained.
@@ -281,7 +281,7 @@ class MicroRefinementConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseFFNConfig:
+class SparseFFNConfig(NamedFields):
     """A SparseFFN stands in for a dense feed-forward layer, ``d_model -> d_ff -> d_model``.
 
     Attributes:
@@ -299,6 +299,7 @@ class SparseFFNConfig:
     Raises:
       ValueError: If a value is of another type than its field, or if the parts do not fit
         together. The message names the value and what was expected.
+      TypeError: If a field is missing or unknown.
 
     Example:
       >>> spectral = SpectralConfig("low_rank", width=3072, rank=128)

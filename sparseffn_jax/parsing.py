@@ -10,13 +10,30 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 
 _UNIONS = (typing.Union, types.UnionType)
 _ACCEPTED = {bool: bool, int: int, float: (int, float), str: str}
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+class NamedFields:
+    """A dataclass whose constructor says of a field that it lacks where it belongs."""
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Checks the names of the fields that are given.
+
+        Raises:
+          TypeError: if a field is unknown; the message names those that there are.
+        """
+        fields = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+        for name in values.keys() - set(fields):
+            raise TypeError(
+                f"{cls.__name__} has no {name}{_home_of(name, cls)}: it has {', '.join(fields)}"
+            )
+        return super().__new__(cls)
 
 
 def check_fields(config: Any) -> None:
@@ -109,6 +126,16 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(typing.get_args(hint))}"
     return _NAMES[hint]
+
+
+def _home_of(name: str, cls: type) -> str:
+    """Says which of the dataclasses in a dataclass has a field, if any does."""
+    for outer, hint in typing.get_type_hints(cls).items():
+        for part in typing.get_args(hint):
+            if dataclasses.is_dataclass(part) and name in part.__dataclass_fields__:
+                part = typing.cast(type, part)
+                return f", which belongs into {outer}={part.__name__}({name}=...)"
+    return ""
 
 
 def _refuse(where: str, value: Any, expected: str) -> NoReturn:

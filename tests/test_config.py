@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import pickle
+import re
 
 import jax
 import numpy as np
@@ -448,3 +449,17 @@ def test_units_that_no_output_reads_are_left_out(up, down, kept):
         entries = (entries if mask is None else alive(mask))[take]
         np.testing.assert_array_equal(entries, True if left is None else alive(left))
     assert smaller.without_dead_units() == smaller
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"core": 64}, "no core, which belongs into micro=MicroRefinementConfig(core=...): it has"),
+        ({"rank": 8}, "has no rank, which belongs into spectral=SpectralConfig(rank=...): it has"),
+        ({"d_model": 8, "d_ff": 8, "width": 8}, "has no width, which belongs into spectral="),
+        ({"hidden": 8}, "SparseFFNConfig has no hidden: it has d_model, d_ff, activation, spec"),
+    ],
+)
+def test_a_field_that_there_is_not(values, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        SparseFFNConfig(**values)

@@ -86,9 +86,10 @@ class Pretrained:
 
     def __repr__(self) -> str:
         spec, sparse = self.spec, sum(ffn is not None for ffn in self.ffns)
+        where = "" if self.folder is None else f", from {self.folder}"
         return (
             f"Pretrained({self.config.model_type}, {spec.n_layer} layers of d_model="
-            f"{spec.d_model} and d_ff={spec.d_ff}, {sparse} of them sparse, from {self.folder})"
+            f"{spec.d_model} and d_ff={spec.d_ff}, {sparse} of them sparse{where})"
         )
 
     @property

@@ -1,6 +1,5 @@
 """Text in, text out: prompts of any lengths, stop strings, and pieces of text as they come."""
 
-import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ def generate_text(
     model: Decoder,
     params: Any,
     tokenizer: Any,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
     *,
@@ -35,7 +34,7 @@ def generate_text(
       model: the decoder.
       params: parameters of the decoder.
       tokenizer: a transformers tokenizer; its end-of-text token ends a row.
-      prompts: one prompt for each row, as text or as token ids.
+      prompts: one prompt for each row, as text or as token ids; a string is one prompt.
       max_new_tokens: largest number of tokens to add to each row.
       sampling: how tokens are chosen; by default the likeliest token is taken.
       stop: strings that end a row; the text ends before the first of them.
@@ -47,15 +46,15 @@ def generate_text(
       One text for each prompt, without the prompt.
 
     Raises:
-      ValueError: if ``prompts`` is one string or a stop string is empty, and under the conditions
-        that :func:`sparseffn_jax.generate` lists.
+      ValueError: if a stop string is empty, and under the conditions that
+        :func:`sparseffn_jax.generate` lists.
 
     Example:
       >>> import sparseffn_jax as sf
       >>> loaded = sf.load_pretrained(sf.EMBEDDED_MODEL)
       >>> tokenizer = sf.load_tokenizer(sf.EMBEDDED_MODEL)
-      >>> prompts = ["if __name__ =="]
-      >>> sf.generate_text(loaded.model(), loaded.params, tokenizer, prompts, max_new_tokens=5)
+      >>> prompt = "if __name__ =="
+      >>> sf.generate_text(loaded.model(), loaded.params, tokenizer, prompt, max_new_tokens=5)
       [" '__main__':"]
     """
     chunk = _TOKENS_BETWEEN_LOOKS if stop else max_new_tokens
@@ -70,7 +69,7 @@ def stream_text(
     model: Decoder,
     params: Any,
     tokenizer: Any,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
     *,
@@ -88,7 +87,7 @@ def stream_text(
       model: the decoder.
       params: parameters of the decoder.
       tokenizer: a transformers tokenizer; its end-of-text token ends a row.
-      prompts: one prompt for each row, as text or as token ids.
+      prompts: one prompt for each row, as text or as token ids; a string is one prompt.
       max_new_tokens: largest number of tokens to add to each row.
       sampling: how tokens are chosen; by default the likeliest token is taken.
       stop: strings that end a row; the text ends before the first of them.
@@ -101,8 +100,8 @@ def stream_text(
       A tuple with one piece for each prompt; a piece may be empty.
 
     Raises:
-      ValueError: if ``prompts`` is one string or a stop string is empty, and under the conditions
-        that :func:`sparseffn_jax.generate` lists.
+      ValueError: if a stop string is empty, and under the conditions that
+        :func:`sparseffn_jax.generate` lists.
 
     Example:
       >>> import sparseffn_jax as sf
@@ -120,7 +119,7 @@ def stream_text(
       "'"
     """
     if isinstance(prompts, str):
-        raise ValueError(f"prompts is one string: give a list, as [{reprlib.repr(prompts)}]")
+        prompts = [prompts]
     if "" in stop:
         raise ValueError("a stop string is empty: it would stop before the first token")
     sampling = Sampling() if sampling is None else sampling

@@ -29,9 +29,10 @@ def check_calibration(
             f"calibration has shape {calibration.shape}: expected (windows, tokens) with at most "
             f"n_positions={model.spec.n_positions} tokens"
         )
-    if calibration.max() >= model.config.vocab_size:
+    wrong = calibration[(calibration < 0) | (calibration >= model.config.vocab_size)]
+    if wrong.size:
         raise ValueError(
-            f"calibration holds token id {calibration.max()}, but the model has vocab_size="
+            f"calibration holds token id {wrong[0]}, but the model has vocab_size="
             f"{model.config.vocab_size}: was it tokenised with another tokenizer?"
         )
     widest = max((layer.d_ff for layer in configs if layer is not None), default=0)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from sparseffn_jax.checkpoints.pretrained import Pretrained
 from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.records import versions
 from sparseffn_jax.models.decoder import Decoder, Dtype, ffn_module
 from sparseffn_jax.sparsify.calibration import check_calibration
@@ -24,19 +26,22 @@ from sparseffn_jax.sparsify.distill import distill_layer
 from sparseffn_jax.sparsify.fit import fit_layer, is_whole
 from sparseffn_jax.sparsify.layers import REPAIR, ConvertedLayer, convert_layers
 from sparseffn_jax.sparsify.partial import PartialConversion
+from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.sparsify.streams import LayerActivations, Place
 
 Params = Mapping[str, Any]
+Config = float | SparseFFNConfig | Sequence[SparseFFNConfig | None]
+Tokens = Int[np.ndarray, "n t"] | Int[np.ndarray, " n"]
 Fit = Callable[
     [DenseFFN, SparseFFNConfig, LayerActivations], tuple[SparseFFNConfig, dict[str, Any]]
 ]
 
 
 def sparsify(
-    model: Decoder,
-    params: Params,
-    config: SparseFFNConfig | Sequence[SparseFFNConfig | None],
-    calibration: Int[np.ndarray, "n t"],
+    model: Decoder | Pretrained,
+    params: Params | Config | None = None,
+    config: Config | Tokens | None = None,
+    calibration: Tokens | None = None,
     *,
     fit: Fit = fit_layer,
     distill_steps: int = 300,
@@ -50,17 +55,22 @@ def sparsify(
 ) -> tuple[Decoder, dict[str, Any]]:
     """Replaces dense FFNs by SparseFFNs that start near them.
 
-    Beside the parameters, memory holds the two residual streams of the calibration text (the dense
-    model's and the converted model's), the inputs and targets of one layer, and one layer's work.
+    It is called as ``sparsify(model, params, config, calibration)`` or, with what
+    :func:`load_pretrained` returns, as ``sparsify(pretrained, config, calibration)``. Beside the
+    parameters, memory holds the two residual streams of the calibration text (the dense model's and
+    the converted model's), the inputs and targets of one layer, and one layer's work.
 
     Args:
-      model: a decoder in which the layers to be replaced are dense.
+      model: a decoder in which the layers to be replaced are dense; or a :class:`Pretrained`, which
+        brings its parameters.
       params: parameters of the decoder, in memory or loaded on demand; they are not changed.
       config: one configuration for all layers, or a sequence with one entry for each layer, where
         ``None`` keeps a layer dense. The polynomial's radius is overwritten by the radius that the
-        calibration activations need.
+        calibration activations need. A number is the share of its FLOPs that every layer keeps, for
+        which :func:`size_ffn` finds the configuration.
       calibration: token ids (n, t) of ordinary text; there should be ten tokens or more for each
-        hidden unit.
+        hidden unit. One row (n,) is cut into windows of the default length, the smaller of
+        n_positions and 1024.
       fit: function that fits one layer in closed form. It is called with the layer's dense FFN, its
         config and the layer's activations, and returns the config, in which the polynomial's radius
         may have changed, and float32 parameters.
@@ -87,6 +97,7 @@ def sparsify(
     Raises:
       ValueError: if the config does not fit the model, there is too little calibration text, or
         ``work_dir`` holds a stopped conversion of another model or with other settings.
+      TypeError: if an argument is missing or of another kind.
 
     Example:
       >>> import jax
@@ -102,15 +113,17 @@ def sparsify(
       >>> ids = jnp.zeros((2, 8), int)
       >>> params = jax.jit(dense.init)(jax.random.key(0), ids)["params"]
       >>> text = np.random.default_rng(0).integers(97, size=(80, 16))
-      >>> ffn = sf.size_ffn(d_model=32, d_ff=128, flops_ratio=0.5)
-      >>> sparse, params = sf.sparsify(dense, params, ffn, text, distill_steps=0)
+      >>> sparse, params = sf.sparsify(dense, params, 0.5, text, distill_steps=0)
       >>> sparse.ffns[0].micro.core.width
       56
       >>> jax.jit(sparse.apply)({"params": params}, ids).shape
       (2, 8, 97)
     """
+    model, params, config, windows = _arguments(model, params, config, calibration)
+    if not callable(fit):
+        raise TypeError(f"fit={fit!r}: expected a function, such as the default, fit_layer")
     configs = _per_layer(model, config)
-    check_calibration(model, configs, calibration)
+    check_calibration(model, configs, windows)
 
     def fit_one(layer: int, dense: DenseFFN, activations: LayerActivations):
         config = configs[layer]
@@ -127,7 +140,7 @@ def sparsify(
         settings = {
             "model": model.config.to_dict(),
             "ffns": [None if layer is None else layer.to_dict() for layer in configs],
-            "calibration": hashlib.sha256(np.asarray(calibration).tobytes()).hexdigest(),
+            "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
             "fit": getattr(fit, "__name__", type(fit).__name__),
             "distill_steps": distill_steps,
             "repair": repair,
@@ -142,7 +155,7 @@ def sparsify(
         params,
         [i for i, layer in enumerate(configs) if layer is not None],
         fit_one,
-        calibration,
+        windows,
         repair=repair,
         batch_size=batch_size,
         stream_dtype=stream_dtype,
@@ -152,11 +165,48 @@ def sparsify(
     )
 
 
+def _arguments(model: Any, *arguments: Any) -> tuple[Decoder, Params, Any, Any]:
+    """Returns model, params, config and calibration, whichever way they were given."""
+    names = ["params", "config", "calibration"][isinstance(model, Pretrained) :]
+    given = [each for each in arguments if each is not None]
+    if len(given) != len(names):
+        raise TypeError(
+            f"sparsify takes {', '.join(names)} beside a {type(model).__name__}: {len(given)} of "
+            f"{len(names)} are given"
+        )
+    if isinstance(model, Pretrained):
+        model, given = model.model(), [model.params, *given]
+    params, config, calibration = given
+    if isinstance(config, int | float):
+        config = size_model(model.spec, config)
+    return model, params, config, _as_windows(model, calibration)
+
+
+def _as_windows(model: Decoder, calibration: Any) -> Int[np.ndarray, "n t"]:
+    ids = np.asarray(calibration)
+    if ids.dtype.kind not in "iu":
+        what = "a text" if isinstance(calibration, str) else f"of type {ids.dtype.name}"
+        raise TypeError(
+            f"calibration is {what}: expected token ids (n, t) or (n,), as a tokenizer's encode "
+            "returns them"
+        )
+    if ids.ndim != 1:
+        return ids
+    # Too short a text is one window, which is refused for what it lacks.
+    window = min(check_window(None, model.spec.n_positions), max(1, len(ids)))
+    return ids[: len(ids) // window * window].reshape(-1, window)
+
+
 def _per_layer(model, config) -> tuple[SparseFFNConfig | None, ...]:
     spec = model.spec
     n_layer = spec.n_layer
     if isinstance(config, SparseFFNConfig):
         config = (config,) * n_layer
+    if not isinstance(config, Sequence) or isinstance(config, str):
+        raise TypeError(
+            f"config is a {type(config).__name__}: expected the share of the FLOPs that stays, "
+            "such as 0.4, a SparseFFNConfig, or one for each layer"
+        )
     if len(config) != n_layer:
         raise ValueError(f"{len(config)} FFN configs for a model of n_layer={n_layer}")
     for i, (layer, ffn) in enumerate(zip(config, model.ffns or (None,) * n_layer, strict=True)):

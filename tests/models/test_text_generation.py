@@ -108,8 +108,13 @@ def test_the_limit_cuts_and_padding_changes_nothing(tokenizer):
     assert recite(tokenizer, [TEXT, TEXT], max_new_tokens=7, least_length=40) == expected
 
 
-def test_an_empty_stop_string_and_a_prompt_that_is_no_list_are_refused(tokenizer):
+def test_an_empty_stop_string_is_refused(tokenizer):
     with pytest.raises(ValueError, match="a stop string is empty"):
         recite(tokenizer, [TEXT], stop=["a", ""])
-    with pytest.raises(ValueError, match="prompts is one string: give a list"):
-        generate_text(Reciter(GPT2Config()), {}, tokenizer, TEXT, 4)
+
+
+def test_a_string_is_one_prompt(tokenizer):
+    def write(model, params, tokenizer, prompts, **settings):
+        return generate_text(model, params, tokenizer, prompts[0], **settings)
+
+    assert recite(tokenizer, [TEXT], write) == [TEXT]

@@ -1,7 +1,9 @@
 """sparsify: exact where it can be, and each stage nearer to the dense model than the one before."""
 
 import dataclasses
+from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from tiny_models import make_config, make_model
 from transformers import GPT2Config
 
 from sparseffn_jax.bench.ablation import select_layer
+from sparseffn_jax.checkpoints.pretrained import Pretrained
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -264,3 +267,55 @@ def test_other_bad_inputs_are_refused(dense, tokens):
     sparse_model, sparse_params = sparsify(model, params, DENSE, tokens)
     with pytest.raises(ValueError, match="layer 0 is already sparse"):
         sparsify(sparse_model, sparse_params, DENSE, tokens)
+
+
+@pytest.fixture(scope="module")
+def first_try():
+    """A model as it is loaded, and a row of tokens."""
+    model, params = make_model("gpt2")
+    tokens = np.random.default_rng(0).integers(97, size=700)
+    return Pretrained(model.config, params), tokens
+
+
+def test_a_pretrained_a_ratio_and_tokens_are_enough(first_try):
+    pretrained, tokens = first_try
+    model, params = pretrained.model(), pretrained.params
+    window = pretrained.spec.n_positions
+    rows = tokens[: len(tokens) // window * window].reshape(-1, window)
+    config = size_model(pretrained.spec, 0.4)
+    expected, expected_params = sparsify(model, params, config, rows, distill_steps=0)
+    calls = (
+        lambda: sparsify(pretrained, 0.4, tokens, distill_steps=0),
+        lambda: sparsify(pretrained, config, calibration=jnp.asarray(rows), distill_steps=0),
+        lambda: sparsify(model, params, config=0.4, calibration=tokens, distill_steps=0),
+    )
+    for call in calls:
+        sparse, params_of_sparse = call()
+        assert sparse.ffns == expected.ffns
+        chex.assert_trees_all_equal(params_of_sparse, expected_params)
+
+
+def test_a_pretrained_is_shown_in_a_line(first_try):
+    shown = "Pretrained(gpt2, 2 layers of d_model=32 and d_ff=128, 0 of them sparse"
+    assert repr(first_try[0]) == f"{shown})"
+    read = dataclasses.replace(first_try[0], folder=Path("models/gpt2"))
+    assert repr(read) == f"{shown}, from models/gpt2)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((0.4,), {}, TypeError, "takes config, calibration beside a Pretrained: 1 of 2"),
+        (({}, 0.4, np.zeros((2, 8), int)), {}, TypeError, "beside a Pretrained: 3 of 2 are given"),
+        ((0.4, "some text"), {}, TypeError, "calibration is a text: expected token ids"),
+        ((0.4, np.zeros((99, 8))), {}, TypeError, "calibration is of type float64: expected token"),
+        ((0.4, np.full(700, -1)), {}, ValueError, "calibration holds token id -1"),
+        ((0.4, np.zeros(9, int)), {}, ValueError, "9 calibration tokens are too few"),
+        ((4, np.zeros(700, int)), {}, ValueError, "flops_ratio=4 must lie above 0 and not above 1"),
+        (("0.4", np.zeros(700, int)), {}, TypeError, "config is a str: expected the share"),
+        ((0.4, np.zeros(700, int)), {"fit": "svd"}, TypeError, "fit='svd': expected a function"),
+    ],
+)
+def test_what_sparsify_is_called_with_by_mistake(arguments, options, error, message, first_try):
+    with pytest.raises(error, match=message):
+        sparsify(first_try[0], *arguments, **options)
