@@ -306,11 +306,11 @@ class _Job:
                 _card_section(rep),
             ),
         )
-        starts = {
-            "dense": rep["dense"]["pretrained_val_loss"],
-            "sparse": rep["warm_start"]["layer_distillation"],
+        validation = {
+            "dense": (rep["dense"]["pretrained_val_loss"], rep["dense"]["val_loss"]),
+            "sparse": (rep["warm_start"]["layer_distillation"], rep["sparse"]["val_loss"]),
         }
-        pictures.plot_training(out / "training.png", self.curves, starts)
+        pictures.plot_training(out / "training.png", self.curves, validation)
         sizes = [size_of(config, self.model.spec) for config in self.configs]
         layers = [{"width": width, "rank": rank} for width, rank in sizes]
         pictures.plot_layers(out / "layers.png", layers, "What each layer keeps")

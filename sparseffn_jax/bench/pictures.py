@@ -40,23 +40,30 @@ _TICKS = (0.125, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
 def plot_training(
     path: Path,
     curves: Mapping[str, Sequence[tuple[int, float]]],
-    start_losses: Mapping[str, float],
+    validation: Mapping[str, tuple[float, float]],
 ) -> None:
-    """Draws training loss over steps, and each model's validation loss at its start as a mark.
+    """Draws training loss over steps, and each model's validation loss at both ends as marks.
+
+    All losses are cross-entropies in nats a token, whatever else the models were trained on.
 
     Args:
       path: PNG file to write.
-      curves: for each model's name its steps and their losses, in nats a token.
-      start_losses: for each model's name the validation loss before the first step.
+      curves: for each model's name its steps and their losses.
+      validation: for each model's name the validation losses before the first step and after the
+        last.
     """
     figure, axes = _figure()
     for (name, points), colour in zip(curves.items(), (_DENSE, _SPARSE), strict=False):
         steps, losses = np.array(points).T
         axes.plot(steps, losses, color=colour, label=name, linewidth=1.5)
-        axes.plot([0], [start_losses[name]], "o", color=colour, markersize=5)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="Fine-tuning on the same batches")
+        axes.plot([0, steps[-1]], validation[name], "o", color=colour, markersize=5)
+    axes.set(
+        xlabel="step",
+        ylabel="cross-entropy (nats a token)",
+        title="Fine-tuning on the same batches",
+    )
     axes.legend(
-        title="training loss; dot: validation at the start",
+        title="line: training; dots: validation before and after",
         loc="upper center",
         bbox_to_anchor=(0.5, -0.15),
         ncols=len(curves),
