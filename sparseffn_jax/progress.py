@@ -18,12 +18,17 @@ from rich.progress import (
 )
 
 # Where there is no terminal, work is never silent for longer than this, in seconds.
-_PAUSE = 4.0
+_PAUSE = 3.0
 
 
 def messages() -> Console:
     """Returns the console that progress is shown on: standard error, so that results stay pure."""
     return Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+
+
+def say(what: str) -> None:
+    """Shows a message that the user should notice."""
+    messages().print(what, style="yellow")
 
 
 @contextmanager

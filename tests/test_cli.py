@@ -499,6 +499,8 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("finetune --model {dense} --out {short}/run --text {corpus}", "cannot write"),
         ("finetune --model {dense} --out {dir}/run --text {corpus} --recipe magic", "magic"),
         ("finetune --model {dense} --out {dir}/run --text {corpus} --steps 0", "steps=0"),
+        ("finetune --model {dense} --out {dir}/run --remat --no-remat", "exclude each other"),
+        ("finetune --model {dense} --out {dir}/run --report-to mlflow", "'mlflow'"),
         ("finetune --model {dense} --out {dir}/run --strategy mesh", "needs the sizes of a mesh"),
         ("finetune --model {dense} --out {dir}/run --strategy mesh --mesh data=77", "77 devices"),
         ("finetune --model {dense} --out {dir}/run --processes 2", "belong together"),
@@ -737,7 +739,7 @@ def test_too_little_memory_is_said_before_the_work(folder, tmp_path, capfd, monk
     if command != "evaluate":
         argv += ["--out", str(tmp_path / "out")]
     if command == "finetune":
-        argv += ["--steps", "1", "--batch-size", "2"]
+        argv += ["--steps", "1", "--batch-size", "2", "--no-remat"]
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 1000)
     with pytest.raises(SystemExit) as stopped:
         main(argv)

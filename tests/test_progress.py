@@ -15,7 +15,7 @@ from sparseffn_jax.train.metrics import MetricsLog
 @pytest.fixture(autouse=True)
 def console(monkeypatch):
     monkeypatch.setattr(progress, "_PAUSE", 0.02)
-    console = Console(file=io.StringIO(), markup=False, highlight=False)
+    console = Console(file=io.StringIO(), soft_wrap=True, markup=False, highlight=False)
     for module in (progress, metrics):
         monkeypatch.setattr(module, "messages", lambda: console)
     return console
@@ -61,5 +61,26 @@ def test_what_is_said_puts_the_next_line_off(console):
 def test_a_run_says_where_it_stands_between_two_records(console, tmp_path):
     with MetricsLog(tmp_path, 2, 6) as log:
         wait_for(console, "step 3/6, 0:00:00\n")
-        log.advance(4, 1.25, 1000.0)
+        log.advance(4, {"loss": 1.25}, 1000.0)
         wait_for(console, "step 4/6  loss 1.2500  1000 tokens/s  0:00:00 left\n")
+
+
+def test_a_run_says_what_it_does_beside_steps(console, tmp_path):
+    with MetricsLog(tmp_path, 2, 6) as log:
+        log.advance(3, {"loss": 1.25}, 1000.0)
+        with log.doing("compiling the evaluation") as note:
+            wait_for(console, "step 3/6  compiling the evaluation, 0:00:00\n" * 2)
+            note("evaluating, 1/4 windows")
+            wait_for(console, "step 3/6  evaluating, 1/4 windows, 0:00:00\n")
+        wait_for(console, "step 3/6  loss 1.2500  1000 tokens/s  0:00:00 left\n")
+
+
+def test_a_mixed_loss_stands_beside_the_cross_entropy(console, tmp_path):
+    metrics = {"loss": 1.25, "cross_entropy": 2.5}
+    with MetricsLog(tmp_path, 0, 6) as log:
+        log.advance(1, metrics, 1000.0)
+        wait_for(console, "step 1/6  mixed loss 1.2500  cross-entropy 2.5000  1000 tokens/s  ")
+        numbers = {"step": 1, "validation_loss": 3.0, "tokens_per_second": 1.0}
+        log.record(numbers | metrics)
+    line = "mixed loss 1.2500  cross-entropy 2.5000  validation cross-entropy 3.0000  1 tokens/s"
+    assert line in console.file.getvalue()

@@ -20,6 +20,7 @@ from sparseffn_jax.train.data import TextCounts
 from sparseffn_jax.train.documents import STDLIB
 from sparseffn_jax.train.loop import Resume, TrainResult, train
 from sparseffn_jax.train.processes import DistributedConfig, is_first
+from sparseffn_jax.train.reporters import check_installed, parse_names
 from sparseffn_jax.train.strategies import StrategyName, make_strategy
 from sparseffn_jax.train.tokens import LossOn
 
@@ -52,7 +53,9 @@ class Finetune:
       teacher: Folder, GGUF file or hub name of a dense model to distil from; needs
         --distill-weight.
       dtype: Of the computation; weights stay float32. In float16 the loss is scaled.
-      remat: Compute each block again in the backward pass: a third more time, far less memory.
+      remat: Compute each block again in the backward pass: a third more time, far less memory. By
+        itself where a step would not fit into memory.
+      no_remat: Never do that; a step that does not fit is an error.
       resume: "auto" goes on from the newest whole checkpoint if there is one, "must" demands one,
         "never" refuses one.
       strategy: "single" device; "pmap", every device with all parameters and a part of the batch;
@@ -77,7 +80,8 @@ class Finetune:
     window: int | None = None
     teacher: str | None = None
     dtype: Precision = "float32"
-    remat: bool = False
+    remat: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_remat: tyro.conf.FlagCreatePairsOff[bool] = False
     resume: Resume = "auto"
     strategy: StrategyName = "single"
     mesh: str | None = None
@@ -88,6 +92,9 @@ class Finetune:
 
     def run(self, console: Console) -> None:
         """Runs the command."""
+        if self.remat and self.no_remat:
+            raise ValueError("--remat and --no-remat exclude each other: give one, or neither")
+        check_installed(parse_names(self.train.report_to))
         # Before anything else: it decides which devices there are.
         self.cluster.start()
         strategy = make_strategy(self.strategy, self.mesh)
@@ -107,7 +114,7 @@ class Finetune:
             most_tokens=self.text_tokens,
             loss_on=self.loss_on,
         )
-        model = pretrained.model(DTYPES[self.dtype], self.remat)
+        model = pretrained.model(DTYPES[self.dtype])
         teacher = None
         if self.teacher is not None:
             with stage("loading the teacher"):
@@ -122,6 +129,7 @@ class Finetune:
             teacher=teacher,
             strategy=strategy,
             resume=self.resume,
+            remat=True if self.remat else False if self.no_remat else None,
         )
         if not is_first():
             return
@@ -138,14 +146,16 @@ class Finetune:
             )
             console.print(f"wrote {self._adapter}")
         if self._is_merged:
-            save_pretrained(
-                self._result,
-                model,
-                result.params,
-                tokenizer=tokenizer,
-                overwrite=True,
-                card=model_card(self.push or self.out.name, model, result.params, origin, section),
-            )
+            with stage("writing the model"):
+                card = model_card(self.push or self.out.name, model, result.params, origin, section)
+                save_pretrained(
+                    self._result,
+                    model,
+                    result.params,
+                    tokenizer=tokenizer,
+                    overwrite=True,
+                    card=card,
+                )
             console.print(f"wrote {self._result} (batches {result.data_hash[:12]})")
         if self.push is not None:
             pushed = self._result if self._is_merged else self._adapter

@@ -10,6 +10,19 @@ import jax
 import psutil
 
 
+class OutOfMemory(MemoryError):
+    """Some work needs more memory than there is.
+
+    Args:
+      shortage: how much is needed and how much is left.
+      remedies: what the user can do to need less.
+    """
+
+    def __init__(self, shortage: str, remedies: str):
+        super().__init__(f"{shortage}: {remedies}")
+        self.shortage = shortage
+
+
 @dataclasses.dataclass(frozen=True)
 class ProgramMemory:
     """The memory that a compiled program needs on its device, as XLA has assigned its buffers.
@@ -108,7 +121,7 @@ def check_fits(compiled: Any, what: str, remedies: str) -> None:
       remedies: what the user can do to need less, for the message.
 
     Raises:
-      MemoryError: if the memory does not suffice; the message says how much is needed and left.
+      OutOfMemory: if the memory does not suffice; the message says how much is needed and left.
     """
     memory = memory_of(compiled)
     devices = compiled.runtime_executable().local_devices()
@@ -127,12 +140,13 @@ def check_free(needed: int, free: int | None, what: str, remedies: str) -> None:
       remedies: what the user can do to need less, for the message.
 
     Raises:
-      MemoryError: if they are not left.
+      OutOfMemory: if they are not left.
     """
     if free is not None and needed > free:
-        raise MemoryError(
+        raise OutOfMemory(
             f"{what} needs {needed / 2**30:.2f} GiB beside what is loaded, but "
-            f"{free / 2**30:.2f} GiB are free: {remedies}"
+            f"{free / 2**30:.2f} GiB are free",
+            remedies,
         )
 
 

@@ -7,6 +7,7 @@ from typing import get_args
 from sparseffn_jax.train.guard import GuardConfig
 from sparseffn_jax.train.optimizers import DEFAULTS, OptimizerName
 from sparseffn_jax.train.recipes import RECIPES
+from sparseffn_jax.train.reporters import parse_names
 from sparseffn_jax.train.schedules import ScheduleName
 
 
@@ -55,6 +56,8 @@ class TrainConfig:
         no validation.
       save_every: number of steps between two checkpoints, with one more at the end.
       keep_checkpoints: number of checkpoints that stay, the newest ones.
+      report_to: what gets the log beside ``metrics.jsonl``: ``"tensorboard"``, ``"wandb"``, both
+        with a comma between, or ``"none"``.
       guard: settings of the divergence guard.
 
     Raises:
@@ -98,6 +101,7 @@ class TrainConfig:
     eval_every: int = 200
     save_every: int = 500
     keep_checkpoints: int = 3
+    report_to: str = "tensorboard"
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
     def __post_init__(self):
@@ -108,6 +112,7 @@ class TrainConfig:
         ):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
+        parse_names(self.report_to)
         for name in (
             "steps",
             "batch_size",
@@ -164,6 +169,21 @@ class TrainConfig:
         if self.weight_decay is None:
             return DEFAULTS[self.optimizer].weight_decay
         return self.weight_decay
+
+    @property
+    def loss_mixture(self) -> str | None:
+        """What the loss is made of, or ``None`` if it is the cross-entropy alone."""
+        parts = []
+        if self.distill_weight < 1.0:
+            share = 1.0 - self.distill_weight
+            parts.append("cross-entropy" if share == 1.0 else f"{share:.3g} cross-entropy")
+        if self.distill_weight > 0.0:
+            parts.append(
+                f"{self.distill_weight:.3g} distillation at temperature {self.temperature:g}"
+            )
+        if self.hidden_weight > 0.0:
+            parts.append(f"{self.hidden_weight:g} hidden states' squared error")
+        return None if parts == ["cross-entropy"] else " + ".join(parts)
 
     @property
     def stage_ends(self) -> tuple[int, ...]:

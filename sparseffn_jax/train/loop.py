@@ -6,12 +6,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
+import numpy as np
+from jaxtyping import Int
 
 from sparseffn_jax.evaluate.losses import check_token_ids
+from sparseffn_jax.evaluate.windows import check_window, cut_windows
 from sparseffn_jax.measure.records import write_json
+from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.nn.lora import LoraAdapter
 from sparseffn_jax.progress import stage
 from sparseffn_jax.train import processes
@@ -19,11 +23,14 @@ from sparseffn_jax.train.checkpoints import CheckpointStore
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows
 from sparseffn_jax.train.metrics import MetricsLog, Record
+from sparseffn_jax.train.reporters import check_installed, open_reporters, parse_names
 from sparseffn_jax.train.run import Resume, Run
 from sparseffn_jax.train.run_lock import hold_run_folder
-from sparseffn_jax.train.strategies import SingleDevice, Strategy
+from sparseffn_jax.train.strategies import SingleDevice, Strategy, StrategyName, make_strategy
 
 Params = dict[str, Any]
+# Of an array that stands for windows, the share that is for validation.
+_HELD_OUT = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +101,14 @@ class Terminated(SystemExit):
 def train(
     model: nn.Module,
     params: Params,
-    windows: TokenWindows,
+    windows: TokenWindows | Int[np.ndarray, "..."],
     config: TrainConfig,
     out_dir: str | Path,
     *,
     teacher: tuple[nn.Module, Params] | None = None,
-    strategy: Strategy | None = None,
+    strategy: Strategy | StrategyName | None = None,
     resume: Resume = "auto",
+    remat: bool | None = None,
     on_step: Callable[[int, Record], None] | None = None,
 ) -> TrainResult:
     """Fine-tunes ``params`` on ``windows.train``.
@@ -114,15 +122,24 @@ def train(
         logits; its ``dtype`` is the precision of the computation, the weights are float32. In
         float16 the loss is scaled (see :mod:`.loss_scale`).
       params: where to start; not changed. A resumed run takes its own from the checkpoint.
-      windows: training and validation text.
-      config: the settings; a resumed run must have those it started with.
-      out_dir: gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``run.lock`` and, if the
-        windows know it, how much text there is in ``text.json``.
+      windows: training and validation text. Of an array of token ids the last twentieth is for
+        validation: an array (n, window + 1) holds windows, as :class:`TokenWindows` has them, and
+        an array (n,) one text, which is cut into windows of the default length, the smaller of
+        n_positions and 1024.
+      config: the settings. A resumed run must have those it started with, but what is logged, where
+        to and how often, and how often it evaluates and saves may change, and ``steps`` may grow:
+        the learning rates of the remaining steps are then those of the longer run.
+      out_dir: gets ``checkpoints/``, ``metrics.jsonl``, ``run.lock``, what ``report_to`` writes
+        and, if the windows know it, how much text there is in ``text.json``.
       teacher: model and parameters to distil from; needs a weight in ``config``.
-      strategy: how devices share the work; ``None`` takes one device. A resumed run may have
-        another strategy, or another number of devices.
+      strategy: how devices share the work, as :func:`make_strategy` returns it, or its name;
+        ``None`` takes one device. A resumed run may have another strategy, or another number of
+        devices.
       resume: ``"auto"`` goes on where there is a whole checkpoint; ``"must"`` raises where there
         is none, ``"never"`` where there is one.
+      remat: whether the backward pass computes each block again, which takes a third more time and
+        far less memory. ``None`` leaves it as ``model`` has it, but where a step would need more
+        memory than there is, it does so, and says it.
       on_step: called after every step with its number, from 1, and its metrics.
 
     Raises:
@@ -130,6 +147,7 @@ def train(
       FileNotFoundError, FileExistsError: if the checkpoints are not as ``resume`` wants them.
       RunFolderError: if another run is writing to ``out_dir``; the message names its process.
       MemoryError: if a step needs more memory than there is; the message says what lowers it.
+      ImportError: if ``report_to`` names what is not installed.
       DivergenceError: if the guard gives up.
       KeyboardInterrupt, Terminated: after Ctrl-C and SIGTERM, which let the step end and save the
         run; a second one stops it at once.
@@ -158,19 +176,32 @@ def train(
       >>> round(result.history[-1]["loss"], 1)
       4.6
     """
+    if resume not in get_args(Resume):
+        expected = ", ".join(get_args(Resume))
+        raise ValueError(f"unknown resume={resume!r}: expected one of {expected}")
+    if isinstance(strategy, str):
+        strategy = make_strategy(strategy)
     strategy = strategy or SingleDevice()
     strategy.check(config)
+    windows = _as_windows(windows, model)
+    reporters = parse_names(config.report_to)
+    check_installed(reporters)
     _check_teacher(config, model, teacher)
-    check_token_ids(model, params, windows.train)
-    check_token_ids(model, params, windows.validation)
     out_dir, writes = Path(out_dir), processes.is_first()
+    with stage("checking the text") if writes else contextlib.nullcontext():
+        check_token_ids(model, params, windows.train)
+        check_token_ids(model, params, windows.validation)
     # The folder is held first: the store removes what looks like an earlier run's remains.
-    with hold_run_folder(out_dir), CheckpointStore(out_dir, config.keep_checkpoints) as store:
-        with stage("compiling the training step") if writes else contextlib.nullcontext():
-            run = Run(model, params, windows, config, store, teacher, strategy, resume)
-        if writes and windows.counts is not None and run.position.step == 0:
+    with (
+        hold_run_folder(out_dir),
+        CheckpointStore(out_dir, config.keep_checkpoints) as store,
+        open_reporters(reporters if writes else (), out_dir, dataclasses.asdict(config)) as opened,
+    ):
+        run = Run(model, params, windows, config, store, teacher, strategy, resume, remat)
+        first_step = run.position.step
+        if writes and windows.counts is not None and first_step == 0:
             write_json(out_dir / "text.json", dataclasses.asdict(windows.counts))
-        with MetricsLog(out_dir, run.position.step, config.steps, writes=writes) as log:
+        with MetricsLog(out_dir, first_step, config.steps, reporters=opened, writes=writes) as log:
             stopped_by = _run_and_save(run, log, config.steps, on_step)
     if run.position.step < config.steps:
         raise _stopped(stopped_by, run.position.step, config.steps, store)
@@ -228,6 +259,34 @@ def _deferred_signals() -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+def _as_windows(windows: Any, model: nn.Module) -> TokenWindows:
+    """Returns windows as they are; cuts an array of token ids and splits it."""
+    if isinstance(windows, TokenWindows):
+        return windows
+    ids = np.asarray(windows)
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
+        raise ValueError(
+            f"windows is {ids.dtype.name} of shape {ids.shape}: expected TokenWindows, as "
+            "load_windows returns them, or token ids (n, window + 1) or (n,)"
+        )
+    if ids.ndim == 1:
+        if not isinstance(model, Decoder):
+            raise ValueError(
+                "windows is one row of token ids, and the model does not say how long windows may "
+                "be: cut it into rows (n, window + 1)"
+            )
+        window = check_window(None, model.spec.n_positions)
+        ids = cut_windows(ids, window)
+        if len(ids) < 2:
+            raise ValueError(
+                f"{np.size(windows)} token ids are too few for two windows of {window + 1}, one to "
+                "train on and one for validation: give more text, or rows (n, window + 1)"
+            )
+    held_out = max(1, round(_HELD_OUT * len(ids)))
+    ids = ids.astype(np.int32)
+    return TokenWindows(train=ids[:-held_out], validation=ids[-held_out:])
 
 
 def _check_teacher(config: TrainConfig, model: Any, teacher: Any) -> None:

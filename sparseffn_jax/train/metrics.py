@@ -1,12 +1,12 @@
-"""A run's log: metrics.jsonl, TensorBoard events, and progress on the terminal."""
+"""A run's log: metrics.jsonl, what else it is reported to, and progress on the terminal."""
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from rich.progress import (
     BarColumn,
@@ -16,14 +16,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar, text
 
 from sparseffn_jax.progress import duration, heartbeat, messages
-
-Record = dict[str, Any]
-_FLUSH_SECONDS = 30.0
+from sparseffn_jax.train.reporters import Record, Reporter
 
 
 class MetricsLog:
@@ -33,14 +28,23 @@ class MetricsLog:
     it is complete in the file again once there is room.
 
     Args:
-      out_dir: the run's folder, which gets ``metrics.jsonl`` and ``tensorboard/``.
+      out_dir: the run's folder, which gets ``metrics.jsonl``.
       first_step: the number of steps that the run has behind it when it starts or goes on. Records
         of later steps, which a stopped run wrote after its last checkpoint, are dropped.
       steps: the number of the run's last step.
+      reporters: what else gets the records.
       writes: whether to write and show anything; in a run of several processes, one should.
     """
 
-    def __init__(self, out_dir: Path, first_step: int, steps: int, *, writes: bool = True):
+    def __init__(
+        self,
+        out_dir: Path,
+        first_step: int,
+        steps: int,
+        *,
+        reporters: Sequence[Reporter] = (),
+        writes: bool = True,
+    ):
         self._path, self._writes = out_dir / "metrics.jsonl", writes
         self.history = _read_records(self._path, first_step)
         self._unwritten: list[Record] = []
@@ -59,40 +63,47 @@ class MetricsLog:
         self._task = self._progress.add_task("", total=steps, completed=first_step, status="")
         self._first_step, self._steps = first_step, steps
         self._step, self._status = first_step, ""
+        self._work: tuple[str, float] | None = None
         self._beats, self._said = contextlib.ExitStack(), lambda: None
-        self._started = self._flushed = time.perf_counter()
+        self._started = time.perf_counter()
         self._warned = False
-        self._events: EventsWriter | None = None
-        self._attempt(self._start_files)
+        self._reporters = reporters
+        self._attempt(self._start_file)
+        for reporter in reporters:
+            self._attempt(reporter.start, first_step)
 
     def __enter__(self) -> Self:
         self._progress.start()
         if self._writes and not self._console.is_terminal:
             self._said = self._beats.enter_context(heartbeat(self._console, self._standing))
+            if self._step < self._steps:
+                self._console.print(self._standing())
         return self
 
     def __exit__(self, *_):
         self._progress.stop()
         self._beats.close()
-        if self._events is not None:
-            self._attempt(self._events.close)
 
-    def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Moves the progress bar to a step, and shows its loss in nats a token and the pace."""
+    def advance(self, step: int, metrics: Record, tokens_per_second: float) -> None:
+        """Moves the progress bar to a step, and shows its losses in nats a token and the pace."""
         self._step = step
-        self._status = f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s"
+        self._status = f"{_losses(metrics)}  {tokens_per_second:.0f} tokens/s"
         self._progress.update(self._task, completed=step, status=self._status)
 
     def record(self, record: Record) -> None:
         """Writes one step's numbers; where there is no terminal, also prints them as a line."""
-        self._write(record, [scalar(name, x) for name, x in record.items() if name != "step"])
+        self._write(record)
+        for reporter in self._reporters:
+            self._attempt(reporter.record, record)
         if self._writes and not self._console.is_terminal:
             self._console.print(self._line(record))
             self._said()
 
     def event(self, record: Record, message: str) -> None:
         """Writes a record of something that happened, named by its ``"event"``, and shows it."""
-        self._write(record, [text(record["event"], message)])
+        self._write(record)
+        for reporter in self._reporters:
+            self._attempt(reporter.event, record, message)
         self.say(message)
 
     def say(self, message: str) -> None:
@@ -100,26 +111,43 @@ class MetricsLog:
         if self._writes:
             self._console.print(message, style="yellow")
 
-    def _start_files(self) -> None:
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[Callable[[str], None]]:
+        """Shows work that is no step, such as an evaluation, while it lasts.
+
+        Args:
+          what: the work.
+
+        Yields:
+          The function to call with what is being done from then on.
+        """
+
+        def note(what: str) -> None:
+            self._work = what, time.perf_counter()
+            self._progress.update(self._task, status=what)
+
+        note(what)
+        if self._writes and not self._console.is_terminal:
+            self._console.print(self._standing())
+            self._said()
+        try:
+            yield note
+        finally:
+            self._work = None
+            self._progress.update(self._task, status=self._status)
+
+    def _start_file(self) -> None:
         # Beside the old file and then in its place: a crash between the two must not take the
         # history away.
         partial = self._path.with_suffix(".partial")
         partial.write_bytes("".join(map(_json_line, self.history)).encode())
         self._size = partial.stat().st_size
         os.replace(partial, self._path)
-        folder = self._path.parent / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        # Not SummaryWriter: its thread dies of a full disk, and then its queue blocks the run.
-        self._events = EventsWriter(str(folder / "events"))
-        start = SessionLog(status=SessionLog.START)
-        self._events.write_event(Event(step=self._first_step + 1, session_log=start))
 
-    def _write(self, record: Record, summaries: list[Any]) -> None:
+    def _write(self, record: Record) -> None:
         self.history.append(record)
         self._unwritten.append(record)
         self._attempt(self._append)
-        if self._events is not None:
-            self._attempt(self._add_summaries, record["step"], summaries)
 
     def _append(self) -> None:
         lines = "".join(map(_json_line, self._unwritten)).encode()
@@ -130,14 +158,6 @@ class MetricsLog:
             file.write(lines)
         self._size += len(lines)
         self._unwritten.clear()
-
-    def _add_summaries(self, step: int, summaries: list[Any]) -> None:
-        events = cast(EventsWriter, self._events)
-        for summary in summaries:
-            events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        if time.perf_counter() - self._flushed > _FLUSH_SECONDS:
-            events.flush()
-            self._flushed = time.perf_counter()
 
     def _attempt(self, write: Callable[..., Any], *arguments: Any) -> None:
         if not self._writes:
@@ -150,14 +170,20 @@ class MetricsLog:
                 self.say(f"cannot write the log to {self._path.parent}: {error.strerror}")
 
     def _line(self, record: Record) -> str:
-        line = f"step {record['step']}/{self._steps}  loss {record['loss']:.4f}"
+        line = f"step {record['step']}/{self._steps}  {_losses(record)}"
         if "validation_loss" in record:
-            line += f"  validation {record['validation_loss']:.4f}"
+            # Of cross-entropy alone, whatever the loss is made of.
+            name = "validation cross-entropy" if "cross_entropy" in record else "validation"
+            line += f"  {name} {record['validation_loss']:.4f}"
         left = self._left(record["step"])
         return f"{line}  {record['tokens_per_second']:.0f} tokens/s  {left} left"
 
     def _standing(self) -> str:
         """Returns a line of what is known between two records."""
+        if self._work is not None:
+            what, since = self._work
+            gone = duration(time.perf_counter() - since)
+            return f"step {self._step}/{self._steps}  {what}, {gone}"
         if self._step == self._first_step:
             gone = duration(time.perf_counter() - self._started)
             return f"step {self._step + 1}/{self._steps}, {gone}"
@@ -166,6 +192,12 @@ class MetricsLog:
     def _left(self, step: int) -> str:
         pace = (time.perf_counter() - self._started) / (step - self._first_step)
         return duration(pace * (self._steps - step))
+
+
+def _losses(record: Record) -> str:
+    if "cross_entropy" not in record:
+        return f"loss {record['loss']:.4f}"
+    return f"mixed loss {record['loss']:.4f}  cross-entropy {record['cross_entropy']:.4f}"
 
 
 def _read_records(path: Path, last_step: int) -> list[Record]:

@@ -25,8 +25,8 @@ class Defaults(NamedTuple):
 
 
 # Every entry of Lion's update is as large as the rate: it takes a smaller rate than AdamW, and as
-# much more decay (Chen et al. 2023, 2302.06675, section 5). Muon's updates are scaled to the size of
-# AdamW's, so that one rate and one decay suit both (Liu et al. 2025, 2502.16982, section 2.2).
+# much more decay (Chen et al. 2023, 2302.06675, section 5). Muon's updates are scaled to the size
+# of AdamW's, so that one rate and one decay suit both (Liu et al. 2025, 2502.16982, section 2.2).
 DEFAULTS: Mapping[OptimizerName, Defaults] = MappingProxyType(
     {
         "adamw": Defaults(5e-4, 0.1),
@@ -55,9 +55,7 @@ def make_optimizer(
         return optax.adamw(learning_rate, b2=0.95, weight_decay=weight_decay, mask=_decayed)
     if name == "lion":
         # The authors' values for language models.
-        return optax.lion(
-            learning_rate, b1=0.95, b2=0.98, weight_decay=weight_decay, mask=_decayed
-        )
+        return optax.lion(learning_rate, b1=0.95, b2=0.98, weight_decay=weight_decay, mask=_decayed)
     # Not muon's own AdamW: that decays either everything or nothing.
     return optax.multi_transform(
         {

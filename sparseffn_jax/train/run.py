@@ -1,16 +1,22 @@
 """A run while it trains: its state, what one step does to it, and what it restores and saves."""
 
+import contextlib
 import dataclasses
 import hashlib
+import json
+import reprlib
 import time
 from typing import Any, Literal, NoReturn
 
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from sparseffn_jax.evaluate.losses import make_evaluator
+from sparseffn_jax.measure.memory import OutOfMemory
 from sparseffn_jax.nn.lora import LoraAdapter
+from sparseffn_jax.progress import say, stage
 from sparseffn_jax.train import guard, processes
 from sparseffn_jax.train.checkpoints import CheckpointStore, Position, Snapshot
 from sparseffn_jax.train.config import TrainConfig
@@ -20,6 +26,7 @@ from sparseffn_jax.train.recipes import combine, is_ffn, partition
 from sparseffn_jax.train.sharding import path_name
 from sparseffn_jax.train.step import (
     Batch,
+    Stage,
     TrainState,
     adapter_scales,
     add_adapters,
@@ -27,11 +34,15 @@ from sparseffn_jax.train.step import (
     make_stage,
     make_update,
     merge_adapters,
+    stage_rates,
 )
 from sparseffn_jax.train.strategies import Strategy
 
 Params = dict[str, Any]
 Resume = Literal["auto", "never", "must"]
+# Settings that say what is shown and kept of a run, and not what it computes; only where the guard
+# would go back to depends on them.
+_FREE = frozenset(("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to"))
 
 
 class Run:
@@ -60,7 +71,11 @@ class Run:
         teacher: tuple[nn.Module, Params] | None,
         strategy: Strategy,
         resume: Resume,
+        remat: bool | None = None,
     ):
+        self._may_remat = remat is None and getattr(model, "remat", True) is False
+        if remat is not None:
+            model = _with_remat(model, remat)
         self._model, self._config, self._store = model, config, store
         self._strategy, self._windows = strategy, windows
         self._teacher_model, teacher_params = teacher or (None, None)
@@ -69,7 +84,13 @@ class Run:
         # The batches are of row numbers: every process knows them, and reads what it needs.
         rows = np.arange(len(windows.train))
         self._batches = make_batches(rows, config.batch_size, config.seed)
-        self._settings = _settings(config, windows)
+        self._has_evaluated = False
+        self._batch_shape = (config.batch_size, windows.train.shape[1])
+        self._settings = _settings(config) | {"training_text": _text_hash(windows)}
+        self._stage_ends = config.stage_ends
+        self._say, self._doing = say, stage
+        if not processes.is_first():
+            self._say, self._doing = lambda _: None, contextlib.nullcontext
         self._tokens, self._seconds = 0, 0.0
         params = add_adapters(config, params)
         latest = _step_to_resume(store, resume)
@@ -93,7 +114,10 @@ class Run:
 
     def start(self, log: MetricsLog) -> None:
         """Shows what a user should know before the first step."""
+        self._say, self._doing = log.say, log.doing
         self._log_warnings(log)
+        if mixture := self._config.loss_mixture:
+            log.say(f"the loss is {mixture}; validation is cross-entropy alone")
         if report := self._strategy.report(combine(self._state.trainable, self._frozen)):
             log.say(report)
 
@@ -128,10 +152,12 @@ class Run:
 
     def save(self, log: MetricsLog) -> None:
         """Writes a checkpoint of the run as it stands, complete enough to go on exactly."""
-        is_over = self.position.step == self._config.steps
-        snapshot = self._take_snapshot()
-        self._save(snapshot, None if is_over or snapshot is self._good else self._good)
-        self._store.wait()
+        step = self.position.step
+        is_over = step == self._config.steps
+        with log.doing(f"writing the checkpoint of step {step}"):
+            snapshot = self._take_snapshot()
+            self._save(snapshot, None if is_over or snapshot is self._good else self._good)
+            self._store.wait()
         self._log_warnings(log)
 
     def _begin(self, params: Params) -> None:
@@ -183,60 +209,135 @@ class Run:
         )
 
     def _start_stage(self, params: Params) -> None:
-        self._stage = make_stage(self._config, params, self.position.stage, self._model.dtype)
-        self._state, self._frozen = self._strategy.init_state(self._stage, params)
-        self._good = Snapshot(self.position, self._strategy.to_host(self._state))
+        self._stage = self._make_stage(params)
+        with self._doing("preparing the parameters"):
+            self._state, self._frozen = self._strategy.init_state(self._stage, params)
+            self._good = Snapshot(self.position, self._strategy.to_host(self._state))
         self._compile()
 
     def _restore(self, step: int, params: Params) -> None:
         """Takes everything from a checkpoint; ``params`` gives the names and shapes to find."""
-        self.position, last_good, settings = self._store.read(step)
-        self._check_settings(settings)
         strategy = self._strategy
-        params = self._store.restore_params(step, params, strategy.abstract)
-        self._stage = make_stage(self._config, params, self.position.stage, self._model.dtype)
-        like, _ = jax.eval_shape(lambda p: init_state(self._stage, p), params)
-        like = strategy.abstract(like)
-        trainable, frozen = partition(params, self._stage.labels)
-        optimizer = self._store.restore_optimizer(step, like.optimizer)
-        self._state = strategy.place_state(TrainState(trainable, optimizer))
-        self._frozen = strategy.place(frozen)
-        good_position, good_state = self.position, self._state
-        if last_good is not None:
-            good_position = last_good
-            good_state = strategy.place_state(self._store.restore_last_good(step, like))
-        self._good = Snapshot(good_position, strategy.to_host(good_state))
-        self._batches.set_state(self.position.data)
-        self._compile()
+        with self._doing(f"reading the checkpoint of step {step}"):
+            self.position, last_good, settings = self._store.read(step)
+            going_on = self._take_over(settings)
+            params = self._store.restore_params(step, params, strategy.abstract)
+            self._stage = self._make_stage(params)
+            like, _ = jax.eval_shape(lambda p: init_state(self._stage, p), params)
+            like = strategy.abstract(like)
+            trainable, frozen = partition(params, self._stage.labels)
+            optimizer = self._store.restore_optimizer(step, like.optimizer)
+            self._state = strategy.place_state(TrainState(trainable, optimizer))
+            self._frozen = strategy.place(frozen)
+            good_position, good_state = self.position, self._state
+            if last_good is not None:
+                good_position = last_good
+                good_state = strategy.place_state(self._store.restore_last_good(step, like))
+            self._good = Snapshot(good_position, strategy.to_host(good_state))
+            self._batches.set_state(self.position.data)
+        self._say(going_on)
+        if step < self._config.steps:
+            self._compile()
+
+    def _take_over(self, saved: dict[str, Any]) -> str:
+        """Checks a checkpoint's settings, and takes over what follows from them.
+
+        Returns:
+          What the user should know: from which step the run goes on, and how.
+        """
+        config, step = self._config, self.position.step
+        # A checkpoint that was written before there was a setting has its default.
+        before = _settings(TrainConfig()) | saved
+        self._check_settings(before)
+        if before.get("remat") and self._may_remat:
+            # Rounding would differ otherwise.
+            self._model, self._may_remat = _with_remat(self._model, True), False
+        steps, ends = before["steps"], before.get("stage_ends", config.stage_ends)
+        if steps == config.steps:
+            self._stage_ends = tuple(ends)
+            over = ", which is over" if step == steps else ""
+            return f"going on from step {step} of a run of {steps} steps{over}"
+        number = self.position.stage
+        self._stage_ends = (*ends[:number], *config.stage_ends[number:])
+        shorter = dataclasses.replace(config, steps=steps)
+        updates = np.arange(self.position.updates)
+        as_before = np.array_equal(
+            stage_rates(shorter, number, ends)[0](updates),
+            stage_rates(config, number, self._stage_ends)[0](updates),
+        )
+        return (
+            f"going on from step {step}, with {config.steps} steps in place of {steps}: from here "
+            f"on the learning rates are those of {config.steps} steps"
+            + ("" if as_before else f"; so far they were those of {steps}")
+        )
 
     def _check_settings(self, saved: dict[str, Any]) -> None:
-        changed = [name for name in self._settings if saved.get(name) != self._settings[name]]
+        old: dict[str, Any] = flatten_dict(saved, sep=".")
+        new: dict[str, Any] = flatten_dict(self._settings, sep=".")
+        if self._config.steps > saved["steps"]:
+            old["steps"] = new["steps"]
+        changed = {
+            name: (old.get(name), value)
+            for name, value in new.items()
+            if name not in _FREE and old.get(name) != value
+        }
         if changed:
-            raise ValueError(
-                f"the run in {self._store.path} was started with other settings "
-                f"({', '.join(changed)}) and cannot go on with these: give another folder, or "
-                "what it was started with"
+            values = "; ".join(
+                f"{name} was {reprlib.repr(before)}, now {reprlib.repr(now)}"
+                for name, (before, now) in changed.items()
             )
+            raise ValueError(
+                f"the run in {self._store.path} was started with other settings and cannot go on "
+                f"with these: {values}. Give another folder, or what it was started with; steps "
+                f"may grow, and {', '.join(sorted(_FREE))} may change"
+            )
+
+    def _make_stage(self, params: Params) -> Stage:
+        return make_stage(
+            self._config, params, self.position.stage, self._model.dtype, self._stage_ends
+        )
 
     def _compile(self) -> None:
         # Compiled ahead of time, so that neither the pace nor the time left counts it.
+        try:
+            shortage = ""
+            self._compile_step()
+        except OutOfMemory as error:
+            if not self._may_remat:
+                raise
+            shortage = error.shortage
+        # All processes must run one program.
+        if self._may_remat and processes.agree_on_largest(bool(shortage)):
+            self._say(
+                f"{shortage or 'another process is short of memory'}: going on with remat, which "
+                "computes each block again in the backward pass"
+            )
+            self._model, self._may_remat = _with_remat(self._model, True), False
+            self._compile_step()
+
+    def _compile_step(self) -> None:
+        config, (batch_size, width) = self._config, self._batch_shape
         update = make_update(
             self._model,
             self._stage,
-            self._config,
+            config,
             self._teacher_model,
             gather=self._strategy.gather,
             batch_shards=self._strategy.batch_shards,
         )
-        batch_shape = (self._config.batch_size, self._windows.train.shape[1])
-        self._step = self._strategy.compile(
-            update,
-            self._state,
-            self._frozen,
-            self._teacher_params,
-            batch_shape,
-            counts=self._windows.train_counted is not None,
-        )
+        stages = len(self._stage_ends)
+        of = f" of stage {self.position.stage + 1} of {stages}" if stages > 1 else ""
+        with self._doing(
+            f"compiling the training step{of} ({config.recipe}, {batch_size} x {width - 1} tokens)"
+        ):
+            self._step = self._strategy.compile(
+                update,
+                self._state,
+                self._frozen,
+                self._teacher_params,
+                self._batch_shape,
+                counts=self._windows.train_counted is not None,
+            )
 
     def _is_snapshot_due(self) -> bool:
         step, config = self.position.step, self._config
@@ -251,7 +352,11 @@ class Run:
         step = snapshot.position.step
         if step > 0 and step != self._saved_step:
             self._saved_step = step
-            self._store.save(snapshot, self._frozen, self._settings, last_good)
+            follows = {
+                "stage_ends": self._stage_ends,
+                "remat": getattr(self._model, "remat", False),
+            }
+            self._store.save(snapshot, self._frozen, self._settings | follows, last_good)
 
     def _go_back(self, log: MetricsLog, reason: str, ffn_alone: bool) -> None:
         limits, step = self._config.guard, self.position.step
@@ -314,7 +419,7 @@ class Run:
     def _log(self, log: MetricsLog, metrics: Record) -> None:
         config, step = self._config, self.position.step
         tokens_per_second = self._tokens / self._seconds
-        log.advance(step, metrics["loss"], tokens_per_second)
+        log.advance(step, metrics, tokens_per_second)
         is_last = step == config.steps
         evaluates = config.eval_every and (is_last or step % config.eval_every == 0)
         if not (evaluates or is_last or step % config.log_every == 0):
@@ -322,23 +427,46 @@ class Run:
         metrics["tokens_per_second"] = tokens_per_second
         self._tokens, self._seconds = 0, 0.0
         if evaluates:
-            microbatch = config.batch_size // config.accumulate_steps
-            with self._strategy.tracing():
-                metrics["validation_loss"] = self._evaluate(
-                    self.model_params(),
-                    self._windows.validation,
-                    microbatch,
-                    self._windows.validation_counted,
-                )
-        log.record({"step": step} | metrics)
+            metrics["validation_loss"] = self._validate(log)
+        mixture = config.loss_mixture
+        log.record({"step": step} | metrics | ({"loss_is": mixture} if mixture else {}))
+
+    def _validate(self, log: MetricsLog) -> float:
+        config = self._config
+        what = "evaluating" if self._has_evaluated else "compiling the evaluation"
+        self._has_evaluated = True
+        with log.doing(what) as note, self._strategy.tracing():
+            return self._evaluate(
+                self.model_params(),
+                self._windows.validation,
+                config.batch_size // config.accumulate_steps,
+                self._windows.validation_counted,
+                on_batch=lambda done, total: note(f"evaluating, {done}/{total} windows"),
+            )
 
 
-def _settings(config: TrainConfig, windows: TokenWindows) -> dict[str, Any]:
-    """Returns what a resumed run must have in common with its beginning, ready for JSON."""
+def _text_hash(windows: TokenWindows) -> str:
     text = hashlib.sha256(windows.train.tobytes())
     if windows.train_counted is not None:
         text.update(windows.train_counted.tobytes())
-    return dataclasses.asdict(config) | {"training_text": text.hexdigest()}
+    return text.hexdigest()
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Returns settings with the defaults of their optimizer, as JSON gives them back."""
+    rate, ffn_rate = config.peak_rates
+    numbers = {
+        "learning_rate": rate,
+        "ffn_learning_rate": ffn_rate,
+        "weight_decay": config.decay,
+    }
+    return json.loads(json.dumps(dataclasses.asdict(config) | numbers))
+
+
+def _with_remat(model: Any, remat: bool) -> Any:
+    if not hasattr(model, "remat"):
+        raise ValueError(f"remat={remat} is for a Decoder, which a {type(model).__name__} is not")
+    return model.clone(remat=remat)
 
 
 def _step_to_resume(store: CheckpointStore, resume: Resume) -> int | None:

@@ -14,9 +14,7 @@ _COSINE_END = 0.1
 _DECAY_SHARE = 0.2
 
 
-def make_schedule(
-    name: ScheduleName, peak: float, warmup_steps: int, steps: int
-) -> optax.Schedule:
+def make_schedule(name: ScheduleName, peak: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Returns a rate that rises linearly to ``peak`` and then goes as its name says.
 
     The first update already has a rate above zero, and so has the last.

@@ -1,6 +1,6 @@
 """What one training step computes: the loss, the gradient of what trains, and the update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -107,7 +107,13 @@ class Update(Protocol):
     ) -> tuple[TrainState, dict[str, Any]]: ...
 
 
-def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp.float32) -> Stage:
+def make_stage(
+    config: TrainConfig,
+    params: Params,
+    index: int,
+    dtype: Any = jnp.float32,
+    ends: Sequence[int] | None = None,
+) -> Stage:
     """Builds a stage of the config's recipe.
 
     Args:
@@ -115,11 +121,10 @@ def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp
       params: all parameters, or their shapes.
       index: the number of the stage, from 0.
       dtype: the precision of the computation; in float16 the loss is scaled.
+      ends: the steps after which the stages are over; ``None`` takes the config's.
     """
-    ends = (0, *config.stage_ends)
-    steps = ends[index + 1] - ends[index]
-    warmup = steps // 10 if config.warmup_steps is None else config.warmup_steps
-    rates = [make_schedule(config.schedule, peak, warmup, steps) for peak in config.peak_rates]
+    ends = ends or config.stage_ends
+    rates = stage_rates(config, index, ends)
     recipe = RECIPES[config.recipe][index]
     if config.recipe == "lora":
         recipe = partial(recipe, train_ffns=config.lora_ffns)
@@ -132,7 +137,23 @@ def make_stage(config: TrainConfig, params: Params, index: int, dtype: Any = jnp
     )
     if jnp.dtype(dtype) == jnp.float16:
         optimizer = dynamic_loss_scale(optimizer, config.loss_scale, config.loss_scale_interval)
-    return Stage(optimizer, labels, *rates, end=ends[index + 1])
+    return Stage(optimizer, labels, *rates, end=ends[index])
+
+
+def stage_rates(
+    config: TrainConfig, index: int, ends: Sequence[int]
+) -> tuple[optax.Schedule, optax.Schedule]:
+    """Returns the learning rates of ``"rest"`` and ``"ffn"`` in a stage, see :class:`Stage`.
+
+    Args:
+      config: the settings.
+      index: the number of the stage, from 0.
+      ends: the steps after which the stages are over.
+    """
+    steps = ends[index] - (ends[index - 1] if index else 0)
+    warmup = steps // 10 if config.warmup_steps is None else config.warmup_steps
+    rest, ffn = (make_schedule(config.schedule, peak, warmup, steps) for peak in config.peak_rates)
+    return rest, ffn
 
 
 def add_adapters(config: TrainConfig, params: Params) -> Params:

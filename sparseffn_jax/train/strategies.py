@@ -8,7 +8,7 @@ same global batches, but for rounding and dropout.
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +250,8 @@ def make_strategy(name: StrategyName, mesh: str | None = None) -> Strategy:
       >>> strategy.batch_shards == jax.device_count()
       True
     """
+    if name not in (names := get_args(StrategyName)):
+        raise ValueError(f"unknown strategy {name!r}: expected one of {', '.join(names)}")
     if (name == "mesh") != (mesh is not None):
         raise ValueError(
             f"strategy={name!r} with mesh={mesh!r}: the mesh strategy, and no other, needs the "

@@ -139,10 +139,22 @@ def test_a_finished_run_stays_as_it_is(uninterrupted, model_and_params, windows)
 def test_a_run_does_not_go_on_as_another(uninterrupted, model_and_params, windows):
     config, _, _, out_dir = uninterrupted("ffn_only")
     other = dataclasses.replace(config, learning_rate=1.0, seed=1)
-    with pytest.raises(ValueError, match=r"other settings \(learning_rate, seed\)"):
+    with pytest.raises(
+        ValueError, match=r"learning_rate was 0.01, now 1.0; .*; seed was 0, now 1\. Give another"
+    ):
         run(*model_and_params, windows, other, out_dir)
+    for changes, message in (
+        ({"guard": GuardConfig(snapshot_every=7)}, r"guard.snapshot_every was 3, now 7\."),
+        (
+            {"optimizer": "lion", "learning_rate": 1e-2},
+            "optimizer was 'adamw', now 'lion'; weight",
+        ),
+        ({"steps": 11}, r"steps was 12, now 11\. .* steps may grow"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(*model_and_params, windows, dataclasses.replace(config, **changes), out_dir)
     other = dataclasses.replace(windows, train=windows.train[::-1])
-    with pytest.raises(ValueError, match=r"other settings \(training_text\)"):
+    with pytest.raises(ValueError, match=r"training_text was '\w+\.\.\.\w+', now '\w+\.\.\.\w+'"):
         run(*model_and_params, other, config, out_dir)
     with pytest.raises(ValueError, match=r"(?s)of another model.*mlp/bias: saved \(32,\)"):
         run(*make_model(ffns=(None,)), windows, config, out_dir)

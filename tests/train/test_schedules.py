@@ -11,12 +11,15 @@ PEAK, STEPS = 2.0, 20
 def after_warmup(name, warmup_steps, count):
     """The rate of the update after ``count`` others, from its definition."""
     share = (count - warmup_steps) / (STEPS - warmup_steps)
-    return PEAK * {
-        "cosine": 0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2,
-        "linear": 1 - share,
-        "constant": 1.0,
-        "wsd": min(1.0, (STEPS - count) / (STEPS / 5)),
-    }[name]
+    return (
+        PEAK
+        * {
+            "cosine": 0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2,
+            "linear": 1 - share,
+            "constant": 1.0,
+            "wsd": min(1.0, (STEPS - count) / (STEPS / 5)),
+        }[name]
+    )
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 4])

@@ -106,6 +106,14 @@ def test_eight_devices_train_as_one(eight, strategy):
     assert seen[strategy]["hash"] == seen["single"]["hash"]
 
 
+@pytest.mark.parametrize("optimizer", ["lion", "muon"])
+def test_other_optimizers_on_eight_devices(eight, optimizer):
+    seen = eight[0]["optimizers"][optimizer]
+    np.testing.assert_allclose(seen["mesh"], seen["single"], rtol=1e-4)
+    # Their slots are dealt out as the parameters are, of which these alone are whole.
+    assert {path.split("/", 1)[1] for path in seen["replicated"]} <= set(eight[0]["replicated"])
+
+
 def test_an_update_under_pmap_trains_as_one_device(eight):
     seen, _ = eight
     losses = np.array(seen["under_pmap"])
@@ -280,6 +288,8 @@ def test_what_does_not_fit_is_refused():
         make_strategy("mesh")
     with pytest.raises(ValueError, match="the mesh strategy, and no other, needs the sizes"):
         make_strategy("pmap", "data=1")
+    with pytest.raises(ValueError, match="unknown strategy 'ddp': expected one of single, pmap"):
+        make_strategy("ddp")
     strategy = MeshSharding(f"data={count}")
     strategy.batch_shards = 8
     with pytest.raises(ValueError, match="batch_size=12 cannot be dealt out to 8 parts"):
