@@ -2,25 +2,21 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
-
+from sparseffn_jax.checkpoints.dense_ffn import (
+    dense_leaves,
+    dense_width,
+    needs_biases,
+    why_not_dense,
+)
 from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.folders import PathLike
+from sparseffn_jax.checkpoints.matching import match
 from sparseffn_jax.checkpoints.pretrained import save_pretrained
+from sparseffn_jax.checkpoints.weights import in_memory
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.models.decoder import (
-    FFN,
-    FFN_NAME,
-    Decoder,
-    Dtype,
-    layers_of,
-    replace_ffns,
-)
-from sparseffn_jax.models.spec import DecoderSpec
-from sparseffn_jax.ops.masks import BlockMask, decompress
+from sparseffn_jax.models.decoder import FFN_NAME, Decoder, Dtype, layers_of, replace_ffns
 
 
 def export_dense(
@@ -35,9 +31,11 @@ def export_dense(
 ) -> None:
     """Writes a model as a checkpoint that anything can load that loads its model family.
 
-    Every layer must be dense, or a SparseFFN of a core alone whose masks, if any, are whole rows
-    and columns; and all must have one width, which the config then names (``n_inner``,
-    ``intermediate_size``). Units that a mask of the output weights drops are left out.
+    Every layer must be dense, or a SparseFFN of a core whose masks, if any, are whole rows and
+    columns, alone or beside a low-rank bypass; and all must have one width, which the config then
+    names (``n_inner``, ``intermediate_size``). Units that a mask of the output weights drops are
+    left out. A component of a bypass becomes a unit of a gated FFN, which needs biases
+    (``mlp_bias``), and two units of another.
 
     Args:
       folder: the folder to write, whose parents are made.
@@ -79,80 +77,70 @@ def to_dense(model: Decoder, params: Mapping[str, Any]) -> tuple[Decoder, dict[s
     Raises:
       CheckpointError: if a layer is not dense as :func:`export_dense` asks.
     """
+    biased = copy.deepcopy(model.config)
+    if model.ffn_bias_key is not None:
+        setattr(biased, model.ffn_bias_key, True)
+    # What inherits the key need not heed it.
+    dense = dense_layers(model, params, takes_biases=model.spec_of(biased).ffn_bias)
+    if len(set(dense.widths)) > 1:
+        raise CheckpointError(
+            "this model cannot be written as a dense one, whose layers all have one width: "
+            + ", ".join(f"layer {i} has {width} units" for i, width in enumerate(dense.widths))
+        )
+    config = biased if dense.biased[0] else copy.deepcopy(model.config)
+    setattr(config, model.d_ff_key, dense.widths[0])
+    return model.clone(config=config, ffns=()), dense.params
+
+
+class DenseLayers(NamedTuple):
+    """A model whose FFNs are all dense, but need not be alike.
+
+    Attributes:
+      widths: the number of hidden units of each layer.
+      biased: whether its FFN has biases, for each layer.
+      params: the parameter tree. FFNs that were not there before are computed when they are read.
+    """
+
+    widths: tuple[int, ...]
+    biased: tuple[bool, ...]
+    params: dict[str, Any]
+
+
+def dense_layers(model: Decoder, params: Mapping[str, Any], *, takes_biases: bool) -> DenseLayers:
+    """Returns the dense layers that compute the same as a model's.
+
+    If they have one width, all have biases as soon as one needs them.
+
+    Args:
+      model: a model whose layers are dense as :func:`export_dense` asks, of any widths.
+      params: its parameters, in memory or loaded on demand.
+      takes_biases: whether FFNs may have biases although the family's own have none.
+
+    Raises:
+      CheckpointError: if a layer is not dense in this sense, or ``params`` are not the model's.
+    """
+    match(in_memory(params), model, "the model's config", are_leaves=True)
     spec = model.spec
     ffns = model.ffns or (None,) * spec.n_layer
-    reasons = {i: why for i, ffn in enumerate(ffns) if (why := _why_not_dense(ffn, spec))}
+    may = takes_biases or spec.ffn_bias
+    reasons = {i: why for i, ffn in enumerate(ffns) if (why := why_not_dense(ffn, spec, may))}
     if reasons:
         raise CheckpointError(
             "this model cannot be written as a dense one: "
             + "; ".join(f"layer {i} has {why}" for i, why in reasons.items())
-            + ". Save it with save_pretrained instead"
+            + ". Save it with save_pretrained instead, or make one with convert --servable"
         )
+    configs = [ffn if isinstance(ffn, SparseFFNConfig) else None for ffn in ffns]
+    widths = tuple(spec.d_ff if ffn is None else dense_width(ffn) for ffn in configs)
+    biased = [spec.ffn_bias if ffn is None else needs_biases(ffn) for ffn in configs]
+    if len(set(widths)) == 1:
+        biased = [any(biased)] * len(biased)
     layers = layers_of(model, params)
-    narrow = {
-        i: _dense_leaves(model, ffn, layers[i][FFN_NAME])
-        for i, ffn in enumerate(ffns)
-        if isinstance(ffn, SparseFFNConfig)
-    }
-    down = model.ffn_layout.down
-    axis = 1 if model.ffn_layout.transposed else 0
-    widths = {
-        i: narrow[i][down]["kernel"].shape[axis] if i in narrow else spec.d_ff
-        for i in range(spec.n_layer)
-    }
-    if len(set(widths.values())) > 1:
-        raise CheckpointError(
-            "this model cannot be written as a dense one, whose layers all have one width: "
-            + ", ".join(f"layer {i} has {width} units" for i, width in widths.items())
-        )
-    config = copy.deepcopy(model.config)
-    setattr(config, model.d_ff_key, widths[0])
-    return model.clone(config=config, ffns=()), replace_ffns(model, params, narrow)
-
-
-def _why_not_dense(ffn: FFN, spec: DecoderSpec) -> str | None:
-    if ffn is None:
-        return None
-    if not isinstance(ffn, SparseFFNConfig):
-        return f"an FFN of your own, {ffn!r}"
-    if ffn.spectral is not None or ffn.micro is None or ffn.micro.core is None:
-        return "a spectral branch"
-    if ffn.micro.corrections:
-        return "linear corrections"
-    masks = (ffn.micro.core.up_mask, ffn.micro.core.down_mask)
-    if not all(mask is None or mask.is_structured for mask in masks):
-        return "a core with an unstructured mask"
-    if ffn.gated != spec.gated:
-        return "a gate" if ffn.gated else "no gate"
-    if ffn.bias != spec.ffn_bias:
-        return "biases, for which its family has no place" if ffn.bias else "no biases"
-    return None
-
-
-def _dense_leaves(model: Decoder, ffn: SparseFFNConfig, leaves: Mapping[str, Any]) -> Any:
-    layout, core = model.ffn_layout, ffn.micro and ffn.micro.core
-    assert core is not None
-    core = core.without_dead_units()
-    kept = np.ones(core.width, bool)
-    if (mask := core.down_mask) is not None:
-        kept = np.repeat(np.isin(np.arange(mask.grid[0]), mask.live_rows), mask.block_shape[0])
-
-    def linear(weight: np.ndarray, bias: np.ndarray | None) -> dict[str, Any]:
-        kernel = {"kernel": jnp.asarray(weight.T if layout.transposed else weight)}
-        return kernel if bias is None else {**kernel, "bias": jnp.asarray(bias)}
-
-    weights = leaves["core"]
     dense = {
-        layout.down: linear(
-            _whole(weights["down"]["kernel"], core.down_mask)[kept], leaves.get("bias")
+        i: dense_leaves(
+            ffn, layers[i][FFN_NAME], model.ffn_layout, (spec.d_model, widths[i]), biased[i]
         )
+        for i, ffn in enumerate(configs)
+        if ffn is not None or biased[i] != spec.ffn_bias
     }
-    for name, theirs in zip(ffn.up_maps, layout.up_maps, strict=True):
-        weight = _whole(weights[name]["kernel"], core.up_mask)
-        bias = weights[name].get("bias")
-        dense[theirs] = linear(weight[:, kept], bias if bias is None else np.asarray(bias)[kept])
-    return dense
-
-
-def _whole(kernel: Any, mask: BlockMask | None) -> np.ndarray:
-    return np.asarray(kernel if mask is None else decompress(jnp.asarray(kernel), mask))
+    return DenseLayers(widths, tuple(biased), replace_ffns(model, params, dense))

@@ -58,6 +58,8 @@ class Decoder(nn.Module):
         number leads to its part of the parameters, the cache and the intermediates.
       ffn_layout: the names of the dense FFN's maps.
       d_ff_key: the config's key for the hidden width of the dense FFN.
+      ffn_bias_key: the config's key that says whether the dense FFN has biases; ``None`` if there
+        is none.
       block: the class of the blocks.
       names: the names of the family's tensors in checkpoints.
       sharding: how the family's own parameters, those of SparseFFNs left out, are dealt out on a
@@ -97,6 +99,7 @@ class Decoder(nn.Module):
     layer_path: ClassVar[tuple[str, str]]
     ffn_layout: ClassVar[FFNLayout]
     d_ff_key: ClassVar[str]
+    ffn_bias_key: ClassVar[str | None] = None
     block: ClassVar[type["Block"]]
     names: ClassVar[NameMap]
     sharding: ClassVar[tuple[ShardingRule, ...]]

@@ -34,17 +34,10 @@ def core(spec, width=WIDTH, **masks):
     )
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_pytorch_computes_the_same(tmp_path, name, masked):
+def assert_pytorch_computes_the_same(folder, model, params):
     torch = pytest.importorskip("torch")
-    spec = make_model(name)[0].spec
-    masks = {"up_mask": UP, "down_mask": DOWN} if masked else {}
-    ffn = core(spec, **masks)
-    model, params = make_model(name, (ffn, ffn))
-    export_dense(tmp_path / "model", model, params)
     reference, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", output_loading_info=True
+        folder, output_loading_info=True
     )
     assert not info["unexpected_keys"]
     assert not set(info["missing_keys"]) - {"lm_head.weight"}
@@ -53,6 +46,17 @@ def test_pytorch_computes_the_same(tmp_path, name, masked):
         expected = reference.eval()(torch.tensor(ids)).logits.numpy()
     actual = model.apply({"params": params}, ids)
     np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pytorch_computes_the_same(tmp_path, name, masked):
+    spec = make_model(name)[0].spec
+    masks = {"up_mask": UP, "down_mask": DOWN} if masked else {}
+    ffn = core(spec, **masks)
+    model, params = make_model(name, (ffn, ffn))
+    export_dense(tmp_path / "model", model, params)
+    assert_pytorch_computes_the_same(tmp_path / "model", model, params)
     exported = load_pretrained(tmp_path / "model")
     assert exported.ffns == ()
     assert exported.spec == dataclasses.replace(spec, d_ff=WIDTH // 2 if masked else WIDTH)
@@ -70,12 +74,19 @@ def test_what_is_not_dense_is_named(tmp_path):
         ((spectral, plain), "layer 0 has a spectral branch. Save it with save_pretrained"),
         ((corrected, spectral), "layer 0 has linear corrections; layer 1 has a spectral branch"),
         ((plain, core(spec, up_mask=UNSTRUCTURED)), "layer 1 has a core with an unstructured mask"),
-        ((dataclasses.replace(plain, bias=True), plain), "layer 0 has biases, for which"),
         ((plain, core(spec, 16)), "layer 0 has 32 units, layer 1 has 16 units"),
         ((plain, None), "layer 0 has 32 units, layer 1 has 88 units"),
     ]:
         model, params = make_model("llama", ffns)
         with pytest.raises(CheckpointError, match=message):
+            export_dense(tmp_path / "model", model, params)
+    bypass = dataclasses.replace(plain, spectral=SpectralConfig("low_rank", rank=4))
+    for ffn, what in [
+        (dataclasses.replace(plain, bias=True), "biases"),
+        (bypass, "a bypass, which units with biases compute"),
+    ]:
+        model, params = make_model("mistral", (ffn, plain))
+        with pytest.raises(CheckpointError, match=f"layer 0 has {what}, for which its family"):
             export_dense(tmp_path / "model", model, params)
     assert not (tmp_path / "model").exists()
 
@@ -87,3 +98,14 @@ def test_a_dense_model_is_exported_as_it_is(tmp_path):
     assert loaded.spec == model.spec
     assert shapes_of(loaded.model()).keys() == loaded.params.keys()
     assert loaded.params["transformer"]["wte"]["embedding"].dtype == jnp.float16
+
+
+@pytest.mark.parametrize(("name", "units"), [("gpt2", 2), ("gptj", 2), ("llama", 1)])
+def test_a_bypass_becomes_units(tmp_path, name, units):
+    spec = make_model(name)[0].spec
+    beside = dataclasses.replace(core(spec, 16), spectral=SpectralConfig("low_rank", rank=4))
+    model, params = make_model(name, (beside, core(spec, 16 + 4 * units)))
+    export_dense(tmp_path / "model", model, params)
+    assert_pytorch_computes_the_same(tmp_path / "model", model, params)
+    exported = load_pretrained(tmp_path / "model").spec
+    assert exported == dataclasses.replace(spec, d_ff=16 + 4 * units, ffn_bias=True)
