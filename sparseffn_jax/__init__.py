@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparseffn_jax.checkpoints.adapters import load_adapter, save_adapter
     from sparseffn_jax.checkpoints.errors import CheckpointError
     from sparseffn_jax.checkpoints.export import export_dense
+    from sparseffn_jax.checkpoints.gguf_export import export_gguf
     from sparseffn_jax.checkpoints.hub import push_to_hub
     from sparseffn_jax.checkpoints.pretrained import (
         EMBEDDED_MODEL,
@@ -102,6 +103,7 @@ _HOMES = {
     "autotune": "measure.autotune",
     "evaluate_loss": "evaluate.losses",
     "export_dense": "checkpoints.export",
+    "export_gguf": "checkpoints.gguf_export",
     "flops_per_token": "measure.costs",
     "flops_ratio": "measure.costs",
     "generate": "models.generation",

@@ -1,4 +1,4 @@
-"""Finds a model's folder, here or on the Hugging Face Hub, and replaces one as a whole."""
+"""Finds a model's folder, here or on the hub, and replaces a folder or file as a whole."""
 
 import contextlib
 import os
@@ -113,6 +113,41 @@ def check_replaceable(
             f"{target} is not {kind} folder (it has no {holds}) and will not be replaced: name "
             "another one"
         )
+
+
+def check_new_file(file: PathLike, overwrite: bool, sources: Collection[str] = ()) -> None:
+    """Checks that a file may be written, before the work that leads there.
+
+    Args:
+      file: the file to write.
+      overwrite: whether a file that is there may be replaced.
+      sources: names of models that are read, which must stay.
+
+    Raises:
+      CheckpointError: if something is there that must not be replaced.
+    """
+    target = Path(file).expanduser()
+    if any(target.resolve() == Path(source).expanduser().resolve() for source in sources):
+        raise CheckpointError(f"{target} is the model that is read, and would be replaced")
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder: name a file")
+    if target.exists() and not overwrite:
+        raise CheckpointError(
+            f"{target} is there already, nothing was written: name another file, or pass "
+            "overwrite=True (--overwrite) to replace it"
+        )
+
+
+@contextlib.contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """Yields a file's name beside ``target`` that takes its place when the block succeeds."""
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield staging
+        os.replace(staging, target)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

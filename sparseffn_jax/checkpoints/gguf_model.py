@@ -6,6 +6,7 @@ What is stored in blocks of few bits is dequantised by the package ``gguf``, som
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +20,10 @@ from sparseffn_jax.checkpoints.errors import CheckpointError, one_line, some
 from sparseffn_jax.checkpoints.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from sparseffn_jax.checkpoints.untrusted import check_finite
 from sparseffn_jax.checkpoints.weights import Tensor, Weights
-from sparseffn_jax.models.decoder import Decoder
-from sparseffn_jax.models.families import gguf_family
-from sparseffn_jax.models.gguf import GGUFLayout, GGUFModule, GGUFSettings, pair_halves
+from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig
+from sparseffn_jax.models.decoder import FFN_NAME, Decoder
+from sparseffn_jax.models.families import gguf_family, gguf_layout
+from sparseffn_jax.models.gguf import GGUFModule, GGUFSettings, pair_halves
 
 _FLOATS = {
     "F64": np.dtype("<f8"),
@@ -57,17 +59,19 @@ class _Stored:
         return self.offset + math.prod(self.shape[:-1]) * self.row_bytes
 
 
-def open_gguf(file: Path) -> tuple[Any, Weights]:
+def open_gguf(file: Path) -> tuple[Any, tuple[SparseFFNConfig | None, ...], Weights]:
     """Opens a GGUF file without reading its tensors.
 
     Returns:
-      A config of the class of the file's family, and the tensors by PyTorch's names.
+      A config of the class of the file's family; one entry a layer where layers differ, ``None``
+      for one with as many units as any and a ``SparseFFNConfig`` for a narrower one, or nothing if
+      all are alike; and the tensors by PyTorch's names.
 
     Raises:
       CheckpointError: if the package ``gguf`` is not installed, or if the file is damaged, one of
         several parts, or of an architecture, a kind of quantisation or a setting that is not read.
     """
-    gguf = _import_gguf()
+    gguf = import_gguf()
     header = read_gguf_header(file)
     parts = header.settings.get("split.count", 1)
     if parts not in (0, 1):
@@ -76,28 +80,33 @@ def open_gguf(file: Path) -> tuple[Any, Weights]:
             "llama-gguf-split --merge"
         )
     try:
-        decoder = gguf_family(header.settings.get("general.architecture"))
+        architecture = header.settings.get("general.architecture")
+        decoder = gguf_family(architecture)
     except ValueError as error:
         raise CheckpointError(f"{file} has {error}") from error
-    layout = decoder.gguf
-    assert layout is not None
     stored = _locate(header, gguf)
 
     def read(name: str) -> np.ndarray:
         return _read_finite(file, name, stored[name])
 
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    settings = GGUFSettings(layout.architecture, header.settings, shapes, read)
+    settings = GGUFSettings(str(architecture), header.settings, shapes, read)
     config = _config(settings, decoder, file)
-    return config, Weights(str(file), _tensors(file, stored, layout, config))
+    ffns = _ffns(settings, decoder, config, file)
+    return config, ffns, Weights(str(file), _tensors(file, stored, decoder, config, ffns))
 
 
-def _import_gguf() -> ModuleType:
+def import_gguf() -> ModuleType:
+    """Returns the package ``gguf``.
+
+    Raises:
+      CheckpointError: if it is not installed.
+    """
     try:
         import gguf
     except ImportError as error:
         raise CheckpointError(
-            "GGUF files are dequantised by the package gguf, which is not installed: "
+            "GGUF files are read and written by the package gguf, which is not installed: "
             "pip install 'sparseffn_jax[gguf]'"
         ) from error
     return gguf
@@ -161,7 +170,7 @@ def _check_types(file: Path, kinds: set[Any], gguf: ModuleType) -> None:
 
 
 def _config(settings: GGUFSettings, decoder: type[Decoder], file: Path) -> Any:
-    layout = decoder.gguf
+    layout = gguf_layout(decoder)
     assert layout is not None
     try:
         values = layout.config_values(settings)
@@ -188,9 +197,37 @@ def _rows(shapes: Mapping[str, tuple[int, ...]], file: Path) -> int:
     return shape[0]
 
 
+def _ffns(
+    settings: GGUFSettings, decoder: type[Decoder], config: Any, file: Path
+) -> tuple[SparseFFNConfig | None, ...]:
+    try:
+        spec, widths = decoder.spec_of(config), settings.widths()
+    except ValueError as error:
+        raise CheckpointError(f"{file} has {error}") from error
+    # Every layer has tensors: more are announced by a file that is refused when they are missed.
+    if not isinstance(widths, list) or len(widths) > len(settings.shapes):
+        return ()
+
+    def ffn(layer: int, width: int) -> SparseFFNConfig | None:
+        bias = f"blk.{layer}.ffn_up.bias" in settings.shapes
+        if (width, bias) == (spec.d_ff, spec.ffn_bias):
+            return None
+        micro, sizes = MicroRefinementConfig(CoreConfig(width)), (spec.d_model, spec.d_ff)
+        return SparseFFNConfig(*sizes, spec.activation, micro=micro, gated=spec.gated, bias=bias)
+
+    ffns = tuple(ffn(layer, width) for layer, width in enumerate(widths))
+    return ffns if any(ffns) else ()
+
+
 def _tensors(
-    file: Path, stored: Mapping[str, _Stored], layout: GGUFLayout, config: Any
+    file: Path,
+    stored: Mapping[str, _Stored],
+    decoder: type[Decoder],
+    config: Any,
+    ffns: tuple[SparseFFNConfig | None, ...],
 ) -> dict[str, Tensor]:
+    layout = gguf_layout(decoder)
+    assert layout is not None
     tensors, unknown = {}, []
     for name, tensor in stored.items():
         if name in layout.derived:
@@ -199,6 +236,9 @@ def _tensors(
             unknown.append(name)
             continue
         target, module = found
+        if (core := _core_name(target, decoder, ffns)) is not None:
+            # A core's kernel is stored as (in, out), the file's tensor as (out, in).
+            target, module = core, dataclasses.replace(module, transposed=True)
         flipped = module.transposed and len(tensor.shape) == 2
         shape = tensor.shape[::-1] if flipped else tensor.shape
         read = functools.partial(_read_module, file, name, tensor, module, config)
@@ -209,6 +249,22 @@ def _tensors(
             f"{some(unknown)}. It is of a variant that is not read"
         )
     return tensors
+
+
+def _core_name(
+    target: str, decoder: type[Decoder], ffns: tuple[SparseFFNConfig | None, ...]
+) -> str | None:
+    """Returns what a dense FFN's tensor is called in a sparse layer; ``None`` in another place."""
+    path, _ = decoder.names.to_path(target)
+    layer = re.fullmatch(rf"(.*\.(\d+)\.{FFN_NAME})\.(\w+)\.(\w+)", path)
+    if layer is None or int(layer[2]) >= len(ffns) or ffns[int(layer[2])] is None:
+        return None
+    _, _, name, leaf = layer.groups()
+    layout = decoder.ffn_layout
+    if name == layout.down and leaf == "bias":
+        return f"{layer[1]}.bias"
+    core = {layout.down: "down", layout.up: "up", layout.gate: "gate"}[name]
+    return f"{layer[1]}.core.{core}.{leaf}"
 
 
 def _read_module(

@@ -5,6 +5,7 @@ and with one way to split text for all vocabularies. Here the text is split as l
 for the file's ``tokenizer.ggml.pre``.
 """
 
+import enum
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,24 @@ _SPLITS: dict[str, str | None] = {
 }
 # Where llama.cpp takes a piece that is a token as a whole, and text begins with a token.
 _WHOLE_PIECES = (_SPLIT_LLAMA3, _SPLIT_TEKKEN)
-_CONTROL, _USER_DEFINED = 3, 4
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# What transformers calls the special tokens, and the format their keys.
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _LONGEST_TOKEN = 1024
 # Each takes the tokenizers library a kilobyte and more; Gemma has 6,000, LLaMA 3 has 256.
 _MOST_MARKED = 50_000
 # Of making a token from two others, on average: so memory stays in proportion to the file.
 _MOST_WAYS = 32
+
+
+class TokenType(enum.IntEnum):
+    """What ``tokenizer.ggml.token_type`` says of a token."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
 
 
 def read_gguf_tokenizer(file: Path) -> Any:
@@ -68,7 +80,7 @@ def read_gguf_tokenizer(file: Path) -> Any:
     """
     settings = read_gguf_header(file).settings
     try:
-        return _build(settings)
+        return build_tokenizer(settings)
     except ValueError as error:
         raise CheckpointError(f"{file} has {error}") from error
     # The tokenizers library raises bare Exceptions, and panics.
@@ -81,7 +93,12 @@ def read_gguf_tokenizer(file: Path) -> Any:
         ) from error
 
 
-def _build(settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+def build_tokenizer(settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """Returns the fast tokenizer that a GGUF file's metadata describe, as the function above does.
+
+    Raises:
+      ValueError: if they are wrong, or the tokenizer is of a kind that is not read.
+    """
     kind = settings.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise ValueError(
@@ -95,7 +112,7 @@ def _build(settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         raise ValueError(f"a token of {longest:,} characters: at most {_LONGEST_TOKEN:,} are read")
     special = {
         name: tokens[i]
-        for name, key in _SPECIAL.items()
+        for name, key in SPECIAL.items()
         if isinstance(i := settings.get(f"tokenizer.ggml.{key}_token_id"), int)
         and 0 <= i < len(tokens)
     }
@@ -202,13 +219,13 @@ def _mark(tokenizer: Tokenizer, tokens: list[str], settings: Mapping[str, Any]) 
     types = _numbers(settings, "token_type", len(tokens))
     if types is None:
         return
-    count = int(np.isin(types, (_CONTROL, _USER_DEFINED)).sum())
+    count = int(np.isin(types, (TokenType.CONTROL, TokenType.USER_DEFINED)).sum())
     if count > _MOST_MARKED:
         raise ValueError(
             f"{count:,} tokens that are special or added by users: at most {_MOST_MARKED:,} are "
             "read"
         )
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+    for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
         marked = [tokens[i] for i in np.flatnonzero(types == kind)]
         added = [AddedToken(token, normalized=False, special=special) for token in marked]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)

@@ -125,9 +125,9 @@ def load_pretrained(
         either in one file or in shards with a ``.index.json``; the name of such a model on the
         Hugging Face Hub; a GGUF file, named ``*.gguf``, of any family but GPT-J (a Mistral is read
         as a LLaMA, without a sliding window), whole or quantised, for which the extra ``gguf`` must
-        be installed; a live ``FlaxPreTrainedModel``; or a pair
-        ``(config, params)``. Arrays of live models are shared, not copied, where their dtype
-        stays.
+        be installed, and in which layers that are narrower than others are read as sparse ones; a
+        live ``FlaxPreTrainedModel``; or a pair ``(config, params)``. Arrays of live models are
+        shared, not copied, where their dtype stays.
       param_dtype: the dtype of the parameters; ``None`` keeps the checkpoint's, which is float32
         for what is quantised.
       sharding: a function of each leaf's path, such as ``("model", "norm", "weight")``, and shape
@@ -155,7 +155,7 @@ def load_pretrained(
         config, weights = _open_live(source)
     else:
         if (file := find_gguf(source)) is not None:
-            (config, weights), where = open_gguf(file), str(file)
+            (config, ffns, weights), where = open_gguf(file), str(file)
         else:
             folder = find_folder(source)
             config, ffns = read_config(folder)

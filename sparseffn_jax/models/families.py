@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sparseffn_jax.models.decoder import Decoder
+from sparseffn_jax.models.gguf import GGUFLayout
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.models.gptj import GPTJForCausalLM
 from sparseffn_jax.models.later import MissingConfigError
@@ -66,11 +67,16 @@ def family(model_type: Any) -> type[Decoder]:
 def gguf_family(architecture: Any) -> type[Decoder]:
     """Returns the decoder class of the models whose GGUF files have this ``general.architecture``.
 
+    Of families with the same architecture it is the first that was registered.
+
     Raises:
       ValueError: if it is not known; the message lists the known ones.
     """
-    layouts = ((vars(decoder).get("gguf"), decoder) for decoder in FAMILIES.values())
-    known = {layout.architecture: decoder for layout, decoder in layouts if layout is not None}
+    known: dict[str, type[Decoder]] = {}
+    for decoder in FAMILIES.values():
+        if (layout := gguf_layout(decoder)) is not None:
+            for name in layout.architectures:
+                known.setdefault(name, decoder)
     if not isinstance(architecture, str) or architecture not in known:
         raise ValueError(
             f"general.architecture={str(architecture)[:80]!r}: {_why_missing(architecture)}known "
@@ -95,6 +101,12 @@ def _register_later(module: str, decoder: str, *names: str) -> None:
         register(getattr(importlib.import_module(f"sparseffn_jax.models.{module}"), decoder))
     except MissingConfigError as error:
         _missing.update(dict.fromkeys(names, str(error)))
+
+
+def gguf_layout(decoder: type[Decoder]) -> GGUFLayout | None:
+    """Returns how GGUF files hold the models of a family; ``None`` if there are no such files."""
+    # Not what it inherits: a subclass is of another architecture unless it says otherwise.
+    return vars(decoder).get("gguf")
 
 
 def _is_class_variable(annotation: Any) -> bool:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from transformers import GPT2Config
 
 from sparseffn_jax.models.decoder import FFN, Block, BlockCollection, Decoder, Dtype
-from sparseffn_jax.models.gguf import GGUFLayout, GGUFModule
+from sparseffn_jax.models.gguf import GGUFExtras, GGUFLayout, GGUFModule
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.models.spec import DecoderSpec, FFNLayout
 from sparseffn_jax.nn.attention import CausalAttention
@@ -151,6 +151,21 @@ class GPT2Model(nn.Module):
         return self.wte.embedding
 
 
+def _gguf_extras(config: Any) -> GGUFExtras:
+    """Checks that llama.cpp computes what a config says; its files hold no more of it."""
+    if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
+        raise ValueError(
+            f"activation_function={config.activation_function!r}: llama.cpp runs GPT-2 with "
+            "gelu_new"
+        )
+    if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
+        raise ValueError(
+            f"scale_attn_weights={config.scale_attn_weights}, scale_attn_by_inverse_layer_idx="
+            f"{config.scale_attn_by_inverse_layer_idx}: llama.cpp has True and False"
+        )
+    return GGUFExtras()
+
+
 class GPT2LMHeadModel(Decoder):
     """GPT-2 with a language-model head, a :class:`Decoder`.
 
@@ -229,6 +244,7 @@ class GPT2LMHeadModel(Decoder):
         numbers={"attention.layer_norm_epsilon": "layer_norm_epsilon"},
         # GELU's tanh form, which llama.cpp computes, is GPT2Config's default.
         derive=lambda settings: {},
+        describe=_gguf_extras,
     )
 
     def setup(self):

@@ -17,15 +17,17 @@ from jaxtyping import Array, Float, Int
 from transformers import LlamaConfig
 
 from sparseffn_jax.models.decoder import FFN, Block, BlockCollection, Decoder, Dtype
-from sparseffn_jax.models.gguf import GGUFLayout, GGUFModule, GGUFSettings
+from sparseffn_jax.models.gguf import GGUFExtras, GGUFLayout, GGUFModule, GGUFSettings
 from sparseffn_jax.models.names import NameMap, Rule, linear_rules
 from sparseffn_jax.models.spec import DecoderSpec, FFNLayout
 from sparseffn_jax.nn.attention import CausalAttention
 from sparseffn_jax.nn.parts import dense, embed
 from sparseffn_jax.nn.rotary import (
     Table,
+    llama3_divisors,
     llama3_scaling,
     longrope_border,
+    rope_parameters,
     rope_positions,
     rotary_table,
     rotate,
@@ -224,7 +226,7 @@ def gguf_attention(settings: GGUFSettings) -> dict[str, Any]:
     """Returns what a LLaMA-like config says of heads and rotary positions, from a GGUF file."""
     arch = settings.architecture
     hidden, heads = settings.integer("embedding_length"), settings.integer("attention.head_count")
-    if hidden % heads and f"{arch}.attention.key_length" not in settings.values:
+    if hidden % heads and not settings.has("attention.key_length"):
         raise ValueError(
             f"{arch}.attention.head_count={heads} does not divide {arch}.embedding_length={hidden}"
         )
@@ -312,6 +314,35 @@ def gguf_modules(paired: bool = False) -> tuple[GGUFModule, ...]:
     )
 
 
+def _gguf_extras(config: Any) -> GGUFExtras:
+    """Returns what a GGUF file holds of a LLaMA's config beyond what all of them name alike."""
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={config.hidden_act!r}: llama.cpp runs such FFNs with silu")
+    rope, width = rope_parameters(config), head_width(config)
+    settings: dict[str, Any] = {
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "rope.dimension_count": width,
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
+    # The format has no window here: within one, no token is out of sight.
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        settings["context_length"] = min(window, config.max_position_embeddings)
+    if rope["rope_type"] == "linear":
+        settings |= {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": float(rope["factor"]),
+        }
+    elif rope["rope_type"] == "llama3":
+        return GGUFExtras(settings, {ROPE_FREQS: llama3_divisors(width, rope)})
+    elif rope["rope_type"] != "default":
+        raise ValueError(
+            f"rope_type={rope['rope_type']!r}: llama.cpp has default, linear and llama3"
+        )
+    return GGUFExtras(settings)
+
+
 class LlamaForCausalLM(Decoder):
     """LLaMA with a language-model head, a :class:`Decoder`.
 
@@ -336,6 +367,7 @@ class LlamaForCausalLM(Decoder):
     layer_path = ("model", "layers")
     ffn_layout = FFNLayout(up="up_proj", down="down_proj", gate="gate_proj")
     d_ff_key = "intermediate_size"
+    ffn_bias_key = "mlp_bias"
     block = LlamaBlock
     names = NameMap(
         rules=(
@@ -368,6 +400,9 @@ class LlamaForCausalLM(Decoder):
         numbers=GGUF_NUMBERS,
         derive=lambda settings: gguf_attention(settings) | gguf_biases(settings),
         derived=frozenset((ROPE_FREQS,)),
+        describe=_gguf_extras,
+        per_layer="deci",
+        ffn_bias=True,
     )
 
     def setup(self):

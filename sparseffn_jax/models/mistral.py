@@ -67,6 +67,8 @@ class MistralForCausalLM(LlamaForCausalLM):
 
     config_class = MistralConfig
     block = MistralBlock
+    # To llama.cpp a Mistral is a LLaMA.
+    gguf = LlamaForCausalLM.gguf
 
     @staticmethod
     def spec_of(config: Any) -> DecoderSpec:

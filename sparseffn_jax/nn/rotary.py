@@ -213,6 +213,17 @@ def llama3_scaling(divisors: np.ndarray, theta: float) -> dict[str, str | float]
     )
 
 
+def llama3_divisors(channels: int, parameters: Mapping[str, Any]) -> Float[np.ndarray, " R2"]:
+    """Returns what each frequency is divided by in the scaling of kind ``llama3``, in float32.
+
+    Args:
+      channels: number R of channels of a head that are rotated.
+      parameters: settings that :func:`rope_parameters` returned.
+    """
+    frequencies = parameters["rope_theta"] ** (-np.arange(0, channels, 2) / channels)
+    return (frequencies / _llama3(frequencies, parameters)).astype(np.float32)
+
+
 def _fit_llama3(divisors, turns, factor):
     """Fits length and ``high_freq_factor`` to the frequencies between kept and fully divided."""
     kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)
