@@ -14,6 +14,7 @@ from sparseffn_jax.bench.commands import BenchAll, BenchFFN, BenchModel, BenchQu
 from sparseffn_jax.commands.common import keep_compiled_programs
 from sparseffn_jax.commands.convert import Convert
 from sparseffn_jax.commands.evaluate import Evaluate
+from sparseffn_jax.commands.export import Export
 from sparseffn_jax.commands.finetune import Finetune
 from sparseffn_jax.commands.generate import Generate
 from sparseffn_jax.commands.inspect import Inspect
@@ -65,6 +66,7 @@ Command = (
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )

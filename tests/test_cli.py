@@ -494,6 +494,10 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("convert --model {dense} --out {dir}/out --planned", "0 are given"),
         ("convert --model {dense} --out {dir}/out --flops 0.4 --config {dir}/plan.json",
          "takes no budget"),
+        ("convert --model {dense} --out {dir}/out --flops 0.4 --servable", "add --planned"),
+        ("export --model {dense} --out {dir}/model.bin", "a name that ends in .gguf"),
+        ("export --model {dense} --out {dir}/out --to huggingface --type q8_0", "type=q8_0"),
+        ("export --model {dense} --out {dense} --to huggingface --overwrite", "holds the model"),
         ("plan --model {sparse} --out {dir}/plan --flops 0.4", "already"),
         ("plan --model {dense} --out {dir}/plan --flops 0.001 --text {corpus}", "out of reach"),
         ("finetune --model {dense} --out {short}/run --text {corpus}", "cannot write"),
@@ -606,6 +610,28 @@ def test_a_plan_keeps_to_its_budget_and_is_what_convert_reads(folder, tmp_path):
     assert [(ffn.micro.core.width, ffn.spectral.rank if ffn.spectral else 0) for ffn in ffns] == [
         (layer["width"], layer["rank"]) for layer in report["layers"]
     ]
+
+
+def test_a_servable_plan_is_exported(folder, tmp_path, capfd):
+    text = "--text", folder / "corpus.txt"
+    run("convert", "--model", folder / "dense", "--out", tmp_path / "sparse", *text, "--flops", 0.5,
+        "--planned", "--servable", "--distill-steps", 0, "--calibration-tokens", 2048)  # fmt: skip
+    sparse = sf.load_pretrained(tmp_path / "sparse")
+    # GPT-2 has one width for all layers.
+    assert len(set(sparse.ffns)) == 1
+    ids = np.arange(60).reshape(2, 30)
+    expected = sparse.model().apply({"params": sparse.params}, ids)
+    for to, out in (("gguf", tmp_path / "model.gguf"), ("huggingface", tmp_path / "dense")):
+        export = ("export", "--model", tmp_path / "sparse", "--to", to, "--out", out)
+        run(*export, "--type", "f32")
+        exported = sf.load_pretrained(out)
+        assert (exported.ffns, exported.spec.d_ff <= 2 * D) == ((), True)
+        actual = exported.model().apply({"params": exported.params}, ids)
+        np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
+        assert sf.load_tokenizer(out).encode(CORPUS) == sf.load_tokenizer(folder / "dense").encode(
+            CORPUS
+        )
+        assert "--overwrite" in refused(capfd, *export)
 
 
 @pytest.fixture

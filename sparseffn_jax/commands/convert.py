@@ -52,6 +52,7 @@ class Convert:
       out: Folder to write.
       budget: What the layers may cost together.
       planned: Share --flops out among the layers by a plan.
+      servable: Plan what "export" can write for llama.cpp; see "plan".
       config: JSON file of one SparseFFNConfig for every layer, or a list with one (or null, to
         keep the layer dense) for each; see "inspect".
       text: Calibration text; see "demo".
@@ -77,6 +78,7 @@ class Convert:
     out: Path
     budget: tyro.conf.OmitArgPrefixes[Budget]
     planned: bool = False
+    servable: bool = False
     config: Path | None = None
     text: str = STDLIB
     validation_text: str | None = None
@@ -190,6 +192,7 @@ class Convert:
             self.model,
             self.out.with_name(self.out.name + ".plan"),
             self.budget,
+            servable=self.servable,
             text=self.text,
             validation_text=self.validation_text,
             text_tokens=self.text_tokens,
@@ -204,6 +207,11 @@ class Convert:
         if self.config is not None and (self.budget != Budget() or self.planned):
             raise ValueError(
                 "--config says what the layers are: it takes no budget and no --planned"
+            )
+        if self.servable and self._plan is None:
+            raise ValueError(
+                "servable=True says how a plan is made, and there is none: add --planned to "
+                "--flops, or give another budget"
             )
         if self._plan is not None or self.budget != Budget():
             self.budget.check()

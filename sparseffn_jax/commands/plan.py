@@ -29,6 +29,7 @@ from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.costs import flops_ratio, parameters_ratio
 from sparseffn_jax.measure.records import make_folder, versions, write_json
+from sparseffn_jax.models.families import gguf_layout
 from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.sparsify.calibration import check_calibration
@@ -39,6 +40,7 @@ from sparseffn_jax.sparsify.planning import Plan as ModelPlan
 from sparseffn_jax.sparsify.planning import (
     Planner,
     Size,
+    as_served,
     candidates,
     config_of,
     size_grid,
@@ -69,6 +71,8 @@ class Plan:
       budget: What the layers may cost together.
       most_shapes: Number of different layers, dense ones included; default any number.
       narrow: Plan with narrower FFNs alone, without bypasses, to compare.
+      servable: Plan what "export" can write for llama.cpp: bypasses are priced as the hidden units
+        that they become there, and all layers are alike where it takes no others (GPT-2, GPT-J).
       trials: Conversions that show how much of a loss later layers repair, and whether bypasses
         pay: as many with them as without.
       repair: As "convert" will be given it. With 0 nothing is repaired, and nothing is tried out.
@@ -86,6 +90,7 @@ class Plan:
     budget: tyro.conf.OmitArgPrefixes[Budget]
     most_shapes: int | None = None
     narrow: bool = False
+    servable: bool = False
     trials: int = 1
     text: str = STDLIB
     validation_text: str | None = None
@@ -123,7 +128,8 @@ class Plan:
             grid = grid._replace(ranks=(0,))
         smallest = config_of(dense.spec, (grid.widths[-1], 0))
         check_calibration(model, [smallest], tokens)
-        prices = self._prices(candidates(dense.spec, grid), dense, chosen, console)
+        sizes = candidates(dense.spec, grid, servable=self.servable)
+        prices = self._prices(sizes, dense, chosen, console)
         with stage("measuring what the loss feels", console):
             fisher = output_fisher(model, dense.params, fisher_windows(chosen, dense.spec.d_model))
         with counter("estimating layer", console) as count:
@@ -137,13 +143,17 @@ class Plan:
                 batch_size=self.batch_size,
                 on_layer=count,
             )
+        damages = [{size: layer[size] for size in sizes} for layer in damages]
         planner = Planner(model, dense.params, tokens, fisher, damages, batch_size=self.batch_size)
+        layout, most_shapes = gguf_layout(type(model)), self.most_shapes
+        if self.servable and (layout is None or layout.per_layer is None):
+            most_shapes = 1
 
         _, target = self.budget.speedup_wanted or ("", 1.0)
 
         def plan_by(planner: Planner, aim: float = target) -> ModelPlan:
             limits = prices.limits(aim)
-            return planner.plan(prices.cost, most_shapes=self.most_shapes, **limits)
+            return planner.plan(prices.cost, most_shapes=most_shapes, **limits)
 
         if self.trials and self.repair:
             planners = [planner] if self.narrow else [planner, planner.without_bypasses()]
@@ -211,16 +221,18 @@ class Plan:
         self, sizes: Sequence[Size], dense: Pretrained, windows: np.ndarray, console: Console
     ) -> "_Prices":
         ((name, limit),) = self.budget.given.items()
-        spec = dense.spec
+        spec, run_as = dense.spec, self._run_as(dense.spec)
+        configs = [run_as(config_of(spec, size)) for size in sizes]
         if name == "max_loss":
-            return _Prices(_flops, lambda _: {"most_damage": limit})
+            return _Prices(lambda config: _flops(run_as(config)), lambda _: {"most_damage": limit})
         if self.budget.speedup_wanted is None:
-            cost = _flops if name == "flops" else _parameters
-            if limit < (least := min(cost(config_of(spec, size)) for size in sizes)):
+            share = _flops if name == "flops" else _parameters
+            if limit < (least := min(map(share, configs))):
                 raise ValueError(
                     f"{name}={limit:g} is out of reach: the smallest layers have {least:.3g}"
                 )
-            return _Prices(cost, lambda _: {"budget": limit * spec.n_layer})
+            total = limit * spec.n_layer
+            return _Prices(lambda config: share(run_as(config)), lambda _: {"budget": total})
         model = dense.model(DTYPES[self.budget.timed_dtype])
         length, train = windows.shape[1] - 1, self.budget.timed_pass == "training"
         batch = windows[: max(1, self.budget.timed_tokens // length)]
@@ -234,7 +246,6 @@ class Plan:
             clock, timing = EstimatedFFNClock(model, tokens, gpu, train=train), "compiling"
             args = model, len(batch), length, clock, gpu
             time_model = functools.partial(EstimatedModelClock, *args, train=train)
-        configs = [config_of(spec, size) for size in sizes]
         with counter(f"{timing} size", console) as count:
             prices = clock.prices(configs, count)
         smallest = (min(configs, key=prices.__getitem__),) * spec.n_layer
@@ -252,10 +263,14 @@ class Plan:
                 f"{name}={limit:g} is out of reach: with the smallest layers it is {most:.2f}"
             )
         return _Prices(
-            prices.__getitem__,
+            lambda config: prices[run_as(config)],
             lambda aim: {"budget": max(budget(aim), least)},
-            lambda plan: {name: speedup(plan.configs)},
+            lambda plan: {name: speedup(tuple(map(run_as, plan.configs)))},
         )
+
+    def _run_as(self, spec: DecoderSpec) -> Callable[[Any], SparseFFNConfig | None]:
+        """Returns the function from a layer's configuration to that of what is to run."""
+        return functools.partial(as_served, spec=spec) if self.servable else lambda config: config
 
     def _met(
         self,
@@ -303,12 +318,13 @@ class Plan:
         report_file.unlink(missing_ok=True)
         layers = [None if config is None else config.to_dict() for config in plan.configs]
         write_json(self.plan_file, layers)
+        run_as = self._run_as(spec)
         rows = [
             {
                 "layer": i,
                 "width": size[0],
                 "rank": size[1],
-                "flops": _flops(candidate.config),
+                "flops": _flops(run_as(candidate.config)),
                 "damage": candidate.damage,
             }
             for i, candidate in enumerate(plan.layers)

@@ -12,6 +12,7 @@ and an integer programme is that of Puzzle (Bercovich et al. 2024, 2411.19146).
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sparseffn_jax.checkpoints.dense_ffn import dense_width, units_of_component
 from sparseffn_jax.checkpoints.weights import read_leaves
 from sparseffn_jax.config import (
     CoreConfig,
@@ -83,7 +85,7 @@ def size_grid(spec: DecoderSpec) -> Grid:
     return Grid(widths, (0, *multiples(spec.d_model, _RANK_SHARE)[: _MOST_RANKS - 1]))
 
 
-def candidates(spec: DecoderSpec, grid: Grid) -> list[Size]:
+def candidates(spec: DecoderSpec, grid: Grid, *, servable: bool = False) -> list[Size]:
     """Returns the sizes among which a plan chooses; the dense FFN comes first.
 
     What costs as many operations as the dense FFN, or more, is left out: it would only be taken
@@ -92,15 +94,31 @@ def candidates(spec: DecoderSpec, grid: Grid) -> list[Size]:
     Args:
       spec: sizes of the model.
       grid: widths and ranks.
+      servable: whether layers are to run as dense FFNs, as :func:`as_served` makes them.
     """
-    # A component of the bypass has two vectors, a unit one for each map.
-    maps = 3 if spec.gated else 2
+    if servable:
+        component = units_of_component(spec.activation, spec.gated) or math.inf
+    else:
+        # A component of the bypass has two vectors, a unit one for each map.
+        component = 2 / (3 if spec.gated else 2)
     return [
         (width, rank)
         for rank in grid.ranks
         for width in grid.widths
-        if (width, rank) == (spec.d_ff, 0) or width + 2 * rank / maps < spec.d_ff
+        if (width, rank) == (spec.d_ff, 0) or (rank and component * rank) + width < spec.d_ff
     ]
+
+
+def as_served(config: SparseFFNConfig | None, spec: DecoderSpec) -> SparseFFNConfig | None:
+    """Returns the dense FFN as which :func:`sparseffn_jax.export_gguf` writes a layer of a plan.
+
+    A bypass is hidden units there, so that it costs more than in a SparseFFN.
+
+    Args:
+      config: configuration of a core, beside a bypass or not; ``None`` stands for the dense FFN.
+      spec: sizes of the model.
+    """
+    return None if config is None else config_of(spec, (dense_width(config), 0))
 
 
 def config_of(spec: DecoderSpec, size: Size) -> SparseFFNConfig | None:

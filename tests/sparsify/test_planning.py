@@ -1,5 +1,6 @@
 """Plans: estimates of damage against NumPy on unseen text, and what trials teach."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +16,7 @@ from sparseffn_jax.sparsify.planning import (
     Grid,
     Planner,
     Trial,
+    as_served,
     candidates,
     config_of,
     estimate_damages,
@@ -37,6 +39,21 @@ def test_what_costs_as_much_as_the_dense_ffn_is_no_candidate(gated, most):
     narrow = {(width, D) for width in widths if width < most}
     assert set(found) == {(width, 0) for width in widths} | narrow
     assert found[0] == (M, 0)
+
+
+@pytest.mark.parametrize(("gated", "each"), [(False, 2), (True, 1)])
+def test_a_layer_costs_what_its_dense_ffn_does_where_it_is_served(gated, each):
+    spec = make_model("llama" if gated else "gpt2")[0].spec
+    grid = Grid((spec.d_ff, 64, 40, 8), (0, 6))
+    found = candidates(spec, grid, servable=True)
+    beside = {(width, 6) for width in (64, 40, 8) if width + 6 * each < spec.d_ff}
+    assert set(found) == {(width, 0) for width in grid.widths} | beside
+    for width, rank in found[1:]:
+        served = as_served(config_of(spec, (width, rank)), spec)
+        assert served == config_of(spec, (width + each * rank, 0))
+    assert as_served(None, spec) is None
+    no_units = dataclasses.replace(spec, activation="tanh", gated=False)
+    assert set(candidates(no_units, grid, servable=True)) == {(w, 0) for w in grid.widths}
 
 
 def draw_layer(bias, seed=0):
