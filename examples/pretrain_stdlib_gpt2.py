@@ -61,7 +61,7 @@ def main() -> None:
         parser.error(f"{arguments.out} is there already: give a new folder")
     settings = Settings(steps=arguments.steps)
 
-    train_text, validation_text = data.split_documents(data.read_documents(data.STDLIB), 0.05)
+    train_text, validation_text = data.split_documents(data.read_documents("stdlib"), 0.05)
     tokenizer = train_tokenizer(train_text, settings.vocab_size)
     train = data.pack(data.tokenize(train_text, tokenizer), settings.window)
     validation = data.pack(data.tokenize(validation_text, tokenizer), settings.window)

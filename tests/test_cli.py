@@ -185,7 +185,9 @@ def test_finetune_leaves_adapters_in_peft_format(folder, sparse, tmp_path, capfd
     run("finetune", "--model", sparse, "--adapter", out / "adapter", "--out", tmp_path / "next",
         *common, "--recipe", "ffn_only")  # fmt: skip
     after = sf.load_pretrained(tmp_path / "next" / "model").params
-    kernels = [tree["transformer"]["h"]["0"]["attn"]["c_attn"]["kernel"] for tree in (after, merged)]
+    kernels = [
+        tree["transformer"]["h"]["0"]["attn"]["c_attn"]["kernel"] for tree in (after, merged)
+    ]
     np.testing.assert_allclose(*kernels, atol=1e-6)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from sparseffn_jax.checkpoints.pretrained import Pretrained
 from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
 
-Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -21,16 +20,6 @@ def matching_tokenizer(source: str, pretrained: Pretrained) -> Any:
     tokenizer = load_tokenizer(source)
     check_tokenizer(tokenizer, pretrained.config)
     return tokenizer
-
-
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Checks a number that the user gave.
-
-    Raises:
-      ValueError: if it is too small.
-    """
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def keep_compiled_programs() -> None:

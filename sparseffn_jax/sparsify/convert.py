@@ -16,13 +16,14 @@ import numpy as np
 from jaxtyping import Int
 
 from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.defaults import REPAIR
 from sparseffn_jax.measure.records import versions
 from sparseffn_jax.models.decoder import Decoder, Dtype, ffn_module
 from sparseffn_jax.sparsify.calibration import check_calibration
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.distill import distill_layer
 from sparseffn_jax.sparsify.fit import fit_layer, is_whole
-from sparseffn_jax.sparsify.layers import REPAIR, ConvertedLayer, convert_layers
+from sparseffn_jax.sparsify.layers import ConvertedLayer, convert_layers
 from sparseffn_jax.sparsify.partial import PartialConversion
 from sparseffn_jax.sparsify.streams import LayerActivations, Place
 

@@ -1,10 +1,16 @@
-"""The settings of a training run."""
+"""The settings of a training run; cheap to import, for the command line's help."""
 
 import dataclasses
 import re
+from types import MappingProxyType
+from typing import Literal
 
 from sparseffn_jax.train.guard import GuardConfig
-from sparseffn_jax.train.recipes import RECIPES
+
+Resume = Literal["auto", "never", "must"]
+StrategyName = Literal["single", "pmap", "mesh"]
+# The number of stages of each recipe; :data:`.recipes.RECIPES` says what trains in each of them.
+STAGES = MappingProxyType({"full": 1, "ffn_only": 1, "lora": 1, "stepwise": 2})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,9 +20,9 @@ class TrainConfig:
     Attributes:
       steps: number of batches to read, each for one optimizer update.
       batch_size: number of windows in a batch.
-      recipe: what trains: ``"full"``, ``"ffn_only"``, ``"lora"`` (adapters, and in full the
-        feed-forward layers without adapters) or ``"stepwise"`` (half of the steps ``ffn_only``,
-        then attention and LayerNorm too).
+      recipe: what trains: ``"full"``, ``"ffn_only"``, ``"lora"`` or ``"stepwise"``; ``"lora"`` is
+        adapters, and in full the feed-forward layers without adapters, ``"stepwise"`` half of the
+        steps ``ffn_only``, then attention and LayerNorm too.
       learning_rate: peak learning rate.
       ffn_learning_rate: peak learning rate of sparse feed-forward layers; ``None`` takes half of
         ``learning_rate``.
@@ -91,10 +97,8 @@ class TrainConfig:
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
     def __post_init__(self):
-        if self.recipe not in RECIPES:
-            raise ValueError(
-                f"unknown recipe {self.recipe!r}: expected one of {', '.join(RECIPES)}"
-            )
+        if self.recipe not in STAGES:
+            raise ValueError(f"unknown recipe {self.recipe!r}: expected one of {', '.join(STAGES)}")
         for name in (
             "steps",
             "batch_size",
@@ -129,7 +133,7 @@ class TrainConfig:
                 f"batch_size={self.batch_size}"
             )
         self._check_lora()
-        shortest = self.steps // len(RECIPES[self.recipe])
+        shortest = self.steps // STAGES[self.recipe]
         if self.warmup_steps is not None and not 0 <= self.warmup_steps < max(1, shortest):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must lie between 0 and the {shortest} steps of "
@@ -141,7 +145,7 @@ class TrainConfig:
     @property
     def stage_ends(self) -> tuple[int, ...]:
         """The steps after which the stages of the recipe are over, in order."""
-        stages = len(RECIPES[self.recipe])
+        stages = STAGES[self.recipe]
         return tuple(self.steps * (i + 1) // stages for i in range(stages))
 
     @property

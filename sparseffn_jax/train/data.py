@@ -16,15 +16,14 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
+from sparseffn_jax.defaults import STDLIB
 from sparseffn_jax.evaluate.windows import cut_windows
+from sparseffn_jax.train.sources import JSON_LINES, PARQUET, TEXT_SUFFIXES, check_source
 
-STDLIB = "stdlib"
 # Not worth learning from: tests repeat themselves, the codecs are tables, topics.py is a manual.
 _STDLIB_SKIP = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data")
 )
-_TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".text"))
-_JSON_LINES, _PARQUET = ".jsonl", ".parquet"
 _PIECE_CHARACTERS = 16_384
 _LEAST_PIECES = 20
 
@@ -119,23 +118,19 @@ def read_documents(source: str) -> list[Document]:
 
     Raises:
       FileNotFoundError: if ``source`` is no file, folder or dataset that can be read.
-      ValueError: if there is no text in it, or a file is not UTF-8.
+      ValueError: if there is no text in it, or a file is not UTF-8 or no ordinary file.
     """
+    check_source(source)
     path = Path(source).expanduser()
     if source == STDLIB:
         documents = _read_folder(
             Path(sysconfig.get_path("stdlib")), frozenset((".py",)), _STDLIB_SKIP
         )
     elif path.is_dir():
-        documents = _read_folder(path, _TEXT_SUFFIXES | {_JSON_LINES}, frozenset())
+        documents = _read_folder(path, TEXT_SUFFIXES | {JSON_LINES}, frozenset())
     elif path.is_file():
         documents = _read_file(path, path.name)
         documents = _cut(documents[0]) if len(documents) == 1 else documents
-    elif _is_path(source):
-        raise FileNotFoundError(
-            f"there is no file or folder {source!r}: check its spelling, or give the name of a "
-            "Hugging Face dataset"
-        )
     else:
         documents = _read_dataset(source)
     documents = [document for document in documents if document.text.strip()]
@@ -154,10 +149,11 @@ def read_whole(source: str) -> str:
 
     Raises:
       FileNotFoundError: if ``source`` is no file, folder or dataset that can be read.
-      ValueError: if there is no text in it, or a file is not UTF-8.
+      ValueError: if there is no text in it, or a file is not UTF-8 or no ordinary file.
     """
+    check_source(source)
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix != _JSON_LINES:
+    if path.is_file() and path.suffix != JSON_LINES:
         return read_text(path)
     return "\n\n".join(document.text for document in read_documents(source))
 
@@ -168,7 +164,7 @@ def read_text(path: Path) -> str:
     Raises:
       ValueError: if the file is not UTF-8.
     """
-    if path.suffix == _PARQUET:
+    if path.suffix == PARQUET:
         raise ValueError(
             f"{path} is a table, not text: write it as .jsonl, one JSON object with a "
             '"text" in each line'
@@ -255,19 +251,9 @@ def make_batches(
     return iter(dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(in_line))
 
 
-def _is_path(source: str) -> bool:
-    """Tells whether a source can be no dataset's name, which is a word, or two with a slash."""
-    return (
-        source.startswith(("/", ".", "~"))
-        or source.endswith("/")
-        or source.count("/") > 1
-        or Path(source).suffix in _TEXT_SUFFIXES | {_JSON_LINES, _PARQUET}
-    )
-
-
 def _read_file(path: Path, name: str) -> list[Document]:
     """Reads a text file, which is one document, or JSON lines, each of which is one."""
-    if path.suffix != _JSON_LINES:
+    if path.suffix != JSON_LINES:
         return [Document(name, read_text(path))]
     documents = []
     # Not splitlines: JSON allows other ends of a line within a string.

@@ -15,10 +15,10 @@ from sparseffn_jax.nn.lora import LoraAdapter
 from sparseffn_jax.progress import stage
 from sparseffn_jax.train import processes
 from sparseffn_jax.train.checkpoints import CheckpointStore
-from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.config import Resume, TrainConfig
 from sparseffn_jax.train.data import TokenWindows
 from sparseffn_jax.train.metrics import MetricsLog, Record
-from sparseffn_jax.train.run import Resume, Run
+from sparseffn_jax.train.run import Run
 from sparseffn_jax.train.run_lock import hold_run_folder
 from sparseffn_jax.train.strategies import SingleDevice, Strategy
 

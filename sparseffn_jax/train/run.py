@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import time
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from sparseffn_jax.evaluate.losses import make_evaluator
 from sparseffn_jax.nn.lora import LoraAdapter
 from sparseffn_jax.train import guard, processes
 from sparseffn_jax.train.checkpoints import CheckpointStore, Position, Snapshot
-from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.config import Resume, TrainConfig
 from sparseffn_jax.train.data import TokenWindows, make_batches
 from sparseffn_jax.train.metrics import MetricsLog, Record
 from sparseffn_jax.train.recipes import combine, is_ffn, partition
@@ -30,7 +30,6 @@ from sparseffn_jax.train.step import (
 from sparseffn_jax.train.strategies import Strategy
 
 Params = dict[str, Any]
-Resume = Literal["auto", "never", "must"]
 
 
 class Run:

@@ -8,7 +8,7 @@ same global batches, but for rounding and dropout.
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,9 @@ from sparseffn_jax.measure.memory import check_fits
 from sparseffn_jax.models.decoder import gathering
 from sparseffn_jax.ops.plans.choice import refusing
 from sparseffn_jax.train import sharding
-from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.config import StrategyName, TrainConfig
 from sparseffn_jax.train.step import Stage, TrainState, compiler_options, init_state
 
-StrategyName = Literal["single", "pmap", "mesh"]
 # Examples of the step's last three arguments: index, updates and rate_factor.
 STEP_SCALARS = (np.int32(0), np.int32(0), np.float32(1.0))
 

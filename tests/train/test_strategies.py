@@ -22,7 +22,7 @@ import sparseffn_jax as sf
 from sparseffn_jax.measure.gpus import gpus
 from sparseffn_jax.measure.programs import read_program
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.processes import DistributedConfig
+from sparseffn_jax.train.distributed import DistributedConfig
 from sparseffn_jax.train.run_lock import hold_run_folder
 from sparseffn_jax.train.sharding import (
     BATCH_SPEC,
