@@ -6,6 +6,7 @@ What a command needs to do its work is imported when its arguments are known to 
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib
 import os
 import signal
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from sparseffn_jax import __version__
-from sparseffn_jax.commands.parser import Arguments, UsageError, parse, spoken
+from sparseffn_jax.checkpoints.errors import one_line
+from sparseffn_jax.commands.parser import Arguments, UsageError, options, parse, spoken
 from sparseffn_jax.train.guard import DivergenceError
 
 
@@ -59,10 +61,13 @@ COMMANDS: Mapping[str, _Command] = {
 }
 
 _HELP = ("-h", "--help", "--help-all")
-_OUT_OF_MEMORY = (
-    "the device has no more memory: give a smaller --batch-size or a shorter --window, or --remat "
-    "where the command has it"
-)
+# What lowers the memory of a program, by the option that a command may have.
+_LESS_MEMORY: Mapping[str, str] = {
+    "batch_size": "a smaller --batch-size",
+    "window": "a shorter --window",
+    "accumulate_steps": "more --accumulate-steps",
+    "remat": "--remat",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,6 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError, MemoryError, DivergenceError) as error:
         if os.environ.get("SPARSEFFN_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            where = f" that has {error.filename}" if error.filename else ""
+            _say(f"error: the disk{where} is full: free some space and give the same command again")
+            sys.exit(2)
         _say(f"error: {error if cls is None else spoken(str(error), cls)}")
         sys.exit(2)
 
@@ -126,7 +135,10 @@ def _run(work: Any, arguments: Arguments, *, keeps_programs: bool) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise MemoryError(f"{_OUT_OF_MEMORY}: {error}") from error
+        names = {option.name for option in options(type(arguments), described=False)}
+        remedies = [remedy for name, remedy in _LESS_MEMORY.items() if name in names]
+        give = f": give {', or '.join(remedies)}" if remedies else ""
+        raise MemoryError(f"the device has no more memory{give} ({one_line(error)})") from error
 
 
 def _split(words: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -75,10 +75,13 @@ class Inspect(InspectArguments):
             totals["us"] = f"{1e6 * whole:.1f}"
             caption += (
                 f" us: a forward pass of {self.tokens} tokens in {self.dtype}, estimated for "
-                f"{gpu.description} and not measured; dense FFNs take "
-                f"{1e6 * seconds[None] * spec.n_layer:.1f}, "
-                f"{seconds[None] * spec.n_layer / whole:.2f} times as long."
+                f"{gpu.description} and not measured"
             )
+            if any(ffns):
+                caption += (
+                    f"; dense FFNs take {seconds[None] * spec.n_layer / whole:.2f} times that"
+                )
+            caption += "."
         title = f"{self.model}: d_model={spec.d_model}, d_ff={spec.d_ff}"
         table = Table(title=title, caption=caption, show_footer=True)
         for name, total in totals.items():

@@ -235,8 +235,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flags = list(action.option_strings)
         if isinstance(action, argparse.BooleanOptionalAction):
-            # Only what changes the default.
-            flags = [flag for flag in flags if flag.startswith("--no-") == (action.const is True)]
+            flags = [flag for flag in flags if not flag.startswith("--no-")]
+            if action.const is True:
+                flags = [f"--[no-]{flag[2:]}" for flag in flags]
         value = "" if action.nargs == 0 else " " + self._format_args(action, str(action.metavar))
         whole = ", ".join(flags) + value
         # Hugging Face's words are shown where there is room.
@@ -272,14 +273,16 @@ def _add(group: Any, option: Option, others: Sequence[str], *, every: bool, hidd
         text += f" Short: {', '.join(short)}."
     if default is dataclasses.MISSING:
         how["required"] = True
-    elif default not in ("", ()) and not (default is None or isinstance(default, bool)):
+    elif default is True:
+        text += " [yes]"
+    elif default not in ("", ()) and default is not None and default is not False:
         text += f" [{_default(option)}]"
     hide = argparse.SUPPRESS
     action = group.add_argument(
         option.flag, *others, help=hide if hidden else text.replace("%", "%%"), **how
     )
     if item is bool:
-        # What the flag changes: argparse keeps no other trace of a suppressed default.
+        # For the formatter: argparse keeps no other trace of a suppressed default.
         action.const = default is True
     for flag in short:
         value = _SHORT[flag][1]

@@ -50,13 +50,16 @@ def model_params_config():
     return model, jax.tree.map(np.asarray, params), config
 
 
-def fit(strategy, folder):
+def fit(strategy, folder, **changes):
     """Returns the losses, the hash of the batches and the parameters of a run."""
+    import dataclasses
+
     from train_models import make_windows
 
     from sparseffn_jax.train.loop import train
 
     model, params, config = model_params_config()
+    config = dataclasses.replace(config, **changes)
     losses = []
     result = train(
         model,
@@ -155,6 +158,16 @@ def one_process(out):
                 for path, x in flatten_dict(params).items()
             }
             seen["replicated"] = [leaf.path for leaf in replicated_leaves(params, 256)]
+    large = {"batch_size": 16}
+    seen["large"], _ = fit(make_strategy("single"), out / "large", **large)
+    for name, strategy in {
+        "single": make_strategy("single"),
+        "pmap": make_strategy("pmap"),
+        "mesh": mesh,
+    }.items():
+        seen[f"{name}, accumulated"], _ = fit(
+            strategy, out / f"{name}-accumulated", accumulate_steps=2, **large
+        )
     # What eight devices wrote, on one and on four.
     for name, strategy in {
         "single": make_strategy("single"),

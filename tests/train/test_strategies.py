@@ -95,6 +95,16 @@ def test_eight_devices_train_as_one(eight, strategy):
     assert seen[strategy]["hash"] == seen["single"]["hash"]
 
 
+@pytest.mark.parametrize("strategy", ["single", "pmap", "mesh"])
+def test_microbatches_train_as_the_large_batch(eight, strategy):
+    seen, _ = eight
+    for what in ("losses", "validation"):
+        np.testing.assert_allclose(
+            seen[f"{strategy}, accumulated"][what], seen["large"][what], rtol=1e-5
+        )
+    assert seen[f"{strategy}, accumulated"]["hash"] == seen["large"]["hash"]
+
+
 def test_an_update_under_pmap_trains_as_one_device(eight):
     seen, _ = eight
     losses = np.array(seen["under_pmap"])

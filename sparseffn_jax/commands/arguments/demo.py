@@ -29,7 +29,8 @@ class DemoArguments(DemoSettings, Arguments):
     }
 
     def check(self) -> None:
+        # What is read stays; the last demo's result is replaced.
+        check_replaceable(self.out / "model", True, [self.model])
         check_models(self.model)
         check_source(self.text)
-        check_replaceable(self.out / "model", True, [self.model])
         check_folder(self.out)

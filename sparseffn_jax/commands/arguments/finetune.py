@@ -89,7 +89,7 @@ class FinetuneArguments(Arguments):
     """
 
     example = (
-        "sparseffn finetune --model sparse --text corpus/ --out run --teacher gpt2 "
+        "sparseffn finetune --model sparse --text t.md --out run --teacher gpt2 "
         "--distill-weight 0.5"
     )
     groups: ClassVar = {
@@ -148,9 +148,11 @@ class FinetuneArguments(Arguments):
                 "--teacher is not used: give --distill-weight, its share in what the model learns "
                 "from"
             )
-        check_models(self.model, self.teacher)
-        check_files([self.plans])
-        check_source(self.text)
         # What is read stays; the last run's result is replaced.
         check_replaceable(self.result, True, [self.model, *filter(None, [self.teacher])])
+        check_models(self.model, self.teacher)
+        if self.adapter is not None:
+            local_folder(self.adapter, "the folder that holds it")
+        check_files([self.plans])
+        check_source(self.text)
         check_folder(self.out)
