@@ -108,7 +108,7 @@ class _Writer:
         """Yields one prompt's continuation, piece by piece."""
         limit = self._arguments.max_new_tokens
         pieces = stream_text(
-            *self._model, [prompt], limit, self._how,
+            *self._model, [self._ids(prompt)], limit, self._how,
             stop=self._arguments.stop, key=self._key,
             least_length=min(least_length, self._n_positions - limit),
         )  # fmt: skip
@@ -119,7 +119,7 @@ class _Writer:
 
     def texts(self, prompts: Sequence[str | Sequence[int]]) -> Iterator[str]:
         """Yields the prompts' continuations; ``batch_size`` prompts are continued at once."""
-        ids = [self._tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        ids = [self._ids(prompt) for prompt in prompts]
         # One length for all batches: one program.
         longest, size = max(map(len, ids)), self._arguments.batch_size
         for start in range(0, len(ids), size):
@@ -128,6 +128,9 @@ class _Writer:
                 stop=self._arguments.stop, key=jax.random.fold_in(self._key, start),
                 least_length=longest,
             )  # fmt: skip
+
+    def _ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
 
 def read_prompts(path: Path) -> list[str]:

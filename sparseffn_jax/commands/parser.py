@@ -16,6 +16,8 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
+from sparseffn_jax.defaults import EMBEDDED_MODEL
+
 # Other words for an option, those of Hugging Face's Trainer.
 _ALIASES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     {
@@ -299,8 +301,6 @@ def _metavar(option: Option) -> str:
 
 
 def _default(option: Option) -> str:
-    from sparseffn_jax.defaults import EMBEDDED_MODEL
-
     default = option.default
     if default == str(EMBEDDED_MODEL):
         return "the small GPT-2 that comes with the package"

@@ -158,7 +158,7 @@ def one_process(out):
                 for path, x in flatten_dict(params).items()
             }
             seen["replicated"] = [leaf.path for leaf in replicated_leaves(params, 256)]
-    large = {"batch_size": 16}
+    large = {"batch_size": 16, "steps": 3}
     seen["large"], _ = fit(make_strategy("single"), out / "large", **large)
     for name, strategy in {
         "single": make_strategy("single"),
