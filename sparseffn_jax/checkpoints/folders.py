@@ -12,10 +12,9 @@ from sparseffn_jax.checkpoints.errors import CheckpointError
 
 PathLike = str | os.PathLike[str]
 
-_MODEL = "the folder that holds it, or a .gguf file"
-
 SAFETENSORS = "model.safetensors"
 MSGPACK = "flax_model.msgpack"
+_MODEL = "the folder that holds it, or a .gguf file"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What the Hub shows of a model.

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from sparseffn_jax.checkpoints.folders import check_replaceable
+from sparseffn_jax.checkpoints.folders import ADAPTER_CONFIG, check_replaceable, local_folder
 from sparseffn_jax.commands.arguments.common import (
     Precision,
     check_at_least,
@@ -148,11 +148,28 @@ class FinetuneArguments(Arguments):
                 "--teacher is not used: give --distill-weight, its share in what the model learns "
                 "from"
             )
-        # What is read stays; the last run's result is replaced.
-        check_replaceable(self.result, True, [self.model, *filter(None, [self.teacher])])
+        self._check_results()
         check_models(self.model, self.teacher)
         if self.adapter is not None:
             local_folder(self.adapter, "the folder that holds it")
         check_files([self.plans])
         check_source(self.text)
         check_folder(self.out)
+
+    def _check_results(self) -> None:
+        # What is read stays; the last run's results are replaced.
+        sources = [self.model, *filter(None, [self.teacher, self.adapter])]
+        if self.train.recipe == "lora":
+            if self.adapter is not None:
+                raise ValueError(
+                    "--adapter with --recipe lora: new adapters would be for a model that is "
+                    "stored nowhere. Merge these first, in Python: save_pretrained what "
+                    "load_pretrained(model, adapter=...) gives"
+                )
+            check_replaceable(self.adapters, True, sources, ADAPTER_CONFIG)
+        elif not self.merge:
+            raise ValueError(
+                f"--no-merge is for --recipe lora: {self.train.recipe} has no adapters"
+            )
+        if self.is_merged:
+            check_replaceable(self.result, True, sources)
