@@ -20,11 +20,12 @@ from rich.console import Console
 import sparseffn_jax as sf
 from sparseffn_jax.bench.peers import narrow
 from sparseffn_jax.bench.published import KeepUnits
+from sparseffn_jax.defaults import REPAIR
 from sparseffn_jax.progress import counter
 from sparseffn_jax.sparsify.dense import DenseFFN, Linear
 from sparseffn_jax.sparsify.fisher import output_fisher
 from sparseffn_jax.sparsify.fit import fit_layer
-from sparseffn_jax.sparsify.layers import REPAIR, convert_layers
+from sparseffn_jax.sparsify.layers import convert_layers
 from sparseffn_jax.sparsify.planning import root_of
 from sparseffn_jax.sparsify.selection import score_units
 from sparseffn_jax.sparsify.sizing import size_model

@@ -26,7 +26,7 @@ from sparseffn_jax import GPT2LMHeadModel, evaluate_loss, save_pretrained
 from sparseffn_jax.evaluate.fused_loss import mean_loss
 from sparseffn_jax.evaluate.losses import forward
 from sparseffn_jax.train import data
-from sparseffn_jax.train.documents import STDLIB, Source
+from sparseffn_jax.train.documents import Source
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -62,11 +62,11 @@ def main() -> None:
         parser.error(f"{arguments.out} is there already: give a new folder")
     settings = Settings(steps=arguments.steps)
 
-    documents = list(Source(STDLIB))
+    documents = list(Source("stdlib"))
     names = [document.name for document in documents]
     train_text, _ = data.split_names(names, [1] * len(names), 0.05)
     tokenizer = train_tokenizer([documents[i] for i in train_text], settings.vocab_size)
-    windows = data.load_windows(STDLIB, tokenizer, settings.window, 0.05)
+    windows = data.load_windows("stdlib", tokenizer, settings.window, 0.05)
     train, validation = windows.train, windows.validation
 
     model = GPT2LMHeadModel(

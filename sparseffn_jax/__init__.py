@@ -23,12 +23,7 @@ if TYPE_CHECKING:
     from sparseffn_jax.checkpoints.export import export_dense
     from sparseffn_jax.checkpoints.gguf_export import export_gguf
     from sparseffn_jax.checkpoints.hub import push_to_hub
-    from sparseffn_jax.checkpoints.pretrained import (
-        EMBEDDED_MODEL,
-        Pretrained,
-        load_pretrained,
-        save_pretrained,
-    )
+    from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
     from sparseffn_jax.checkpoints.tokenizers import load_tokenizer
     from sparseffn_jax.config import (
         CoreConfig,
@@ -37,6 +32,7 @@ if TYPE_CHECKING:
         SparseFFNConfig,
         SpectralConfig,
     )
+    from sparseffn_jax.defaults import EMBEDDED_MODEL
     from sparseffn_jax.evaluate.losses import evaluate_loss
     from sparseffn_jax.measure.autotune import autotune
     from sparseffn_jax.measure.costs import flops_per_token, flops_ratio
@@ -68,7 +64,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives: module, and the name there if it is another.
 _HOMES = {
-    "EMBEDDED_MODEL": "checkpoints.pretrained",
+    "EMBEDDED_MODEL": "defaults",
     "BlockMask": "ops.masks",
     "CheckpointError": "checkpoints.errors",
     "CoreConfig": "config",

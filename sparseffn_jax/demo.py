@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,16 +17,15 @@ from sparseffn_jax.bench.ablation import select_layer
 from sparseffn_jax.bench.comparison import (
     EVALUATION_BATCH,
     Comparison,
-    ComparisonSettings,
     load_dense,
 )
 from sparseffn_jax.bench.fairness import check_comparable
 from sparseffn_jax.bench.planned import PlannedMethod, Planning
-from sparseffn_jax.bench.settings import begin_report, check_counts
+from sparseffn_jax.bench.settings import DemoSettings, begin_report
 from sparseffn_jax.checkpoints.cards import model_card, origin_of
 from sparseffn_jax.checkpoints.cards import table as markdown_table
 from sparseffn_jax.checkpoints.folders import check_replaceable
-from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL, save_pretrained
+from sparseffn_jax.checkpoints.pretrained import save_pretrained
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate import losses
 from sparseffn_jax.evaluate.fused_loss import mean_loss
@@ -45,47 +43,6 @@ from sparseffn_jax.train.step import compiler_options
 
 Configs = tuple[SparseFFNConfig | None, ...]
 _TIMED_TOKENS = 4096
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DemoSettings(ComparisonSettings):
-    """What the main job runs on, and for how long.
-
-    Attributes:
-      out: Folder for report.json, the pictures and the sparse model. An earlier report there is
-        replaced.
-      ffn_speedup: Speed-up of the FFNs, measured on this machine, that a plan sizes the layers for.
-      flops: Make all layers alike instead, with this share of the dense FFN's FLOPs.
-      sweep: FFN FLOPs ratios that the picture of quality against time shows.
-      sweep_steps: Fine-tuning steps for each of these ratios, after layer-wise distillation. If
-        it is 0, the picture shows the losses right after the closed forms.
-      prompt: Text that both models continue.
-      seed: Seed of the order of the data, of the choice of windows and of sampling.
-
-    Raises:
-      ValueError: on construction, if a value is out of its range.
-    """
-
-    model: str = str(EMBEDDED_MODEL)
-    out: Path = Path("runs/demo")
-    ffn_speedup: float = 2.0
-    flops: float | None = None
-    steps: int = 300
-    distill_steps: int = 100
-    sweep: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-    sweep_steps: int = 0
-    prompt: str = "def read_config(path):\n"
-    seed: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.ffn_speedup > 1.0:
-            raise ValueError(f"ffn_speedup={self.ffn_speedup} must be above 1")
-        ratios = self.sweep if self.flops is None else (self.flops, *self.sweep)
-        for ratio in ratios:
-            if not 0.0 < ratio <= 1.0:
-                raise ValueError(f"a FLOPs ratio of {ratio} must lie above 0 and not above 1")
-        check_counts(self, "sweep_steps", least=0)
 
 
 def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import sparseffn_jax as sf
 
 HEAVY = {
     "datasets", "grain", "lm_eval", "matplotlib", "orbax", "rich", "tensorboardX", "transformers",
-    "tyro",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -18,10 +19,12 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import sparseffn_jax as sf
 from sparseffn_jax.bench.clock import FFNClock, ModelClock
+from sparseffn_jax.bench.estimated import Estimate
 from sparseffn_jax.cli import main
-from sparseffn_jax.commands import convert, finetune
+from sparseffn_jax.commands import convert, finetune, inspect
 from sparseffn_jax.commands.evaluate import Evaluate
 from sparseffn_jax.measure import memory
+from sparseffn_jax.measure.gpus import GPU
 from sparseffn_jax.train.run_lock import hold_run_folder
 
 D, LAYERS, WINDOW, VOCAB = 32, 2, 32, 300
@@ -276,6 +279,74 @@ def test_sampling_options_reach_the_sampler(sparse, capfd):
     assert stopped.rstrip("\n") == "def f1(x):" + written[: written.index(written[2:4])]
 
 
+PROMPTS = ["def f1(x):", "class", "    return x + 1\n\nclass C1:"]
+
+
+def test_prompts_of_a_file_go_on_as_each_alone(sparse, tmp_path, capfd, monkeypatch):
+    greedy = "generate", "--model", sparse, "--max-new-tokens", 6, "--temperature", 0
+    alone = []
+    for prompt in PROMPTS:
+        monkeypatch.setattr("sys.stdin", io.StringIO(prompt + "\n"))
+        run(*greedy, "--prompt", "-", "--json")
+        alone.append(json.loads(capfd.readouterr().out))
+    assert [record["prompt"] for record in alone] == PROMPTS
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    for batch_size in (1, 2, 8):
+        run(*greedy, "--prompt-file", path, "--json", "--batch-size", batch_size)
+        assert list(map(json.loads, capfd.readouterr().out.splitlines())) == alone
+    # A line each, in a file that is no JSON.
+    (tmp_path / "prompts.txt").write_text("def f1(x):\n\nclass\n")
+    run(*greedy, "--prompt-file", tmp_path / "prompts.txt")
+    texts = [record["prompt"] + record["text"] for record in alone[:2]]
+    assert capfd.readouterr().out == "\n".join([*texts, ""])
+
+    path.write_text('{"text": "no prompt"}\n')
+    assert "line 1: expected a JSON object" in refused(capfd, *greedy, "--prompt-file", path)
+    path.write_text("\n")
+    assert "no prompts found" in refused(capfd, *greedy, "--prompt-file", path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "the prompt is empty" in refused(capfd, *greedy, "--prompt", "-")
+
+
+def test_a_chat_goes_through_the_template(sparse, tmp_path, capfd, monkeypatch):
+    chat = "generate", "--model", sparse, "--chat", "--max-new-tokens", 5, "--temperature", 0
+    assert "has no chat template" in refused(capfd, *chat, "--prompt", "f1")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "chat needs a message: give --prompt" in refused(capfd, *chat)
+
+    model = tmp_path / "chat"
+    shutil.copytree(sparse, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
+    )
+    chat = "generate", "--model", model, *chat[3:]
+    # What the template makes of the messages, continued as a prompt.
+    plain = "generate", "--model", model, *chat[4:], "--json", "--prompt"
+
+    def answer(prompt):
+        run(*plain, prompt)
+        return json.loads(capfd.readouterr().out)["text"]
+
+    run(*chat, "--prompt", "f1")
+    first = capfd.readouterr().out
+    assert first == answer("u:f1\na:") + "\n"
+    said = iter(["f1", "", "f2"])
+
+    def say(_):
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", say)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    run(*chat)
+    turns = capfd.readouterr().out.split("conversation.\n")[1]
+    second = answer(f"u:f1\na:{first[:-1]}\nu:f2\na:")
+    assert turns == f"{first}{second}\n"
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_finetune_computes_in_half_precision(folder, sparse, tmp_path, dtype):
     run("finetune", "--model", sparse, "--text", folder / "corpus.txt", "--out", tmp_path,
@@ -301,6 +372,43 @@ def test_inspect_shows_parts_and_plans_and_gives_configs(
     run("convert", "--model", folder / "dense", "--out", tmp_path / "half", "--config", path,
         "--text", folder / "corpus.txt", "--distill-steps", 0)  # fmt: skip
     assert sf.load_pretrained(tmp_path / "half").ffns[0] is None
+
+
+def test_inspect_has_one_line_for_layers_that_are_alike(folder, sparse, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    run("inspect", "--model", sparse)
+    rows = [line.split("│") for line in capfd.readouterr().out.splitlines() if line[:1] == "│"]
+    cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
+    first, total = cells[0], cells[-1]
+    assert [row[0] for row in cells if row[0]] == ["0-1", "all"]
+    numbers = [int(cell.replace(",", "")) for cell in (*first[2:4], *total[2:4])]
+    assert numbers[2:] == [2 * numbers[0], 2 * numbers[1]]
+    assert total[4] == first[4]
+    stored = sum(x.size for x in jax.tree.leaves(sf.load_pretrained(sparse).params))
+    assert total[1] == f"{numbers[2] / stored:.0%} of the model's parameters"
+
+
+def test_inspect_estimates_a_gpu_or_names_the_extra(sparse, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    argv = "inspect", "--model", sparse
+    assert "device='h1' is not known" in refused(capfd, *argv, "--device", "h1").replace(
+        "--device ", "device="
+    )
+
+    def estimate(config, mode, tokens, dtype, gpu):
+        assert (mode, tokens, gpu.description) == ("decoding", 1, "NVIDIA H100 80GB HBM3")
+        return Estimate(1e-6 * sf.flops_ratio(config), 1, 0, 0, 0)
+
+    monkeypatch.setattr(GPU, "devices", lambda _: None)
+    monkeypatch.setattr(inspect, "estimate_layer", estimate)
+    run(*argv, "--device", "h100", "--tokens", 1)
+    out = " ".join(capfd.readouterr().out.split())
+    ratio = sf.flops_ratio(sf.load_pretrained(sparse).ffns[0])
+    assert f"dense FFNs take {1 / ratio:.2f} times that" in out
+    monkeypatch.undo()
+    monkeypatch.setattr("sparseffn_jax.measure.gpus._PLUGINS", ("no_such_plugin",))
+    err = refused(capfd, *argv, "--device", "h100")
+    assert "pip install 'sparseffn_jax[programs]'" in err
 
 
 def test_demo_reports_every_figure(folder, tmp_path):
@@ -460,9 +568,9 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("evaluate --model {dense} --text {short} --json {short}/out.json", "cannot write"),
         ("evaluate --model {dense} --txt {short}", "--txt"),
         ("generate --model {dense} --prompt abc --max-new-tokens 40", "n_positions=32"),
-        ("generate --model {dense} --max-new-tokens 0", "max_new_tokens=0"),
-        ("generate --model {dense} --temperature -1", "temperature=-1"),
-        ("inspect --model {dense} --tokens 0", "tokens=0"),
+        ("generate --model {dense} --max-new-tokens 0", "--max-new-tokens 0 must"),
+        ("generate --model {dense} --temperature -1", "--temperature -1.0 must"),
+        ("inspect --model {dense} --tokens 0", "--tokens 0 must"),
         ("convert --model {sparse} --out {dir}/out --text {corpus}", "already sparse"),
         ("convert --model {dense} --out {sparse} --text {corpus}", "--overwrite"),
         ("convert --model {dense} --out {dense} --text {corpus} --overwrite",
@@ -478,7 +586,7 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("finetune --model {dense} --out {dir}/run --text {corpus} --no-merge", "is for --recipe"),
         ("finetune --model {dense} --out {dir}/run --text {corpus} --adapter {dense}",
          "has no adapter_config.json"),
-        ("convert --model {dense} --out {dir}/out --flops 0 --text {corpus}", "flops=0.0"),
+        ("convert --model {dense} --out {dir}/out --flops 0 --text {corpus}", "--flops 0.0 must"),
         ("convert --model {dense} --out {dir}/out --text {empty}", "empty"),
         ("plan --model {dense} --out {dir}/plan --text {corpus}", "give one of --flops"),
         ("plan --model {dense} --out {dir}/plan --flops 0.4 --speedup 1.5", "2 are given"),
@@ -502,8 +610,7 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ("plan --model {dense} --out {dir}/plan --flops 0.001 --text {corpus}", "out of reach"),
         ("finetune --model {dense} --out {short}/run --text {corpus}", "cannot write"),
         ("finetune --model {dense} --out {dir}/run --text {corpus} --recipe magic", "magic"),
-        ("finetune --model {dense} --out {dir}/run --text {corpus} --steps 0", "steps=0"),
-        ("finetune --model {dense} --out {dir}/run --remat --no-remat", "exclude each other"),
+        ("finetune --model {dense} --out {dir}/run --text {corpus} --steps 0", "--steps 0 must"),
         ("finetune --model {dense} --out {dir}/run --report-to mlflow", "'mlflow'"),
         ("finetune --model {dense} --out {dir}/run --strategy mesh", "needs the sizes of a mesh"),
         ("finetune --model {dense} --out {dir}/run --strategy mesh --mesh data=77", "77 devices"),
@@ -554,7 +661,7 @@ def test_ctrl_c_ends_an_import():
     argv = [sys.executable, "-c", heeds, *argv]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.stderr is not None
-        next(line for line in process.stderr if b"numpy" in line)
+        next(line for line in process.stderr if b"transformers" in line)
         process.send_signal(signal.SIGINT)
         process.stderr.read()
     assert process.returncode == -signal.SIGINT
@@ -682,9 +789,8 @@ def test_a_plan_is_made_again_until_the_clock_shows_the_speedup(
 @pytest.mark.parametrize("option", ["ffn-speedup", "speedup"])
 def test_a_speedup_out_of_reach_is_refused(folder, tmp_path, capfd, flops_clock, option):
     argv = "plan", "--model", folder / "dense", "--text", folder / "corpus.txt", *PLAN
-    name = option.replace("-", "_")
     err = refused(capfd, *argv, "--out", tmp_path, f"--{option}", 1000)
-    assert re.search(rf"{name}=1000 is out of reach: with the smallest layers it is \d", err)
+    assert re.search(rf"--{option} 1000 is out of reach: with the smallest layers it is \d", err)
     assert not (tmp_path / "estimates.json").exists()
 
 

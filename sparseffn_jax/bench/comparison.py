@@ -1,8 +1,6 @@
 """One fair comparison: a dense model and its sparse replacements, trained and evaluated alike."""
 
-import dataclasses
 import shutil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +9,7 @@ from jaxtyping import Int
 
 from sparseffn_jax.bench.fairness import Conditions, token_hash
 from sparseffn_jax.bench.peers import Method
-from sparseffn_jax.bench.settings import check_counts
+from sparseffn_jax.bench.settings import ComparisonSettings
 from sparseffn_jax.bench.sizing import Settled, Sizer
 from sparseffn_jax.bench.stacks import Stack, ffn_stack, fresh_ffns, time_stacks
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained
@@ -22,65 +20,12 @@ from sparseffn_jax.measure.timing import PairedTimes
 from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TextCounts, TokenWindows, load_windows
-from sparseffn_jax.train.documents import STDLIB
 from sparseffn_jax.train.loop import train
 
 # Windows in one forward pass, in evaluation and in calibration.
 EVALUATION_BATCH = 16
 # Pairs of runs while a size is sought, and when it has been found.
 _SIZING_REPEATS, _FINAL_REPEATS = 5, 15
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ComparisonSettings:
-    """What a dense model and its sparse replacements are trained and evaluated on.
-
-    Attributes:
-      model: Folder, GGUF file or hub name of a dense model.
-      text: What to train, calibrate and evaluate on: "stdlib" (the source of Python's standard
-        library); a file of text, or a .jsonl or .parquet file with "text", with "messages", or with
-        "prompt" and "completion"; a folder of such files; a folder that a Hugging Face dataset was
-        saved to; or a dataset of the Hub, NAME:CONFIGURATION:SPLIT.
-      out: Folder that the results are written to.
-      steps: Fine-tuning steps, as many for the dense model as for sparse ones.
-      distill_weight: Share of the pretrained dense model's predictions in what sparse models learn
-        from; the rest is the text, from which alone the dense model learns.
-      batch_size: Windows in a training step.
-      window: Tokens in a window. The default is the smaller of the model's n_positions and 1024.
-      learning_rate: Peak learning rate of sparse models.
-      dense_learning_rate: Peak learning rate of the dense model, which has less far to go.
-      calibration_windows: Windows of training text that the sparse models' closed forms are
-        fitted to.
-      distill_steps: Steps of layer-wise distillation between the closed forms and fine-tuning.
-      evaluation_windows: Held-out windows that every loss is the mean over.
-      seed: Seed of the order of the data and of the choice of windows.
-
-    Raises:
-      ValueError: on construction, if a value is out of its range.
-    """
-
-    model: str
-    text: str = STDLIB
-    out: Path
-    steps: int
-    distill_weight: float = 1.0
-    batch_size: int = 8
-    window: int | None = None
-    learning_rate: float = 1e-3
-    dense_learning_rate: float = 3e-4
-    calibration_windows: int = 96
-    distill_steps: int
-    evaluation_windows: int = 128
-    seed: int = 0
-
-    def __post_init__(self):
-        check_counts(self, "steps", "batch_size", "calibration_windows", "evaluation_windows")
-        check_counts(self, "distill_steps", "seed", least=0)
-        for name in ("learning_rate", "dense_learning_rate"):
-            if not getattr(self, name) > 0.0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if not 0.0 <= self.distill_weight <= 1.0:
-            raise ValueError(f"distill_weight={self.distill_weight} must be between 0 and 1")
 
 
 class Tuned(NamedTuple):

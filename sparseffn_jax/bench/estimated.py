@@ -13,8 +13,8 @@ from rich.progress import track
 from rich.table import Table
 
 from sparseffn_jax.bench import pictures
-from sparseffn_jax.bench.layer import DTYPES, FFNBenchSettings, Mode, grid, training_pass
-from sparseffn_jax.bench.settings import begin_report
+from sparseffn_jax.bench.layer import DTYPES, Mode, grid, training_pass
+from sparseffn_jax.bench.settings import FFNBenchSettings, begin_report, check_known
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.measure import records
 from sparseffn_jax.measure.costs import flops_ratio
@@ -100,11 +100,12 @@ def run_ffn_estimate(settings: FFNBenchSettings, name: str, console: Console) ->
 
     Raises:
       ModuleNotFoundError, RuntimeError: as :meth:`GPU.devices`.
-      ValueError: if the GPU is not known.
+      ValueError: if the GPU or a configuration is not known.
     """
     gpu = known_gpu(name)
-    records.make_folder(settings.out)
     configs = grid(settings.d_model, settings.d_ff)
+    check_known("configurations", settings.only, configs)
+    records.make_folder(settings.out)
     dense = size_ffn(settings.d_model, settings.d_ff, 1.0)
     rows = []
     chosen = settings.only or tuple(configs)

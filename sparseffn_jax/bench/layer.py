@@ -7,7 +7,6 @@ speed-up is the dense FFN's FLOPs over the layer's, the *realised* share what th
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from sparseffn_jax.bench import pictures
 from sparseffn_jax.bench.external import EXTERNAL
-from sparseffn_jax.bench.settings import begin_report, check_counts
+from sparseffn_jax.bench.settings import BLOCK, FFNBenchSettings, begin_report, check_known
 from sparseffn_jax.config import (
     CoreConfig,
     MicroRefinementConfig,
@@ -42,58 +41,12 @@ from sparseffn_jax.sparsify.sizing import size_ffn
 
 Mode = Literal["forward", "training", "decoding"]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_BLOCK = 64
 # Tokens decoded one after the other in one program.
 _DECODED = 32
 _ACTIVATION = "gelu_new"
 # Times of the whole grid that are put together: a shared machine has slow minutes, and none of them
 # is then one configuration's alone.
 _ROUNDS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class FFNBenchSettings:
-    """Which layers are measured, on what and how often.
-
-    Attributes:
-      d_model: Number of channels in and out of the layers.
-      d_ff: Number of hidden units of the dense FFN.
-      tokens: Rows of activations in the forward pass and in training.
-      only: Names of the configurations to measure. The default is the whole grid.
-      dtype: Precision of the weights and of the computation.
-      repeats: Runs of each program, which take turns with the dense one's in three rounds over
-        the grid. Medians over the runs count.
-      all_plans: Also measure every plan, to see what the chosen one loses to the best.
-      external: Also time the products of other libraries.
-      out: Folder that ffn.json and the pictures are written to.
-
-    Raises:
-      ValueError: on construction, if a value is out of its range.
-    """
-
-    d_model: int = 768
-    d_ff: int = 3072
-    tokens: int = 2048
-    only: tuple[str, ...] = ()
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    repeats: int = 11
-    all_plans: bool = True
-    external: bool = True
-    out: Path = Path("runs/bench")
-
-    def __post_init__(self):
-        if self.d_model < 1 or self.d_model % _BLOCK or self.d_ff < 1 or self.d_ff % (4 * _BLOCK):
-            raise ValueError(
-                f"d_model={self.d_model} and d_ff={self.d_ff} must be multiples of {_BLOCK} and "
-                f"{4 * _BLOCK}, for the grid's blocks"
-            )
-        check_counts(self, "tokens", "repeats")
-        known = grid(self.d_model, self.d_ff)
-        if unknown := set(self.only) - set(known):
-            raise ValueError(
-                f"unknown configurations {', '.join(sorted(unknown))}: expected some of "
-                f"{', '.join(known)}"
-            )
 
 
 def grid(d_model: int, d_ff: int) -> dict[str, SparseFFNConfig]:
@@ -124,11 +77,11 @@ def grid(d_model: int, d_ff: int) -> dict[str, SparseFFNConfig]:
     ) -> SparseFFNConfig:
         return layer(micro=MicroRefinementConfig(CoreConfig(width, up, down)))
 
-    units = np.arange(d_ff // _BLOCK) % 4 == 0
-    rows = d_model // _BLOCK
+    units = np.arange(d_ff // BLOCK) % 4 == 0
+    rows = d_model // BLOCK
     whole = [
-        BlockMask.from_array(np.tile(units, (rows, 1)), (_BLOCK, _BLOCK)),
-        BlockMask.from_array(np.tile(units[:, None], (1, rows)), (_BLOCK, _BLOCK)),
+        BlockMask.from_array(np.tile(units, (rows, 1)), (BLOCK, BLOCK)),
+        BlockMask.from_array(np.tile(units[:, None], (1, rows)), (BLOCK, BLOCK)),
     ]
     scattered = [unstructured_mask(rows, len(units)), unstructured_mask(len(units), rows)]
     ranks = (d_model // 12, d_model // 6, d_model // 3)
@@ -158,7 +111,7 @@ def unstructured_mask(rows: int, columns: int, density: float = 0.25) -> BlockMa
     """
     scores = np.random.default_rng(0).random((rows, columns))
     kept = np.argsort(np.argsort(scores, axis=0), axis=0) < density * rows
-    return BlockMask.from_array(kept, (_BLOCK, _BLOCK))
+    return BlockMask.from_array(kept, (BLOCK, BLOCK))
 
 
 def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any]:
@@ -175,10 +128,11 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
       What ``ffn.json`` holds.
 
     Raises:
-      ValueError: if ``out`` cannot be written to.
+      ValueError: if ``out`` cannot be written to, or a configuration is not known.
     """
-    records.make_folder(settings.out)
     configs = grid(settings.d_model, settings.d_ff)
+    check_known("configurations", settings.only, configs)
+    records.make_folder(settings.out)
     chosen = settings.only or tuple(configs)
     dense = configs["dense"] = size_ffn(settings.d_model, settings.d_ff, 1.0, _ACTIVATION)
     dtype = DTYPES[settings.dtype]
@@ -190,11 +144,11 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
         for mode in _MODES
     }
     times = _time_grid(programs, chosen, settings.repeats, console)
-    seconds = {name: times[name, "forward"].summary() for name in chosen}
+    forward = {name: times[name, "forward"] for name in chosen}
     # The dense FFN took turns with every other one: its median is over all of them.
-    measured = {
-        "dense": statistics.median(pair["baseline_seconds"] for pair in seconds.values()),
-        **{name: pair["candidate_seconds"] for name, pair in seconds.items()},
+    seconds = {
+        "dense": statistics.median(x for pair in forward.values() for x in pair.baseline),
+        **{name: statistics.median(pair.candidate) for name, pair in forward.items()},
     }
     rows, parts = [], {}
     for name in track(chosen, "analysing", console=console, transient=True):
@@ -208,8 +162,8 @@ def run_ffn_bench(settings: FFNBenchSettings, console: Console) -> dict[str, Any
         "rows": rows,
         "seconds_by_part": parts,
         "roofline": {
-            name: _roofline(configs[name], tokens, peak, dtype) | {"measured_seconds": forward}
-            for name, forward in measured.items()
+            name: _roofline(configs[name], tokens, peak, dtype) | {"measured_seconds": measured}
+            for name, measured in seconds.items()
         },
         "pairs": _pairs(programs, chosen, settings.repeats),
         "products": _products(settings) if settings.external else {},
@@ -319,7 +273,7 @@ def _pairs(programs, chosen, repeats) -> dict[str, Any]:
 
 def _products(settings: FFNBenchSettings) -> dict[str, Any]:
     """Times the block-sparse product against other libraries' at the same mask and precision."""
-    mask = unstructured_mask(settings.d_model // _BLOCK, settings.d_ff // _BLOCK)
+    mask = unstructured_mask(settings.d_model // BLOCK, settings.d_ff // BLOCK)
     rng = np.random.default_rng(0)
     weight = np.asarray(rng.normal(size=mask.shape) * 0.02, np.float32)
     alive = np.kron(np.array(mask.blocks), np.ones(mask.block_shape, np.float32))
@@ -334,7 +288,7 @@ def _products(settings: FFNBenchSettings) -> dict[str, Any]:
         if (reason := peer.refusal(settings.dtype)) is not None:
             results[label] = {"refused": reason}
             continue
-        theirs = peer.product(weight * alive, x, block=_BLOCK, precision=settings.dtype)
+        theirs = peer.product(weight * alive, x, block=BLOCK, precision=settings.dtype)
         results[label] = time_pair(theirs, lambda: ours(x_here), repeats=3).summary()
     return results
 

@@ -4,11 +4,9 @@ Beside ours runs the dense model of Hugging Face's PyTorch, on the same batches.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +22,7 @@ from sparseffn_jax.bench.comparison import load_dense
 from sparseffn_jax.bench.external import torch_refusal
 from sparseffn_jax.bench.fairness import token_hash
 from sparseffn_jax.bench.pytorch_model import PyTorchModel
-from sparseffn_jax.bench.settings import begin_report, check_counts
+from sparseffn_jax.bench.settings import SIZES, ModelBenchSettings, begin_report
 from sparseffn_jax.config import SparseFFNConfig, SpectralConfig
 from sparseffn_jax.evaluate.losses import make_evaluator
 from sparseffn_jax.measure import records
@@ -37,57 +35,10 @@ from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.progress import stage
 from sparseffn_jax.sparsify.sizing import size_model
 
-_SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16)}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _VOCABULARY = 50257
 Tokens = Int[np.ndarray, "b w"]
 Models = Mapping[str, Decoder]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelBenchSettings:
-    """The model that is measured, on what and how often.
-
-    Attributes:
-      model: Folder, GGUF file or hub name of a dense model. The default is a GPT-2 of random
-        weights.
-      size: Size of that GPT-2: "small" has 124M parameters, "medium" 355M.
-      layers: Number of blocks that it is cut down to. The default is all of them.
-      flops: FFN FLOPs of the sparse model over those of the dense one.
-      block_size: Replace every FFN by block-circulant maps of blocks of this side, instead of what
-        --flops gives.
-      batch_size: Sequences in a batch.
-      window: Tokens in a sequence.
-      prompt: Tokens of the one prompt that generation starts from.
-      decoded: Tokens that it is continued by, with the cache.
-      dtype: Precision of the computation. The weights are float32.
-      repeats: Runs of each program, which take turns with the dense model's. Medians count.
-      external: Also time the dense model of Hugging Face's PyTorch.
-      out: Folder that model.json is written to.
-
-    Raises:
-      ValueError: on construction, if a value is out of its range.
-    """
-
-    model: str | None = None
-    size: Literal["small", "medium"] = "small"
-    layers: int | None = None
-    flops: float = 0.4
-    block_size: int | None = None
-    batch_size: int = 2
-    window: int = 512
-    prompt: int = 256
-    decoded: int = 128
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    repeats: int = 5
-    external: bool = True
-    out: Path = Path("runs/bench")
-
-    def __post_init__(self):
-        check_counts(self, "batch_size", "window", "prompt", "decoded", "repeats")
-        _, n_layer, _ = _SIZES[self.size]
-        if self.layers is not None and not 1 <= self.layers <= n_layer:
-            raise ValueError(f"layers={self.layers} must lie between 1 and {n_layer}")
 
 
 def run_model_bench(settings: ModelBenchSettings, console: Console) -> dict[str, Any]:
@@ -211,7 +162,7 @@ def _dense_model(settings: ModelBenchSettings) -> Decoder:
     dtype = _DTYPES[settings.dtype]
     if settings.model is not None:
         return load_dense(settings.model).model(dtype)
-    width, n_layer, n_head = _SIZES[settings.size]
+    width, n_layer, n_head = SIZES[settings.size]
     config = GPT2Config(
         vocab_size=_VOCABULARY,
         n_positions=max(settings.window, settings.prompt + settings.decoded),

@@ -31,6 +31,7 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
+from sparseffn_jax.defaults import REPAIR
 from sparseffn_jax.measure import costs
 from sparseffn_jax.models.decoder import Decoder, replace_ffns
 from sparseffn_jax.models.spec import DecoderSpec
@@ -39,7 +40,7 @@ from sparseffn_jax.sparsify.convert import Fit, sparsify
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.distill import distill_layer
 from sparseffn_jax.sparsify.fit import fit_layer
-from sparseffn_jax.sparsify.layers import REPAIR, convert_layers
+from sparseffn_jax.sparsify.layers import convert_layers
 from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.sparsify.streams import LayerActivations
 

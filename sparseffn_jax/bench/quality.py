@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,13 +17,12 @@ from sparseffn_jax.bench import pictures
 from sparseffn_jax.bench.comparison import (
     EVALUATION_BATCH,
     Comparison,
-    ComparisonSettings,
     load_dense,
 )
 from sparseffn_jax.bench.fairness import Conditions, check_comparable
 from sparseffn_jax.bench.peers import HELPED, PEERS, SPARSE, Method, Searched, WarmStart
 from sparseffn_jax.bench.planned import Planned, PlannedMethod, Planning
-from sparseffn_jax.bench.settings import begin_report, check_counts
+from sparseffn_jax.bench.settings import QualitySettings, begin_report, check_known
 from sparseffn_jax.bench.sizing import Settled, Sizer
 from sparseffn_jax.measure import records
 from sparseffn_jax.train.run_lock import hold_run_folder
@@ -44,46 +42,6 @@ _SEARCH_WINDOWS = 32
 _FORMAT = 2
 # What may differ between the beginning of a run and its continuation.
 _FREE_SETTINGS = frozenset(("out", "targets", "methods"))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QualitySettings(ComparisonSettings):
-    """What is compared, at which speed, and how long it trains.
-
-    Attributes:
-      model: Folder, GGUF file or hub name of a dense model.
-      out: Folder for quality.json and quality_at_equal_time.png. Points that are there already,
-        from the same settings, are kept.
-      targets: Speed-ups of the FFNs to compare at, as measured on this machine.
-      methods: Names of the methods to compare. The default is all of them.
-      timed_tokens: Rows of activations that the FFNs are timed on.
-      seed: Seed of the order of the data, of the choice of windows and of the timed activations.
-
-    Raises:
-      ValueError: on construction, if a value is out of its range.
-    """
-
-    out: Path = Path("runs/quality")
-    targets: tuple[float, ...] = (1.5, 2.0, 4.0, 8.0)
-    methods: tuple[str, ...] = ()
-    steps: int = 100
-    distill_steps: int = 60
-    timed_tokens: int = 4096
-    seed: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        for target in self.targets:
-            if not target > 1.0:
-                raise ValueError(f"a target speed-up of {target} must be above 1")
-        if not self.targets:
-            raise ValueError("targets is empty: give at least one speed-up")
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(
-                f"unknown methods {', '.join(sorted(unknown))}: expected some of "
-                f"{', '.join(METHODS)}"
-            )
-        check_counts(self, "timed_tokens")
 
 
 def run_quality(settings: QualitySettings, console: Console) -> dict[str, Any]:
@@ -107,6 +65,7 @@ def run_quality(settings: QualitySettings, console: Console) -> dict[str, Any]:
         ``out`` holds a report of other settings.
       RunFolderError: if another run is writing to ``out``.
     """
+    check_known("methods", settings.methods, METHODS)
     records.make_folder(settings.out)
     with hold_run_folder(settings.out):
         job = _Job(settings, console)

@@ -8,14 +8,13 @@ import uuid
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from sparseffn_jax.checkpoints.errors import CheckpointError
 
 PathLike = str | os.PathLike[str]
 
 SAFETENSORS = "model.safetensors"
 MSGPACK = "flax_model.msgpack"
+_MODEL = "the folder that holds it, or a .gguf file"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What the Hub shows of a model.
@@ -45,13 +44,33 @@ def find_gguf(source: PathLike) -> Path | None:
     return file
 
 
+def local_folder(source: PathLike, instead: str = _MODEL) -> Path | None:
+    """Returns a local folder, or ``None`` if ``source`` may be a name on the hub.
+
+    Args:
+      source: path or name.
+      instead: what to give instead of a file, for the message.
+
+    Raises:
+      CheckpointError: if it is neither.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file: give {instead}")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name := os.fspath(source)):
+        raise CheckpointError(f"there is no folder {name}")
+    return None
+
+
 def find_folder(source: PathLike) -> Path:
     """Returns a local folder, or downloads the model of that name and returns where it lies.
 
     Raises:
       CheckpointError: if there is neither.
     """
-    return _find(source, "model", "the folder that holds it, or a .gguf file", _download_model)
+    return _find(source, "model", _MODEL, _download_model)
 
 
 def find_adapter(source: PathLike) -> Path:
@@ -105,7 +124,7 @@ def check_replaceable(
     if not overwrite:
         raise CheckpointError(
             f"{target} is not empty, nothing was written: name another folder, or pass "
-            "overwrite=True (--overwrite) to replace it"
+            "overwrite=True to replace it"
         )
     if not (target / holds).is_file():
         kind = "an adapter" if holds == ADAPTER_CONFIG else "a model"
@@ -169,14 +188,9 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def _find(source: PathLike, what: str, instead: str, download: Callable[[str], Path]) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    if (folder := local_folder(source, instead)) is not None:
         return folder
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file: give {instead}")
     name = os.fspath(source)
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise CheckpointError(f"there is no folder {name}")
     try:
         return download(name)
     except (OSError, ValueError) as error:
@@ -200,4 +214,7 @@ def _files(weights: str) -> tuple[str, ...]:
 
 
 def _download(name: str, *files: str) -> Path:
+    # Imported here: what is on this machine needs no client of the hub.
+    from huggingface_hub import snapshot_download
+
     return Path(snapshot_download(name, allow_patterns=list(files)))

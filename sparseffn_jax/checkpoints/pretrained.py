@@ -54,8 +54,6 @@ from sparseffn_jax.models.decoder import Decoder, Dtype
 from sparseffn_jax.models.families import family
 from sparseffn_jax.models.spec import DecoderSpec
 
-# The folder of a small GPT-2 that writes Python; its README.md says what it was trained on.
-EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "stdlib-gpt2"
 # Says for a leaf's path, such as ("model", "norm", "weight"), and shape where it is to lie.
 Placement = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from sparseffn_jax.progress import stage
 from sparseffn_jax.train.data import TextCounts, TokenWindows, load_windows
 from sparseffn_jax.train.processes import is_first
 
-Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -46,16 +45,6 @@ def read_windows(
         for line in windows.counts.lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return windows, windows.counts
-
-
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Checks a number that the user gave.
-
-    Raises:
-      ValueError: if it is too small.
-    """
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def keep_compiled_programs() -> None:

@@ -1,107 +1,38 @@
 """The command ``sparseffn convert``."""
 
 import contextlib
-import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import tyro
 from rich.console import Console
 
 from sparseffn_jax.checkpoints.cards import model_card, origin_of, table
-from sparseffn_jax.checkpoints.folders import check_replaceable
 from sparseffn_jax.checkpoints.hub import check_push, push_to_hub
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
-from sparseffn_jax.commands.budget import Budget
-from sparseffn_jax.commands.common import (
-    DTYPES,
-    check_at_least,
-    matching_tokenizer,
-    read_windows,
-)
+from sparseffn_jax.commands.arguments.convert import ConvertArguments
+from sparseffn_jax.commands.common import DTYPES, matching_tokenizer, read_windows
 from sparseffn_jax.commands.plan import Plan
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.sparsify.convert import sparsify
-from sparseffn_jax.sparsify.layers import REPAIR, ConvertedLayer
+from sparseffn_jax.sparsify.layers import ConvertedLayer
 from sparseffn_jax.sparsify.sizing import size_model
-from sparseffn_jax.train.documents import STDLIB, read_text
+from sparseffn_jax.train.documents import read_text
 
 # FFN FLOPs over the dense ones, where nothing else is asked for.
 _FLOPS = 0.4
 
 
-@dataclasses.dataclass(frozen=True)
-class Convert:
-    """Replace a dense checkpoint's FFNs by SparseFFNs that start near them.
-
-    Layer by layer: closed-form warm start, then distillation; no end-to-end training (that is
-    "finetune"). The result is a folder in Hugging Face format. The same command goes on where it
-    stopped; until then --out with ".partial" behind it holds the layers so far.
-
-    Without a budget or a --config every layer keeps 0.4 of its FLOPs. --flops alone makes all
-    layers alike too; with --planned, and with every other budget, a plan shares the budget out
-    among them, and --out with ".plan" behind it keeps the plan: see "plan".
-
-    Attributes:
-      model: Folder, GGUF file or hub name of a dense model.
-      out: Folder to write.
-      budget: What the layers may cost together.
-      planned: Share --flops out among the layers by a plan.
-      servable: Plan what "export" can write for llama.cpp; see "plan".
-      config: JSON file of one SparseFFNConfig for every layer, or a list with one (or null, to
-        keep the layer dense) for each; see "inspect".
-      text: Calibration text; see "demo".
-      validation_text: What will be validated on. Without it, a twentieth of --text is held out for
-        that, as "finetune" does.
-      text_tokens: Most tokens to read of each text; see "finetune".
-      calibration_tokens: Tokens of it to use; ten for each hidden unit of a layer or more. A plan
-        takes 32768 of them at most.
-      window: Tokens in a window; default the smaller of n_positions and 1024.
-      batch_size: Windows computed at once; changes time and memory, not the result.
-      distill_steps: Of distillation, for each layer; 0 for none.
-      repair: Share, from 0 to 1, of what the layers before have lost that a layer makes up for.
-      stream_dtype: Of the activations that wait in memory, which bfloat16 halves: both residual
-        streams, and the inputs and targets of one layer.
-      seed: Of the choice of windows.
-      plans: Table of measured plans to choose by, as "inspect --autotune" writes it.
-      overwrite: Replace an existing model in --out.
-      push: Repository on the Hugging Face Hub, such as me/sparse-gpt2, to push the model to.
-      private: Make that repository private.
-    """
-
-    model: str
-    out: Path
-    budget: tyro.conf.OmitArgPrefixes[Budget]
-    planned: bool = False
-    servable: bool = False
-    config: Path | None = None
-    text: str = STDLIB
-    validation_text: str | None = None
-    text_tokens: int | None = None
-    calibration_tokens: int = 65536
-    window: int | None = None
-    batch_size: int = 4
-    distill_steps: int = 300
-    repair: float = REPAIR
-    stream_dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-    plans: Path | None = None
-    overwrite: bool = False
-    push: str | None = None
-    private: bool = False
+class Convert(ConvertArguments):
+    """Replaces a dense model's FFNs by sparse ones."""
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        check_at_least("calibration_tokens", self.calibration_tokens, 1)
-        check_at_least("batch_size", self.batch_size, 1)
-        check_at_least("distill_steps", self.distill_steps, 0)
-        self._check_budget()
-        check_replaceable(self.out, self.overwrite, [self.model])
+        self.check()
         if self.push is not None:
             check_push(self.push)
         if self._plan is not None:
@@ -186,7 +117,7 @@ class Convert:
 
     @property
     def _plan(self) -> Plan | None:
-        if not self.planned and self.budget.given.keys() <= {"flops"}:
+        if not self.is_planned:
             return None
         return Plan(
             self.model,
@@ -202,19 +133,6 @@ class Convert:
             repair=self.repair,
             seed=self.seed,
         )
-
-    def _check_budget(self) -> None:
-        if self.config is not None and (self.budget != Budget() or self.planned):
-            raise ValueError(
-                "--config says what the layers are: it takes no budget and no --planned"
-            )
-        if self.servable and self._plan is None:
-            raise ValueError(
-                "servable=True says how a plan is made, and there is none: add --planned to "
-                "--flops, or give another budget"
-            )
-        if self._plan is not None or self.budget != Budget():
-            self.budget.check()
 
     def _make_plan(self, plan: Plan, console: Console) -> None:
         # Times differ from run to run: what has been converted by a plan goes on by that plan.

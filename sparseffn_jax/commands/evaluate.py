@@ -1,13 +1,12 @@
 """The command ``sparseffn evaluate``."""
 
-import dataclasses
 import math
-from pathlib import Path
 
 from rich.console import Console
 
 from sparseffn_jax.checkpoints.pretrained import load_pretrained
-from sparseffn_jax.commands.common import check_at_least, matching_tokenizer
+from sparseffn_jax.commands.arguments.evaluate import EvaluateArguments
+from sparseffn_jax.commands.common import matching_tokenizer
 from sparseffn_jax.evaluate.losses import evaluate_tokens
 from sparseffn_jax.evaluate.perplexity import strided_loss
 from sparseffn_jax.evaluate.windows import check_window
@@ -16,48 +15,17 @@ from sparseffn_jax.ops.plans.choice import platform_of
 from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.train.data import check_has_completions, join_tokens, left_out
 from sparseffn_jax.train.documents import Source
-from sparseffn_jax.train.tokens import LossOn
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """Measure a model's loss on a text: nats a token over the whole file.
-
-    The text is cut into non-overlapping windows; every token but the text's first is predicted
-    once, from what stands before it in its window. With --stride the windows overlap, so that
-    every token is predicted from at least window - stride others: slower and lower, the
-    perplexity that Hugging Face documents for models of fixed length.
-
-    Attributes:
-      model: Folder, GGUF file or hub name, dense or sparse.
-      text: What to evaluate on; see "demo". The documents are joined by blank lines, and prompts,
-        completions and messages by what ends them in training.
-      loss_on: "all" tokens, or those of "completion" alone; see "finetune".
-      window: Tokens in a window; default the smaller of n_positions and 1024.
-      stride: Tokens between the beginnings of two windows.
-      batch_size: Windows computed at once; changes the time, not the result. Default 8, or 2 on
-        a CPU, whose caches hold no more.
-      plans: Table of measured plans to choose by, as "inspect --autotune" writes it.
-      json: File to write loss, tokens and perplexity to.
-    """
-
-    model: str
-    text: str
-    loss_on: LossOn = "all"
-    window: int | None = None
-    stride: int | None = None
-    batch_size: int | None = None
-    plans: Path | None = None
-    json: Path | None = None
+class Evaluate(EvaluateArguments):
+    """Measures a model's loss on a text."""
 
     def run(self, console: Console) -> None:
         """Runs the command."""
+        self.check()
         batch_size = self.batch_size
         if batch_size is None:
             batch_size = 2 if platform_of(None) == "cpu" else 8
-        check_at_least("batch_size", batch_size, 1)
-        if self.stride is not None and self.loss_on != "all":
-            raise ValueError("--stride counts all tokens: leave out --loss-on, or --stride")
         if self.json is not None:
             make_folder(self.json.parent)
         source = Source(self.text)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -18,13 +17,8 @@ from sparseffn_jax.bench.pictures import plot_layers
 from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from sparseffn_jax.checkpoints.untrusted import read_json
-from sparseffn_jax.commands.budget import Budget
-from sparseffn_jax.commands.common import (
-    DTYPES,
-    check_at_least,
-    matching_tokenizer,
-    read_windows,
-)
+from sparseffn_jax.commands.arguments.plan import PlanArguments
+from sparseffn_jax.commands.common import DTYPES, matching_tokenizer, read_windows
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.costs import flops_ratio, parameters_ratio
@@ -35,7 +29,6 @@ from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.sparsify.calibration import check_calibration
 from sparseffn_jax.sparsify.estimates import kept_estimates
 from sparseffn_jax.sparsify.fisher import fisher_windows, output_fisher
-from sparseffn_jax.sparsify.layers import REPAIR
 from sparseffn_jax.sparsify.planning import Plan as ModelPlan
 from sparseffn_jax.sparsify.planning import (
     Planner,
@@ -48,7 +41,6 @@ from sparseffn_jax.sparsify.planning import (
     try_out_best,
 )
 from sparseffn_jax.train.data import TextCounts
-from sparseffn_jax.train.documents import STDLIB
 
 # A plan whose measured speed-up falls short of the one asked for by more than the first share, or
 # exceeds it by more than the second, is made again.
@@ -56,54 +48,15 @@ _SHORT, _BEYOND = 0.02, 0.05
 _MOST_TURNS = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Choose what each layer's FFN becomes, so that a budget costs as little loss as possible.
-
-    Give one of --flops, --parameters, --ffn-speedup, --speedup and --max-loss. --out gets
-    plan.json, which "convert --config" reads, and report.json and plan.png, which show what was
-    chosen and why. "convert" makes such a plan itself, if it is given such a budget.
-
-    Attributes:
-      model: Folder, GGUF file or hub name of a dense model.
-      out: Folder to write. It keeps the estimates too: the same command goes on where it
-        stopped, and one with another budget starts from them.
-      budget: What the layers may cost together.
-      most_shapes: Number of different layers, dense ones included; default any number.
-      narrow: Plan with narrower FFNs alone, without bypasses, to compare.
-      servable: Plan what "export" can write for llama.cpp: bypasses are priced as the hidden units
-        that they become there, and all layers are alike where it takes no others (GPT-2, GPT-J).
-      trials: Conversions that show how much of a loss later layers repair, and whether bypasses
-        pay: as many with them as without.
-      repair: As "convert" will be given it. With 0 nothing is repaired, and nothing is tried out.
-      text: Calibration text; see "demo".
-      validation_text: What will be validated on; see "convert".
-      text_tokens: Most tokens to read of each text; see "finetune".
-      calibration_tokens: Tokens of it to use.
-      window: Tokens in a window; default the smaller of n_positions and 1024.
-      batch_size: Windows computed at once.
-      seed: Of the choice of windows.
-    """
-
-    model: str
-    out: Path
-    budget: tyro.conf.OmitArgPrefixes[Budget]
-    most_shapes: int | None = None
-    narrow: bool = False
-    servable: bool = False
-    trials: int = 1
-    text: str = STDLIB
-    validation_text: str | None = None
-    text_tokens: int | None = None
-    calibration_tokens: int = 32768
-    window: int | None = None
-    batch_size: int = 4
-    repair: float = REPAIR
-    seed: int = 0
+class Plan(PlanArguments):
+    """Makes a plan of what each layer's FFN becomes."""
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        self._check()
+        self.check()
+        if self.budget.device is not None:
+            # Without the compiler it is refused here, before anything is read.
+            known_gpu(self.budget.device).devices()
         make_folder(self.out)
         with stage("loading the model", console):
             dense = load_pretrained(self.model)
@@ -208,14 +161,6 @@ class Plan:
                 )
             )
         return rows
-
-    def _check(self) -> None:
-        self.budget.check()
-        for name in ("calibration_tokens", "batch_size"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("trials", self.trials, 0)
-        if self.most_shapes is not None:
-            check_at_least("most_shapes", self.most_shapes, 1)
 
     def _prices(
         self, sizes: Sequence[Size], dense: Pretrained, windows: np.ndarray, console: Console

@@ -6,7 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+
+def check_folder(folder: Path) -> None:
+    """Checks that a folder is there or can be made, and be written to, without touching anything.
+
+    Raises:
+      ValueError: if not.
+    """
+    path = folder.expanduser().absolute()
+    there = next(ancestor for ancestor in (path, *path.parents) if ancestor.exists())
+    if not there.is_dir():
+        raise ValueError(f"cannot write to {folder}: {there} is a file; give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write to {folder}: Permission denied; give another")
 
 
 def make_folder(folder: Path) -> None:
@@ -34,6 +46,7 @@ def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
 def versions() -> dict[str, str]:
     """Returns the device, the number of CPUs and the library versions of this process, by name."""
     import flax
+    import jax
     import transformers
 
     return {

@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from sparseffn_jax.checkpoints.pretrained import Pretrained
 from sparseffn_jax.config import SparseFFNConfig
+from sparseffn_jax.defaults import REPAIR
 from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.records import versions
 from sparseffn_jax.models.decoder import Decoder, Dtype, ffn_module
@@ -24,7 +25,7 @@ from sparseffn_jax.sparsify.calibration import check_calibration
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.distill import distill_layer
 from sparseffn_jax.sparsify.fit import fit_layer, is_whole
-from sparseffn_jax.sparsify.layers import REPAIR, ConvertedLayer, convert_layers
+from sparseffn_jax.sparsify.layers import ConvertedLayer, convert_layers
 from sparseffn_jax.sparsify.partial import PartialConversion
 from sparseffn_jax.sparsify.sizing import size_model
 from sparseffn_jax.sparsify.streams import LayerActivations, Place

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sparseffn_jax.checkpoints.weights import Tensor, read_leaves
+from sparseffn_jax.defaults import REPAIR
 from sparseffn_jax.measure.memory import trim_heap
 from sparseffn_jax.models.decoder import (
     FFN_NAME,
@@ -27,10 +28,6 @@ from sparseffn_jax.models.decoder import (
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.partial import PartialConversion
 from sparseffn_jax.sparsify.streams import LayerActivations, Place, Streams
-
-# Share of what the layers before have lost that a layer makes up for. Swept on SmolLM2-135M: see
-# docs/concepts/warm_start.md.
-REPAIR = 0.5
 
 
 class ConvertedLayer(NamedTuple):

@@ -29,6 +29,7 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
+from sparseffn_jax.defaults import REPAIR
 from sparseffn_jax.evaluate.losses import make_evaluator
 from sparseffn_jax.models.decoder import FFN_NAME, Decoder, ffn_module, layers_of
 from sparseffn_jax.models.spec import DecoderSpec
@@ -36,7 +37,7 @@ from sparseffn_jax.sparsify.budget import Candidate, choose
 from sparseffn_jax.sparsify.closed_form import Moments, reduced_rank_regression, ridge_solve
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.fit import fit_layer
-from sparseffn_jax.sparsify.layers import REPAIR, convert_layers, outer_params
+from sparseffn_jax.sparsify.layers import convert_layers, outer_params
 from sparseffn_jax.sparsify.selection import elimination_path
 from sparseffn_jax.sparsify.streams import LayerActivations, Streams
 

@@ -1,14 +1,17 @@
-"""The settings of a training run."""
+"""The settings of a training run; cheap to import, for the command line's help."""
 
 import dataclasses
 import re
 from typing import get_args
 
+from sparseffn_jax.train.choices import (
+    DEFAULTS,
+    STAGES,
+    OptimizerName,
+    ScheduleName,
+    parse_reporters,
+)
 from sparseffn_jax.train.guard import GuardConfig
-from sparseffn_jax.train.optimizers import DEFAULTS, OptimizerName
-from sparseffn_jax.train.recipes import RECIPES
-from sparseffn_jax.train.reporters import parse_names
-from sparseffn_jax.train.schedules import ScheduleName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +21,9 @@ class TrainConfig:
     Attributes:
       steps: number of batches to read, each for one optimizer update.
       batch_size: number of windows in a batch.
-      recipe: what trains: ``"full"``, ``"ffn_only"``, ``"lora"`` (adapters, and in full the
-        feed-forward layers without adapters) or ``"stepwise"`` (half of the steps ``ffn_only``,
-        then attention and LayerNorm too).
+      recipe: what trains: ``"full"``, ``"ffn_only"``, ``"lora"`` or ``"stepwise"``; ``"lora"`` is
+        adapters, and in full the feed-forward layers without adapters, ``"stepwise"`` half of the
+        steps ``ffn_only``, then attention and LayerNorm too.
       optimizer: what makes the updates: ``"adamw"``, ``"lion"``, or ``"muon"`` for the matrices of
         blocks with AdamW for the rest.
       schedule: how the rate goes on after the warm-up: ``"cosine"`` falls to a tenth, ``"linear"``
@@ -106,13 +109,13 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, known in (
-            ("recipe", RECIPES),
+            ("recipe", STAGES),
             ("optimizer", get_args(OptimizerName)),
             ("schedule", get_args(ScheduleName)),
         ):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
-        parse_names(self.report_to)
+        parse_reporters(self.report_to)
         for name in (
             "steps",
             "batch_size",
@@ -148,7 +151,7 @@ class TrainConfig:
                 f"batch_size={self.batch_size}"
             )
         self._check_lora()
-        shortest = self.steps // len(RECIPES[self.recipe])
+        shortest = self.steps // STAGES[self.recipe]
         if self.warmup_steps is not None and not 0 <= self.warmup_steps < max(1, shortest):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must lie between 0 and the {shortest} steps of "
@@ -188,7 +191,7 @@ class TrainConfig:
     @property
     def stage_ends(self) -> tuple[int, ...]:
         """The steps after which the stages of the recipe are over, in order."""
-        stages = len(RECIPES[self.recipe])
+        stages = STAGES[self.recipe]
         return tuple(self.steps * (i + 1) // stages for i in range(stages))
 
     @property

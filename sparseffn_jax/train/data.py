@@ -14,9 +14,11 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sparseffn_jax.defaults import STDLIB
 from sparseffn_jax.evaluate.windows import cut_windows
-from sparseffn_jax.train.documents import STDLIB, AnyDocument, Chat, Document, Source
-from sparseffn_jax.train.tokens import LossOn, Tokens, marks_completions, tokenize
+from sparseffn_jax.train.choices import LossOn
+from sparseffn_jax.train.documents import AnyDocument, Chat, Document, Source
+from sparseffn_jax.train.tokens import Tokens, marks_completions, tokenize
 
 _PIECE_CHARACTERS = 16_384
 

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from sparseffn_jax.checkpoints.errors import is_failure, one_line
+from sparseffn_jax.defaults import STDLIB
+from sparseffn_jax.train.sources import JSON_LINES, PARQUET, SUFFIXES, check_source
 
-STDLIB = "stdlib"
 # Not worth learning from: tests repeat themselves, the codecs are tables, topics.py is a manual.
 _STDLIB_SKIP = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data")
 )
-_TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".text"))
-_JSON_LINES, _PARQUET = ".jsonl", ".parquet"
-_SUFFIXES = _TEXT_SUFFIXES | {_JSON_LINES, _PARQUET}
 # One of them is in each folder that the datasets library has saved a dataset to.
 _DATASET_FILES = ("state.json", "dataset_dict.json")
 _COLUMNS = ("messages", "prompt", "completion", "text", "tools")
@@ -136,6 +134,7 @@ class Source:
             raise ValueError(f"no text found in {self.name!r}: it is empty{others}")
 
     def _documents(self) -> Iterator[AnyDocument]:
+        check_source(self.name)
         path = Path(self.name).expanduser()
         if self.name == STDLIB:
             return self._folder(Path(sysconfig.get_path("stdlib")))
@@ -144,16 +143,11 @@ class Source:
             return _saved_dataset(path) if is_dataset else self._folder(path)
         if path.is_file():
             return _file(path, path.name)
-        if _is_path(self.name):
-            raise FileNotFoundError(
-                f"there is no file or folder {self.name!r}: check its spelling, or give the name "
-                "of a Hugging Face dataset"
-            )
         return _hub_dataset(self.name, self._streamed)
 
     def _folder(self, folder: Path) -> Iterator[AnyDocument]:
         is_stdlib = self.name == STDLIB
-        suffixes, skip = (frozenset((".py",)), _STDLIB_SKIP) if is_stdlib else (_SUFFIXES, ())
+        suffixes, skip = (frozenset((".py",)), _STDLIB_SKIP) if is_stdlib else (SUFFIXES, ())
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder)
             if not frozenset(skip).isdisjoint(name.parts) or not path.is_file():
@@ -261,9 +255,9 @@ def _checked(document: AnyDocument, content: Any, place: str) -> AnyDocument:
 
 def _file(path: Path, name: str) -> Iterator[AnyDocument]:
     """Reads a text file, which is one document, or a file of rows, each of which is one."""
-    if path.suffix == _JSON_LINES:
+    if path.suffix == JSON_LINES:
         yield from _json_lines(path, name)
-    elif path.suffix == _PARQUET:
+    elif path.suffix == PARQUET:
         for i, row in enumerate(_parquet_rows(path)):
             yield parse_row(row, f"{name}#{i}", f"{path}, row {i} (the first is 0)")
     else:
@@ -377,16 +371,6 @@ def _rows(table: Any, name: str, place: str) -> Iterator[AnyDocument]:
         table = table.select_columns(_known_columns(table.column_names, place))
     for i, row in enumerate(table):
         yield parse_row(row, f"{name}#{i}", f"{place}, row {i} (the first is 0)")
-
-
-def _is_path(source: str) -> bool:
-    """Tells whether a source can be no dataset's name, which is a word, or two with a slash."""
-    return (
-        source.startswith(("/", ".", "~"))
-        or source.endswith("/")
-        or source.count("/") > 1
-        or Path(source).suffix in _SUFFIXES
-    )
 
 
 def _counted(kinds: collections.Counter[str]) -> str:

@@ -20,11 +20,12 @@ from sparseffn_jax.nn.lora import LoraAdapter
 from sparseffn_jax.progress import stage
 from sparseffn_jax.train import processes
 from sparseffn_jax.train.checkpoints import CheckpointStore
+from sparseffn_jax.train.choices import Resume, parse_reporters
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows
 from sparseffn_jax.train.metrics import MetricsLog, Record
-from sparseffn_jax.train.reporters import check_installed, open_reporters, parse_names
-from sparseffn_jax.train.run import Resume, Run
+from sparseffn_jax.train.reporters import check_installed, open_reporters
+from sparseffn_jax.train.run import Run
 from sparseffn_jax.train.run_lock import hold_run_folder
 from sparseffn_jax.train.strategies import SingleDevice, Strategy, StrategyName, make_strategy
 
@@ -184,7 +185,7 @@ def train(
     strategy = strategy or SingleDevice()
     strategy.check(config)
     windows = _as_windows(windows, model)
-    reporters = parse_names(config.report_to)
+    reporters = parse_reporters(config.report_to)
     check_installed(reporters)
     _check_teacher(config, model, teacher)
     out_dir, writes = Path(out_dir), processes.is_first()

@@ -1,39 +1,13 @@
-"""The transforms that make updates out of gradients, by name, with the defaults that suit each."""
+"""The transforms that make updates out of gradients, by name."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import optax
 
 from sparseffn_jax.models.paths import is_decayed, is_hidden_matrix
+from sparseffn_jax.train.choices import OptimizerName
 
-OptimizerName = Literal["adamw", "lion", "muon"]
-
-
-class Defaults(NamedTuple):
-    """What suits an optimizer where nothing else is asked for.
-
-    Attributes:
-      learning_rate: the peak learning rate.
-      weight_decay: the decoupled weight decay, which is multiplied by the rate.
-    """
-
-    learning_rate: float
-    weight_decay: float
-
-
-# Every entry of Lion's update is as large as the rate: it takes a smaller rate than AdamW, and as
-# much more decay (Chen et al. 2023, 2302.06675, section 5). Muon's updates are scaled to the size
-# of AdamW's, so that one rate and one decay suit both (Liu et al. 2025, 2502.16982, section 2.2).
-DEFAULTS: Mapping[OptimizerName, Defaults] = MappingProxyType(
-    {
-        "adamw": Defaults(5e-4, 0.1),
-        "lion": Defaults(5e-5, 1.0),
-        "muon": Defaults(5e-4, 0.1),
-    }
-)
 _ADAMW_RMS = 0.2
 
 

@@ -26,7 +26,8 @@ from sparseffn_jax.models.paths import (
     is_attention_or_norm,
     is_ffn,
 )
-from sparseffn_jax.train.optimizers import OptimizerName, make_optimizer
+from sparseffn_jax.train.choices import OptimizerName
+from sparseffn_jax.train.optimizers import make_optimizer
 
 Params = dict[str, Any]
 Labels = dict[str, Any]

@@ -6,16 +6,16 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar, text
 
 from sparseffn_jax.progress import stage
+from sparseffn_jax.train.choices import ReporterName
 
 Record = dict[str, Any]
-ReporterName = Literal["tensorboard", "wandb"]
 _FLUSH_SECONDS = 30.0
 
 
@@ -37,24 +37,6 @@ class Reporter(Protocol):
     def close(self) -> None:
         """Called once, at the end."""
         ...
-
-
-def parse_names(names: str) -> tuple[ReporterName, ...]:
-    """Reads a list of reporters, such as ``"tensorboard,wandb"``; ``"none"`` is the empty one.
-
-    Raises:
-      ValueError: if a name is unknown.
-    """
-    if names == "none":
-        return ()
-    found = tuple(name.strip() for name in names.split(","))
-    for name in found:
-        if name not in get_args(ReporterName):
-            raise ValueError(
-                f"report_to={names!r} has {name!r}: expected some of "
-                f"{', '.join(get_args(ReporterName))} with commas between, or none"
-            )
-    return tuple(dict.fromkeys(found))  # pyright: ignore[reportReturnType]
 
 
 def check_installed(names: Sequence[ReporterName]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import reprlib
 import time
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from sparseffn_jax.nn.lora import LoraAdapter
 from sparseffn_jax.progress import say, stage
 from sparseffn_jax.train import guard, processes
 from sparseffn_jax.train.checkpoints import CheckpointStore, Position, Snapshot
+from sparseffn_jax.train.choices import Resume
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows, make_batches
 from sparseffn_jax.train.metrics import MetricsLog, Record
@@ -39,7 +40,6 @@ from sparseffn_jax.train.step import (
 from sparseffn_jax.train.strategies import Strategy
 
 Params = dict[str, Any]
-Resume = Literal["auto", "never", "must"]
 # Settings that say what is shown and kept of a run, and not what it computes; only where the guard
 # would go back to depends on them.
 _FREE = frozenset(("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to"))

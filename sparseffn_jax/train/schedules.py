@@ -1,12 +1,11 @@
 """How the learning rate rises and falls over the updates of a stage."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import optax
 
-ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
+from sparseffn_jax.train.choices import ScheduleName
+
 # GPT-3's cosine ends at this share of the peak (Brown et al. 2020, 2005.14165, appendix B).
 _COSINE_END = 0.1
 # Of a stage's updates, the share in which warmup-stable-decay falls (Hägele et al. 2024,

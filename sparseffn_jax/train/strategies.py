@@ -8,7 +8,7 @@ same global batches, but for rounding and dropout.
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ from sparseffn_jax.measure.memory import check_fits
 from sparseffn_jax.models.decoder import gathering
 from sparseffn_jax.ops.plans.choice import refusing
 from sparseffn_jax.train import sharding
+from sparseffn_jax.train.choices import StrategyName
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.step import Batch, Stage, TrainState, compiler_options, init_state
 
-StrategyName = Literal["single", "pmap", "mesh"]
 # Examples of the step's last three arguments: index, updates and rate_factor.
 STEP_SCALARS = (np.int32(0), np.int32(0), np.float32(1.0))
 

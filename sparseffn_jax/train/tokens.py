@@ -15,15 +15,15 @@ import itertools
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from sparseffn_jax.checkpoints.errors import one_line
+from sparseffn_jax.train.choices import LossOn
 from sparseffn_jax.train.documents import AnyDocument, Chat, Completion, Document
 
-LossOn = Literal["all", "completion"]
 # Documents that are tokenized together, by all processors.
 _TOGETHER = 1024
 

@@ -8,7 +8,7 @@ import transformers
 from tiny_models import D, make_config, make_model
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
-from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL, load_pretrained, save_pretrained
+from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from sparseffn_jax.checkpoints.tokenizers import load_tokenizer
 from sparseffn_jax.config import (
     CoreConfig,
@@ -17,6 +17,7 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
+from sparseffn_jax.defaults import EMBEDDED_MODEL
 from sparseffn_jax.models.families import FAMILIES
 from sparseffn_jax.models.generation import generate
 from sparseffn_jax.ops.activations import ACTIVATIONS

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from sparseffn_jax.checkpoints import folders, weights
+from sparseffn_jax.checkpoints import weights
 from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
@@ -312,7 +312,7 @@ def test_a_hub_name(tmp_path, monkeypatch):
         calls.append((name, allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr(folders, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert_same_tree(load_pretrained("someone/some-gpt2").params, params)
     assert {name for name, _ in calls} == {"someone/some-gpt2"}
     # The msgpack is fetched because there was no safetensors, and never a pickle.

@@ -10,7 +10,7 @@ from train_models import SPARSE_FFN, make_model
 from sparseffn_jax.models.paths import is_attention_kernel, is_hidden_matrix
 from sparseffn_jax.nn.lora import init_lora
 from sparseffn_jax.train import recipes
-from sparseffn_jax.train.optimizers import DEFAULTS
+from sparseffn_jax.train.choices import DEFAULTS
 
 RATES, DECAY, BETA = {"ffn": 1e-3, "rest": 4e-3}, 0.3, 0.95
 

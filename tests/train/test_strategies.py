@@ -22,7 +22,7 @@ import sparseffn_jax as sf
 from sparseffn_jax.measure.gpus import gpus
 from sparseffn_jax.measure.programs import read_program
 from sparseffn_jax.train.config import TrainConfig
-from sparseffn_jax.train.processes import DistributedConfig
+from sparseffn_jax.train.distributed import DistributedConfig
 from sparseffn_jax.train.run_lock import hold_run_folder
 from sparseffn_jax.train.sharding import (
     BATCH_SPEC,
@@ -112,6 +112,16 @@ def test_other_optimizers_on_eight_devices(eight, optimizer):
     np.testing.assert_allclose(seen["mesh"], seen["single"], rtol=1e-4)
     # Their slots are dealt out as the parameters are, of which these alone are whole.
     assert {path.split("/", 1)[1] for path in seen["replicated"]} <= set(eight[0]["replicated"])
+
+
+@pytest.mark.parametrize("strategy", ["single", "pmap", "mesh"])
+def test_microbatches_train_as_the_large_batch(eight, strategy):
+    seen, _ = eight
+    for what in ("losses", "validation"):
+        np.testing.assert_allclose(
+            seen[f"{strategy}, accumulated"][what], seen["large"][what], rtol=1e-5
+        )
+    assert seen[f"{strategy}, accumulated"]["hash"] == seen["large"]["hash"]
 
 
 def test_an_update_under_pmap_trains_as_one_device(eight):
