@@ -104,7 +104,7 @@ class FinetuneArguments(Arguments):
         "batches": ("batch_size", "per_device_batch_size", "accumulate_steps", "window"),
         "distillation": ("teacher", "distill_weight"),
         "memory and devices": ("dtype", "remat", "strategy", "mesh"),
-        "the run": ("resume", "eval_every", "save_every"),
+        "the run": ("resume", "eval_every"),
     }
 
     model: str
