@@ -31,12 +31,9 @@ def newer_configs() -> tuple[Gemma3TextConfig, Phi3Config]:
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16,
         "bos_token_id": 96, "eos_token_id": 96, "pad_token_id": 0,
     }  # fmt: skip
-    factors = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
-    return Gemma3TextConfig(**sizes, head_dim=8, sliding_window=4), Phi3Config(
-        **sizes,
-        original_max_position_embeddings=8,
-        rope_scaling={"type": "longrope", **factors},
-    )
+    scaling = {"type": "longrope", "long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
+    long = sizes | {"original_max_position_embeddings": 8, "rope_scaling": scaling}
+    return Gemma3TextConfig(**sizes, head_dim=8, sliding_window=4), Phi3Config(**long)
 
 
 def make_seeds(folder: Path) -> dict[str, Files]:

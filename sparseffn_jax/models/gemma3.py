@@ -231,6 +231,10 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
         for name in ("final_logit_softcapping", "attn_logit_softcapping"):
             if (value := getattr(config, name, None)) is not None:
                 raise ValueError(f"{name}={value}: Gemma 3 has none; set it to null")
+        if config.query_pre_attn_scalar <= 0:
+            raise ValueError(
+                f"query_pre_attn_scalar={config.query_pre_attn_scalar}: expected a positive number"
+            )
         if getattr(config, "use_bidirectional_attention", False):
             raise ValueError(
                 "use_bidirectional_attention=True: that is a model of embeddings, not a decoder"

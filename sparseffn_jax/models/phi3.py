@@ -26,6 +26,7 @@ from sparseffn_jax.models.llama import (
 )
 from sparseffn_jax.models.mistral import MistralAttention, MistralBlock, MistralForCausalLM
 from sparseffn_jax.models.names import Fusion
+from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.nn.rotary import Table, longrope_attention_factor, rope_parameters, rotary_table
 
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -180,3 +181,14 @@ class Phi3ForCausalLM(MistralForCausalLM):
         derive=_gguf_config,
         derived=frozenset((_LONG, _SHORT)),
     )
+
+    @staticmethod
+    def spec_of(config: Any) -> DecoderSpec:
+        """Returns what a config says, as :meth:`Decoder.spec_of` describes."""
+        spec, channels = MistralForCausalLM.spec_of(config), _rotary_channels(config)
+        if not 2 <= channels <= head_width(config) or channels % 2:
+            raise ValueError(
+                f"partial_rotary_factor gives {channels} rotary channels: expected an even number "
+                f"from 2 to the {head_width(config)} channels of a head"
+            )
+        return spec
