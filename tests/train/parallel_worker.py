@@ -111,8 +111,8 @@ def losses_under_pmap(windows, **settings):
     return losses
 
 
-def optimizers_on(mesh):
-    """Returns the losses of two steps with each optimizer, and of what state each device holds."""
+def muon_on(mesh):
+    """Returns the losses of two steps of Muon, and of what state every device holds all."""
     import dataclasses
 
     import numpy as np
@@ -122,29 +122,24 @@ def optimizers_on(mesh):
     from sparseffn_jax.train.step import make_stage, make_update
     from sparseffn_jax.train.strategies import make_strategy
 
-    seen = {}
-    windows = make_windows().train
-    for name in ("lion", "muon"):
-        model, params, config = model_params_config()
-        config = dataclasses.replace(config, optimizer=name, learning_rate=None)
-        seen[name] = {}
-        for where, strategy in (("single", make_strategy("single")), ("mesh", mesh)):
-            stage = make_stage(config, params, 0)
-            state, frozen = strategy.init_state(stage, params)
-            if where == "mesh":
-                whole = replicated_leaves(state.optimizer, 256)
-                seen[name]["replicated"] = [leaf.path for leaf in whole]
-            update = make_update(
-                model, stage, config, gather=strategy.gather, batch_shards=strategy.batch_shards
-            )
-            step = strategy.compile(update, state, frozen, None, (8, windows.shape[1]))
-            losses = []
-            for i in range(2):
-                batch = strategy.place_batch(windows, np.arange(8 * i, 8 * i + 8))
-                scalars = np.int32(i), np.int32(i), np.float32(1.0)
-                state, metrics = step(state, frozen, None, batch, *scalars)
-                losses.append([float(metrics[key]) for key in ("loss", "update_norm")])
-            seen[name][where] = losses
+    seen, windows = {}, make_windows().train
+    model, params, config = model_params_config()
+    config = dataclasses.replace(config, optimizer="muon")
+    for where, strategy in (("single", make_strategy("single")), ("mesh", mesh)):
+        stage = make_stage(config, params, 0)
+        state, frozen = strategy.init_state(stage, params)
+        if where == "mesh":
+            seen["replicated"] = [leaf.path for leaf in replicated_leaves(state.optimizer, 256)]
+        update = make_update(
+            model, stage, config, gather=strategy.gather, batch_shards=strategy.batch_shards
+        )
+        step = strategy.compile(update, state, frozen, None, (8, windows.shape[1]))
+        seen[where] = []
+        for i in range(2):
+            batch = strategy.place_batch(windows, np.arange(8 * i, 8 * i + 8))
+            scalars = np.int32(i), np.int32(i), np.float32(1.0)
+            state, metrics = step(state, frozen, None, batch, *scalars)
+            seen[where].append([float(metrics[key]) for key in ("loss", "update_norm")])
     return seen
 
 
@@ -222,7 +217,7 @@ def one_process(out):
         _, params = fit(strategy, out / "mesh")
         flat = {"/".join(path): np.asarray(x) for path, x in flatten_dict(params).items()}
         np.savez(out / f"mesh_on_{name}.npz", **flat)
-    seen["optimizers"] = optimizers_on(mesh)
+    seen["muon"] = muon_on(mesh)
     seen["under_pmap"] = losses_under_pmap(make_windows())
     seen["plans"] = plans_by_mesh()
     seen["communication"] = communication(bytes_sent)
