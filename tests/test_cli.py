@@ -434,7 +434,7 @@ def test_demo_reports_every_figure(folder, tmp_path):
     assert report["sweep"][1]["val_loss"] == pytest.approx(
         report["dense"]["pretrained_val_loss"], abs=1e-5
     )
-    for picture in ("training", "masks", "quality"):
+    for picture in ("training", "layers", "quality"):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert sf.load_pretrained(out / "model").ffns
 
