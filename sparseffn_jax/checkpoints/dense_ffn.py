@@ -8,15 +8,13 @@ lifts ``z`` to where phi is linear; but then the bias takes most of the bits tha
 a hidden activation, eleven in float16 and seven in Q8_0.
 """
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseffn_jax.checkpoints.weights import Tensor, read_leaves
+from sparseffn_jax.checkpoints.weights import Tensor
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.models.decoder import FFN
 from sparseffn_jax.models.spec import DecoderSpec, FFNLayout
@@ -92,30 +90,22 @@ def dense_width(ffn: SparseFFNConfig) -> int:
     return width
 
 
+Maps = Mapping[str, Mapping[str, Any]]
+
+
 def dense_leaves(
-    ffn: SparseFFNConfig | None,
-    leaves: Mapping[str, Any],
-    layout: FFNLayout,
-    sizes: tuple[int, int],
-    bias: bool,
+    maps: Callable[[], Maps], layout: FFNLayout, sizes: tuple[int, int], bias: bool, dtype: Any
 ) -> dict[str, Any]:
-    """Returns the parameters of the dense FFN, which are computed when one of them is read.
+    """Returns the parameters of a dense FFN, to be computed when one of them is read.
 
     Args:
-      ffn: a configuration for which :func:`why_not_dense` has no reason; ``None`` stands for a
-        dense FFN, which gets biases of zero where it has none.
-      leaves: the layer's parameters.
+      maps: returns the parameters, in which biases may be missing: they are zero then.
       layout: the names of the dense FFN's maps.
       sizes: the number of channels and of the dense FFN's hidden units.
-      bias: whether it has biases.
+      bias: whether there are biases.
+      dtype: the dtype of the parameters.
     """
-    d_model, width = sizes
-    dtype = np.dtype(jax.tree.leaves(leaves)[0].dtype)
-
-    @functools.cache
-    def maps() -> Mapping[str, Mapping[str, np.ndarray]]:
-        read = read_leaves(leaves)
-        return read if ffn is None else _maps(ffn, read, layout)
+    (d_model, width), dtype = sizes, np.dtype(dtype)
 
     def tensor(name: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
         def read() -> np.ndarray:
@@ -126,17 +116,21 @@ def dense_leaves(
     dense = {}
     for name in (*layout.up_maps, layout.down):
         shape = (width, d_model) if name == layout.down else (d_model, width)
-        dense[name] = {
-            "kernel": tensor(name, "kernel", shape[::-1] if layout.transposed else shape)
-        }
+        stored = shape[::-1] if layout.transposed else shape
+        dense[name] = {"kernel": tensor(name, "kernel", stored)}
         if bias:
             dense[name]["bias"] = tensor(name, "bias", shape[1:])
     return dense
 
 
-def _maps(
-    ffn: SparseFFNConfig, leaves: Mapping[str, Any], layout: FFNLayout
-) -> dict[str, dict[str, np.ndarray]]:
+def dense_maps(ffn: SparseFFNConfig, leaves: Mapping[str, Any], layout: FFNLayout) -> Maps:
+    """Computes the parameters of the dense FFN that a SparseFFN is.
+
+    Args:
+      ffn: a configuration for which :func:`why_not_dense` has no reason.
+      leaves: the layer's parameters.
+      layout: the names of the dense FFN's maps.
+    """
     assert ffn.micro is not None
     assert ffn.micro.core is not None
     core, kept = ffn.micro.core.without_dead_units(), _kept(ffn)

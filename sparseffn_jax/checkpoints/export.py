@@ -1,11 +1,16 @@
 """Writes sparse models that narrower dense FFNs can stand for as standard checkpoints."""
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from sparseffn_jax.checkpoints.dense_ffn import (
+    Maps,
     dense_leaves,
+    dense_maps,
     dense_width,
     needs_biases,
     why_not_dense,
@@ -14,7 +19,7 @@ from sparseffn_jax.checkpoints.errors import CheckpointError
 from sparseffn_jax.checkpoints.folders import PathLike
 from sparseffn_jax.checkpoints.matching import match
 from sparseffn_jax.checkpoints.pretrained import save_pretrained
-from sparseffn_jax.checkpoints.weights import in_memory
+from sparseffn_jax.checkpoints.weights import in_memory, read_leaves
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.models.decoder import FFN_NAME, Decoder, Dtype, layers_of, replace_ffns
 
@@ -135,10 +140,22 @@ def dense_layers(model: Decoder, params: Mapping[str, Any], *, takes_biases: boo
     biased = [spec.ffn_bias if ffn is None else needs_biases(ffn) for ffn in configs]
     if len(set(widths)) == 1:
         biased = [any(biased)] * len(biased)
-    layers = layers_of(model, params)
+    unread = [layer[FFN_NAME] for layer in layers_of(model, params)]
+
+    # The parameters of a layer are asked for one after the other; those of all layers would be a
+    # second copy of them.
+    @functools.lru_cache(maxsize=1)
+    def maps(layer: int) -> Maps:
+        config, leaves = configs[layer], read_leaves(unread[layer])
+        return leaves if config is None else dense_maps(config, leaves, model.ffn_layout)
+
     dense = {
         i: dense_leaves(
-            ffn, layers[i][FFN_NAME], model.ffn_layout, (spec.d_model, widths[i]), biased[i]
+            functools.partial(maps, i),
+            model.ffn_layout,
+            (spec.d_model, widths[i]),
+            biased[i],
+            jax.tree.leaves(unread[i])[0].dtype,
         )
         for i, ffn in enumerate(configs)
         if ffn is not None or biased[i] != spec.ffn_bias

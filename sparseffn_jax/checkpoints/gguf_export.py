@@ -19,6 +19,7 @@ from sparseffn_jax.checkpoints.export import DenseLayers, dense_layers
 from sparseffn_jax.checkpoints.folders import PathLike, check_new_file, replacing_file
 from sparseffn_jax.checkpoints.gguf_model import import_gguf
 from sparseffn_jax.checkpoints.gguf_vocabulary import vocabulary
+from sparseffn_jax.checkpoints.layout import to_pytorch
 from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
 from sparseffn_jax.checkpoints.weights import Tensor, in_memory
 from sparseffn_jax.models.decoder import Decoder
@@ -203,25 +204,23 @@ def _tensors(
     kinds, (block, _) = gguf.GGMLQuantizationType, gguf.GGML_QUANT_SIZES[kind]
     for name, array in extra.items():
         yield _Written(name, array.shape, kinds.F32, lambda array=array: array)
-    for path, tensor in in_memory(dense.params).tensors.items():
-        target, transposed = model.names.to_name(path)
+    for target, tensor in to_pytorch(in_memory(dense.params), model.names).items():
         found = layout.name_of(target)
         assert found is not None, target
         name, module = found
-        flipped = (transposed != module.transposed) and len(tensor.shape) == 2
+        flipped = module.transposed and len(tensor.shape) == 2
         shape = tensor.shape[::-1] if flipped else tensor.shape
         stored = kinds.F16 if shape[-1] % block else kind
         if len(shape) < 2 or module.name == _EXACT:
             stored = kinds.F32
-        yield _Written(name, shape, stored, _reader(tensor, module, flipped, model.config))
+        yield _Written(name, shape, stored, _reader(tensor, module, model.config))
 
 
-def _reader(
-    tensor: Tensor, module: GGUFModule, flipped: bool, config: Any
-) -> Callable[[], np.ndarray]:
+def _reader(tensor: Tensor, module: GGUFModule, config: Any) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         array = np.asarray(tensor.read()).astype(np.float32)
-        array = array.T if flipped else array
+        if module.transposed:
+            array = array.T
         if module.heads is not None:
             array = pair_neighbours(array, getattr(config, module.heads))
         return np.ascontiguousarray(array)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import sparseffn_jax as sf
-from sparseffn_jax.checkpoints.dense_ffn import dense_leaves, dense_width
+from sparseffn_jax.checkpoints.dense_ffn import dense_maps, dense_width
 from sparseffn_jax.checkpoints.gguf_header import read_gguf_header
 from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig, SpectralConfig
 
@@ -191,9 +191,10 @@ def test_a_bypass_is_units_of_a_dense_ffn(family, activation, units):
     leaves = jax.tree.map(lambda leaf: leaf + 0.1, leaves)
     layout = make_model(family)[0].ffn_layout
     assert dense_width(config) == 24 + 3 * units
-    tensors = dense_leaves(config, leaves, layout, (D, dense_width(config)), True)
-    dense = {name: {k: np.asarray(t.read(), np.float64) for k, t in maps.items()}
-             for name, maps in tensors.items()}  # fmt: skip
+    dense = {
+        name: {leaf: np.asarray(array, np.float64) for leaf, array in arrays.items()}
+        for name, arrays in dense_maps(config, leaves, layout).items()
+    }
     if layout.transposed:
         dense = {name: {**maps, "kernel": maps["kernel"].T} for name, maps in dense.items()}
 
