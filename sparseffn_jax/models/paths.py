@@ -65,7 +65,7 @@ def lora_targets(paths: Iterable[Path], names: Sequence[str]) -> dict[str, set[P
     }
     if missing := [name for name in names if not found[name]]:
         there = sorted({".".join(path[-3:-1]) for path in linear})
-        sparse = "; SparseFFNs have none, and train in full" if in_sparse else ""
+        sparse = "; SparseFFNs have none" if in_sparse else ""
         raise ValueError(
             f"no linear map is called {', '.join(map(repr, missing))}: adapters can be on "
             f"{', '.join(there)} (or the last part of these names), on attention or on "

@@ -170,12 +170,12 @@ def add_adapters(config: TrainConfig, params: Params) -> Params:
     ranks = dict.fromkeys(targets, config.lora_rank)
     given = config.lora_ranks_by_name
     for name, kernels in lora_targets(paths, list(given)).items():
-        if not kernels <= targets:
+        if not kernels & targets:
             raise ValueError(
                 f"lora_ranks={config.lora_ranks!r} gives {name} a rank, but lora_targets="
                 f"{config.lora_targets!r} gives it no adapter: name it there too"
             )
-        ranks |= dict.fromkeys(kernels, given[name])
+        ranks |= dict.fromkeys(kernels & targets, given[name])
     key = jax.random.key(config.seed)
     adapters = init_lora(key, params, ranks.__getitem__, ranks.__contains__, is_out_in)
     return {**params, "lora": adapters}
