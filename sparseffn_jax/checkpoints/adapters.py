@@ -30,10 +30,12 @@ from sparseffn_jax.checkpoints.folders import (
     find_adapter,
     replacing,
 )
+from sparseffn_jax.checkpoints.layout import split_rows, to_pytorch
 from sparseffn_jax.checkpoints.matching import Match, check_leaf, expected_leaves
 from sparseffn_jax.checkpoints.untrusted import read_json
-from sparseffn_jax.checkpoints.weights import Tensor, Weights, open_file
+from sparseffn_jax.checkpoints.weights import Tensor, Weights, in_memory, open_file
 from sparseffn_jax.models.decoder import Decoder
+from sparseffn_jax.models.names import fill, generalise
 from sparseffn_jax.models.paths import ffn_of, is_ffn, is_module, is_out_in
 from sparseffn_jax.nn.lora import LoraAdapter
 
@@ -154,7 +156,7 @@ def load_adapter(source: PathLike, model: Decoder) -> LoraAdapter:
             "(adapter_model.bin) could run any code and are never opened: write it again with "
             "peft's save_pretrained(folder, safe_serialization=True)"
         )
-    pairs, whole = _sort(open_file(file), model, str(file))
+    pairs, whole = _sort(_split(open_file(file), model), model, str(file))
     scales = {path: settings.scale(*pair.check(settings)) for path, pair in pairs.items()}
     factors, replaced = {}, {}
     for path, pair in pairs.items():
@@ -228,6 +230,31 @@ class _Pair(NamedTuple):
         """Returns the factors ``a`` and ``b`` of the kernel at ``path``."""
         a, b = (np.asarray(self.tensors[letter].read(), np.float32) for letter in "AB")
         return (b, a) if is_out_in(path) else (a.T, b.T)
+
+
+def _split(tensors: Mapping[str, Tensor], model: Decoder) -> dict[str, Tensor]:
+    """Returns tensors of which those for maps that PyTorch fuses are for each map by itself.
+
+    Fused maps share the factor of their inputs, and each has some rows of the other.
+    """
+    fusions = {fusion.name: fusion for fusion in model.names.fusions}
+    apart = {}
+    for name, tensor in tensors.items():
+        factor = _FACTOR.fullmatch(name)
+        whole = f"{factor[1]}.weight" if factor else name
+        pattern, numbers = generalise(whole.removeprefix(_PREFIX))
+        if (fusion := fusions.get(pattern)) is None:
+            apart[name] = tensor
+            continue
+        rows = fusion.rows(model.config)
+        is_shared = factor is not None and factor[2] == "A"
+        parts = [tensor] * len(rows) if is_shared else split_rows(name, tensor, rows)
+        for part, own in zip(fusion.parts, parts, strict=True):
+            own_name = fill(part, numbers)
+            if factor:
+                own_name = f"{own_name.removesuffix('.weight')}.lora_{factor[2]}.weight"
+            apart[_PREFIX + own_name] = own
+    return apart
 
 
 def _sort(
@@ -377,17 +404,19 @@ class _Stored(NamedTuple):
         if not factors:
             raise CheckpointError("there are no adapters to write: factors is empty")
         tensors, ranks, alphas = {}, {}, {}
+        maps: dict[str, dict[str, tuple[np.ndarray, np.ndarray, float]]] = {}
         for path in dict.fromkeys(path[:-1] for path in factors):
-            module, scale = _module(model, path), adapter.scales[path]
             a, b = (np.asarray(factors[(*path, letter)], np.float32) for letter in "ab")
             a, b = (b, a) if is_out_in(path) else (a.T, b.T)
+            name, _ = model.names.to_name(".".join(path))
+            maps.setdefault(_module(model, path), {})[name] = a, b, adapter.scales[path]
+        for module, parts in maps.items():
+            a, b, scale = _joined(model, module, parts)
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a)
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b)
             ranks[module], alphas[module] = len(a), scale * len(a)
-        for path, leaf in replaced.items():
-            name, transposed = model.names.to_name(".".join(path))
-            array = np.asarray(leaf)
-            tensors[_PREFIX + name] = np.ascontiguousarray(array.T if transposed else array)
+        for name, tensor in to_pytorch(in_memory(adapter.replaced), model.names).items():
+            tensors[_PREFIX + name] = np.ascontiguousarray(tensor.read())
         # The dense model too: export_dense may write one that the adapters fit as well.
         dense = expected_leaves(model.clone(ffns=()), "the model's config")
         paths = [tuple(dotted.split(".")) for dotted in leaves | dense]
@@ -397,7 +426,8 @@ class _Stored(NamedTuple):
             alphas,
             any(map(is_out_in, adapter.scales)),
             {".".join(ffn_of(path) if is_ffn(path) else path[:-1]) for path in replaced},
-            {".".join(path[:end]) for path in paths for end in range(1, len(path))},
+            {_module(model, path) for path in paths}
+            | {".".join(path[:end]) for path in paths for end in range(1, len(path))},
         )
 
     def settings(self, base_model: str | None) -> dict[str, Any]:
@@ -455,6 +485,38 @@ def _most_common(values: Iterable[Any]) -> Any:
     return int(value) if value == int(value) else value
 
 
+def _joined(
+    model: Decoder, module: str, parts: Mapping[str, tuple[np.ndarray, np.ndarray, float]]
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Returns the factors, as peft's, and the scale of a map, of those of what PyTorch fuses in it.
+
+    Args:
+      model: the model.
+      module: the map's name in PyTorch.
+      parts: the factors and scales of the maps in it, by their names; some may have none.
+    """
+    pattern, numbers = generalise(f"{module}.weight")
+    fusion = next((each for each in model.names.fusions if each.name == pattern), None)
+    if fusion is None:
+        ((a, b, scale),) = parts.values()
+        return a, b, scale
+    a = np.concatenate([a for a, _, _ in parts.values()])
+    scale = next(iter(parts.values()))[2]
+    rows = fusion.rows(model.config)
+    joined, rank = np.zeros((sum(rows), len(a)), np.float32), 0
+    ends = dict(zip([fill(part, numbers) for part in fusion.parts], np.cumsum(rows), strict=True))
+    for name, (_, b, own) in parts.items():
+        outputs, width = b.shape
+        joined[ends[name] - outputs : ends[name], rank : rank + width] = b * (own / scale)
+        rank += width
+    return a, joined, scale
+
+
 def _module(model: Decoder, path: tuple[str, ...]) -> str:
+    """Returns the name in PyTorch of the module that holds a leaf, perhaps fused with others."""
     name, _ = model.names.to_name(".".join(path))
+    pattern, numbers = generalise(name)
+    for fusion in model.names.fusions:
+        if pattern in fusion.parts:
+            name = fill(fusion.name, numbers)
     return name.removesuffix(".weight")

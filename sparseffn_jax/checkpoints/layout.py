@@ -35,11 +35,16 @@ def split_fused(weights: Weights, names: NameMap, config: Any) -> Weights:
             tensors[name] = tensor
         else:
             parts = (fill(part, numbers) for part in fusion.parts)
-            tensors |= zip(parts, _split(name, tensor, fusion.rows(config)), strict=True)
+            tensors |= zip(parts, split_rows(name, tensor, fusion.rows(config)), strict=True)
     return Weights(weights.where, tensors)
 
 
-def _split(name: str, tensor: Tensor, rows: tuple[int, ...]) -> list[Tensor]:
+def split_rows(name: str, tensor: Tensor, rows: tuple[int, ...]) -> list[Tensor]:
+    """Returns a matrix in parts of so many rows.
+
+    Raises:
+      CheckpointError: if it has another number of rows.
+    """
     if len(tensor.shape) != 2 or tensor.shape[0] != sum(rows):
         raise CheckpointError(
             f"{tensor.where} holds {name} with shape {str(tensor.shape)[:100]}, but the config "

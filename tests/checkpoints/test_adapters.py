@@ -29,7 +29,8 @@ from sparseffn_jax.config import (
 from sparseffn_jax.models.paths import ffn_of, in_sparse_ffns, is_out_in, lora_targets
 from sparseffn_jax.nn.lora import LoraAdapter, init_lora
 
-FAMILIES = ("gpt2", "gptj", "llama", "mistral")
+# Phi-3's projections are one map in PyTorch.
+FAMILIES = ("gpt2", "gptj", "llama", "mistral", "phi3")
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +141,17 @@ def test_the_settings_are_those_that_a_peft_user_would_write(tmp_path):
     assert not config["fan_in_fan_out"]
 
 
+def test_some_of_the_maps_that_pytorch_fuses(tmp_path):
+    model, params = make_model("phi3")
+    adapter = make_adapter(params, ("v_proj", "q_proj", "up_proj"))
+    save_pretrained(tmp_path / "model", model, params)
+    save_adapter(tmp_path / "adapter", model, adapter)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["gate_up_proj", "qkv_proj"]
+    assert {config["r"], *config["rank_pattern"].values()} == {2, 5}
+    check_in_peft(tmp_path / "model", tmp_path / "adapter", model, params, adapter)
+
+
 def test_maps_that_share_a_name_are_told_apart(tmp_path):
     model, params = make_model("gpt2")
     save_adapter(tmp_path / "adapter", model, make_adapter(params, ("attention",)))
@@ -148,7 +160,7 @@ def test_maps_that_share_a_name_are_told_apart(tmp_path):
     assert config["fan_in_fan_out"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "mistral"])
 def test_adapters_come_back(tmp_path, family):
     model, params = make_model(family, (sparse_layer(family), None))
     adapter = make_adapter(params)
@@ -168,6 +180,10 @@ PEFT_SETTINGS = {
         "alpha_pattern": {"v_proj": 11, r"layers\.1\.self_attn\.o_proj$": 3},
     },
     "mistral": {"target_modules": r".*\.[qv]_proj", "layers_to_transform": None},
+    "phi3": {
+        "target_modules": ["qkv_proj", "down_proj"], "alpha_pattern": {"qkv_proj": 2},
+        "modules_to_save": ["gate_up_proj"],
+    },
 }  # fmt: skip
 
 
