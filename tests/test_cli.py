@@ -163,6 +163,15 @@ def test_finetune_trains_resumes_and_leaves_a_model(folder, sparse, tmp_path, ca
     assert "nats a token" in capfd.readouterr().out
 
 
+def test_finetune_ends_although_its_last_gradient_overflows(folder, sparse, tmp_path, capfd):
+    run("finetune", "--model", sparse, "--text", folder / "corpus.txt", "--out", tmp_path / "run",
+        "--steps", 1, "--batch-size", 2, "--dtype", "float16", "--loss-scale", 1e30)  # fmt: skip
+    assert "the gradient overflowed float16" in capfd.readouterr().err
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "0.0005, cosine, adamw" in card
+    assert "cross-entropy" not in card
+
+
 def test_finetune_leaves_adapters_in_peft_format(folder, sparse, tmp_path, capfd):
     common = ["--text", folder / "corpus.txt", "--steps", 4, "--batch-size", 2]
     out = tmp_path / "run"

@@ -100,7 +100,8 @@ class Finetune(FinetuneArguments):
             console.print(f"pushed {pushed} to {self.push}: {url}")
 
     def _card_section(self, config: TrainConfig, counts: TextCounts, result: TrainResult) -> str:
-        last = result.history[-1]
+        # The last step's gradient may have overflowed: then its record has no numbers.
+        last = next((record for record in reversed(result.history) if "loss" in record), {})
         window = counts.train.targets // counts.train.windows
         tokens = config.steps * config.batch_size * window
         rows = [
@@ -108,9 +109,11 @@ class Finetune(FinetuneArguments):
             ("text", Path(self.text).name),
             ("tokens that the loss counts", self.loss_on),
             ("steps", f"{config.steps} of {config.batch_size} windows, {tokens:,} tokens in all"),
-            ("learning rate", f"{config.peak_rates[0]:g}"),
-            ("loss of the last batch", f"{last['loss']:.4f} nats a token"),
+            ("learning rate", f"{config.peak_rates[0]:g}, {config.schedule}, {config.optimizer}"),
         ]
+        # Of a mixed loss the part that can be compared.
+        if (loss := last.get("cross_entropy", last.get("loss"))) is not None:
+            rows.append(("cross-entropy of the last batch", f"{loss:.4f} nats a token"))
         if self.teacher is not None:
             name = origin_of(self.teacher, None).name
             rows.append(("distilled from", f"{name}, with weight {config.distill_weight:g}"))
