@@ -621,7 +621,7 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
          "takes no budget"),
         ("convert --model {dense} --out {dir}/out --flops 0.4 --servable", "add --planned"),
         ("export --model {dense} --out {dir}/model.bin", "a name that ends in .gguf"),
-        ("export --model {dense} --out {dir}/out --to huggingface --type q8_0", "type=q8_0"),
+        ("export --model {dense} --out {dir}/out --to huggingface --type q8_0", "expected f32, f"),
         ("export --model {dense} --out {dense} --to huggingface --overwrite", "holds the model"),
         ("plan --model {sparse} --out {dir}/plan --flops 0.4", "already"),
         ("plan --model {dense} --out {dir}/plan --flops 0.001 --text {corpus}", "out of reach"),
