@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from transformers import GPT2Config
 
+from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL
 from sparseffn_jax.checkpoints.tokenizers import load_tokenizer
-from sparseffn_jax.demo import EMBEDDED_MODEL
 from sparseffn_jax.models import generation
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.models.text_generation import generate_text, stream_text
