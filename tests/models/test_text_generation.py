@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from transformers import GPT2Config
 
-from sparseffn_jax.checkpoints.pretrained import EMBEDDED_MODEL
 from sparseffn_jax.checkpoints.tokenizers import load_tokenizer
+from sparseffn_jax.defaults import EMBEDDED_MODEL
 from sparseffn_jax.models import generation
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.models.text_generation import generate_text, stream_text
@@ -25,6 +25,8 @@ class Reciter(nn.Module):
     @property
     def spec(self):
         return GPT2LMHeadModel.spec_of(self.config)
+
+    cache_border = staticmethod(GPT2LMHeadModel.cache_border)
 
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, position_ids=None, init_cache=False):
