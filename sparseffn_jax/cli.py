@@ -21,6 +21,7 @@ from rich.console import Console
 from sparseffn_jax import __version__
 from sparseffn_jax.checkpoints.errors import one_line
 from sparseffn_jax.commands.parser import Arguments, UsageError, options, parse, spoken
+from sparseffn_jax.progress import heartbeat, messages
 from sparseffn_jax.train.guard import DivergenceError
 
 
@@ -97,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             cls = command.arguments()
             arguments = parse(cls, f"sparseffn {name}", rest)
             arguments.check()
-            work = command.work()
+            # What a command works with takes seconds to import, on a busy machine many.
+            with heartbeat(messages(), lambda: "starting"):
+                work = command.work()
         _run(work, arguments, keeps_programs=argv is None)
     except KeyboardInterrupt as interrupt:
         _say(str(interrupt) or "stopped")
