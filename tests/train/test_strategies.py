@@ -112,7 +112,7 @@ def test_muon_on_eight_devices(eight):
     assert seen["replicated"] == []
 
 
-@pytest.mark.parametrize("strategy", ["single", "pmap", "mesh"])
+@pytest.mark.parametrize("strategy", ["pmap", "mesh"])
 def test_microbatches_train_as_the_large_batch(eight, strategy):
     seen, _ = eight
     for what in ("losses", "validation"):
