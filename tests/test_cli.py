@@ -579,7 +579,7 @@ def test_bad_ffn_configs_are_refused(folder, tmp_path, capfd, change, message):
         ),
         ("finetune --model {dense} --text {rows} --out {run}", "rows.jsonl' has 1 document, which"),
         ("finetune --model {dense} --text {chats} --out {run}", "line 1: messages need a chat"),
-        ("finetune --model {dense} --text {chats} --out {run} --text-tokens 0", "most_tokens=0"),
+        ("finetune --model {dense} --text {chats} --out {run} --text-tokens 0", "--text-tokens 0"),
         ("evaluate --model {dense} --text {jsonl}", 'line 2: expected "text", a string; or'),
         ("evaluate --model {dense} --text {short} --window 33", "n_positions=32"),
         ("evaluate --model {dense} --text {short} --json {short}/out.json", "cannot write"),

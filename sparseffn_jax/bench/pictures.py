@@ -164,7 +164,7 @@ def plot_methods(path: Path, points: Sequence[Mapping[str, Any]], dense_loss: fl
     whole, near = figure.subplots(1, 2)
     methods = dict.fromkeys(point["method"] for point in points)
     bases = list(dict.fromkeys(method.removesuffix(_HELPED) for method in methods))
-    fastest = max(point["speedup"] for point in points)
+    fastest = max((point["speedup"] for point in points), default=1.0)
     for axes in (whole, near):
         for method in methods:
             # With help a method looks as without it, but for the line and hollow marks.

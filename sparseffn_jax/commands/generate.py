@@ -16,7 +16,7 @@ from sparseffn_jax.commands.common import matching_tokenizer
 from sparseffn_jax.models.generation import Sampling
 from sparseffn_jax.models.text_generation import generate_text, stream_text
 from sparseffn_jax.progress import counter, stage
-from sparseffn_jax.train.data import read_text
+from sparseffn_jax.train.documents import read_text
 from sparseffn_jax.train.sources import JSON_LINES
 
 _PROMPT = "def read_config(path):\n"

@@ -17,11 +17,12 @@ from rich.console import Console
 from transformers import GPT2Config, LlamaConfig
 
 import sparseffn_jax as sf
-from sparseffn_jax.bench import commands, pytorch_model
 from sparseffn_jax.bench import layer as layer_bench
 from sparseffn_jax.bench import model as model_bench
+from sparseffn_jax.bench import pytorch_model
 from sparseffn_jax.bench.external import torch_refusal
 from sparseffn_jax.cli import main
+from sparseffn_jax.commands import bench as bench_commands
 from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.ops.plans.choice import PlanTable, pick, platform_of
 
@@ -156,13 +157,13 @@ def test_pytorch_computes_what_ours_does(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["ffn", "--d-model", "100"], "d_model=100 and d_ff=3072 must be multiples"),
+        (["ffn", "--d-model", "100"], "--d-model 100 and --d-ff 3072 must be multiples"),
         (["ffn", "--only", "magic"], "unknown configurations magic: expected some of low-rank-64"),
-        (["ffn", "--repeats", "0"], "repeats=0 must be at least 1"),
-        (["ffn", "--device", "h900"], "device='h900' is not known: expected one of a100, h100"),
-        (["model", "--block-size", "5"], "width=3072 is not a multiple of block_size=5"),
+        (["ffn", "--repeats", "0"], "--repeats 0 must be at least 1"),
+        (["ffn", "--device", "h900"], "--device 'h900' is not known: expected one of a100, h100"),
+        (["model", "--block-size", "5"], "width=3072 is not a multiple of --block-size 5"),
         (["model", "--flops", "2"], "flops_ratio=2.0 must lie above 0"),
-        (["model", "--layers", "13"], "layers=13 must lie between 1 and 12"),
+        (["model", "--layers", "13"], "--layers 13 must lie between 1 and 12"),
         (["quality", "--targets", "0.5"], "a target speed-up of 0.5 must be above 1"),
         (["model", "--plans", "no/plans.json"], "no/plans.json"),
     ],
@@ -171,8 +172,7 @@ def test_wrong_settings_are_refused(argv, message, capfd):
     with pytest.raises(SystemExit) as stopped:
         main(["bench", *argv])
     assert stopped.value.code == 2
-    # Long messages are wrapped inside a frame.
-    assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert message in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("bench", ["ffn", "model", "quality"])
@@ -189,7 +189,7 @@ def test_a_table_of_measured_plans_is_followed(bench, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     name = "run_quality" if bench == "quality" else f"run_{bench}_bench"
-    monkeypatch.setattr(commands, name, run)
+    monkeypatch.setattr(bench_commands, name, run)
     for options in ([], ["--plans", str(path)]):
         with pytest.raises(SystemExit):
             main(["bench", bench, *options])

@@ -170,7 +170,7 @@ def poisoned_update(monkeypatch, poison):
 
         def changed(trainable, frozen, teacher, batch, key):
             grads, metrics = gradient(trainable, frozen, teacher, batch, key)
-            return poison(grads, batch), metrics
+            return poison(grads, batch[0]), metrics
 
         return changed
 
