@@ -129,6 +129,8 @@ def test_targets_and_ranks_are_named_as_in_peft():
     assert ranks("attn.c_proj, mlp.c_fc", lora_ranks="c_fc=2, 0.attn.c_proj=1") == {
         "0.attn.c_proj": 1, "1.attn.c_proj": 4, "1.mlp.c_fc": 2,
     }  # fmt: skip
+    # Of the maps of a name, those that are targets.
+    assert ranks("attn.c_proj", lora_ranks="c_proj=1") == {"0.attn.c_proj": 1, "1.attn.c_proj": 1}
     with pytest.raises(
         ValueError, match=r"'q_proj', 'proj': .* attn.c_attn, .* mlp.c_fc, .*Sparse"
     ):
