@@ -92,7 +92,7 @@ def test_the_ffn_bench_estimates_for_a_gpu_that_is_not_here(tmp_path, capfd):
 
 
 def test_the_model_bench(tmp_path, monkeypatch):
-    monkeypatch.setitem(model_bench._SIZES, "small", (32, 2, 2))
+    monkeypatch.setattr(model_bench, "SIZES", {"small": (32, 2, 2)})
     monkeypatch.setattr(model_bench, "_VOCABULARY", 97)
     settings = model_bench.ModelBenchSettings(
         layers=1, window=8, prompt=4, decoded=3, repeats=1, out=tmp_path
