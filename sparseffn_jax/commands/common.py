@@ -12,7 +12,9 @@ from rich.console import Console
 
 from sparseffn_jax.checkpoints.pretrained import Pretrained
 from sparseffn_jax.checkpoints.tokenizers import check_tokenizer, load_tokenizer
+from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.progress import stage
+from sparseffn_jax.train.choices import LossOn
 from sparseffn_jax.train.data import TextCounts, TokenWindows, load_windows
 from sparseffn_jax.train.processes import is_first
 
@@ -27,19 +29,27 @@ def matching_tokenizer(source: str, pretrained: Pretrained) -> Any:
 
 
 def read_windows(
-    text: str, tokenizer: Any, window: int, console: Console, **options: Any
+    arguments: Any, tokenizer: Any, n_positions: int, console: Console, loss_on: LossOn = "all"
 ) -> tuple[TokenWindows, TextCounts]:
-    """Reads text, and shows how much it is and what was left out.
+    """Reads the text of a command, and shows how much it is and what was left out.
 
     Args:
-      text: the source of the text.
+      arguments: the command's arguments, with ``text``, ``validation_text``, ``text_tokens`` and
+        ``window``.
       tokenizer: the model's tokenizer.
-      window: number of tokens that a window predicts.
+      n_positions: the largest number of tokens that the model takes.
       console: where the counts are shown.
-      **options: other arguments of :func:`~sparseffn_jax.train.data.load_windows`.
+      loss_on: whether all tokens count, or those of completions.
     """
     with stage("reading the text"):
-        windows = load_windows(text, tokenizer, window, **options)
+        windows = load_windows(
+            arguments.text,
+            tokenizer,
+            check_window(arguments.window, n_positions),
+            validation_source=arguments.validation_text,
+            most_tokens=arguments.text_tokens,
+            loss_on=loss_on,
+        )
     assert windows.counts is not None
     if is_first():
         for line in windows.counts.lines():

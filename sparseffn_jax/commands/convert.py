@@ -16,7 +16,6 @@ from sparseffn_jax.commands.arguments.convert import ConvertArguments
 from sparseffn_jax.commands.common import DTYPES, matching_tokenizer, read_windows
 from sparseffn_jax.commands.plan import Plan
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.progress import counter, stage
 from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.layers import ConvertedLayer
@@ -32,7 +31,6 @@ class Convert(ConvertArguments):
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        self.check()
         if self.push is not None:
             check_push(self.push)
         if self._plan is not None:
@@ -41,16 +39,8 @@ class Convert(ConvertArguments):
             dense = load_pretrained(self.model, param_dtype=None, on_demand=True)
             configs = self._configs(dense)
             tokenizer = matching_tokenizer(self.model, dense)
-        window = check_window(self.window, dense.spec.n_positions)
-        read, _ = read_windows(
-            self.text,
-            tokenizer,
-            window,
-            console,
-            validation_source=self.validation_text,
-            most_tokens=self.text_tokens,
-        )
-        windows = read.train
+        read, _ = read_windows(self, tokenizer, dense.spec.n_positions, console)
+        windows, window = read.train, read.train.shape[1] - 1
         order = np.random.default_rng(self.seed).permutation(len(windows))
         chosen = order[: max(1, self.calibration_tokens // window)]
         errors: list[float] = []

@@ -22,7 +22,6 @@ class Evaluate(EvaluateArguments):
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        self.check()
         batch_size = self.batch_size
         if batch_size is None:
             batch_size = 2 if platform_of(None) == "cpu" else 8

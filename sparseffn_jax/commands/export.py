@@ -22,7 +22,6 @@ class Export(ExportArguments):
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        self.check()
         name = _TYPES[self.type]
         if self.to == "gguf":
             check_gguf(self.out, overwrite=self.overwrite, sources=(self.model,))

@@ -10,7 +10,6 @@ from sparseffn_jax.checkpoints.hub import check_push, push_to_hub
 from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from sparseffn_jax.commands.arguments.finetune import FinetuneArguments
 from sparseffn_jax.commands.common import DTYPES, matching_tokenizer, read_windows
-from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.records import make_folder, versions
 from sparseffn_jax.progress import stage
 from sparseffn_jax.train.choices import parse_reporters
@@ -27,7 +26,6 @@ class Finetune(FinetuneArguments):
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        self.check()
         check_installed(parse_reporters(self.train.report_to))
         # Before JAX is used: it decides which devices there are.
         self.cluster.start()
@@ -40,15 +38,8 @@ class Finetune(FinetuneArguments):
         with stage("loading the model"):
             pretrained = load_pretrained(self.model, adapter=self.adapter)
             tokenizer = matching_tokenizer(self.model, pretrained)
-        window = check_window(self.window, pretrained.spec.n_positions)
         windows, counts = read_windows(
-            self.text,
-            tokenizer,
-            window,
-            console,
-            validation_source=self.validation_text,
-            most_tokens=self.text_tokens,
-            loss_on=self.loss_on,
+            self, tokenizer, pretrained.spec.n_positions, console, self.loss_on
         )
         model = pretrained.model(DTYPES[self.dtype])
         teacher = None

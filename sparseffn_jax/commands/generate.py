@@ -29,7 +29,6 @@ class Generate(GenerateArguments):
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        self.check()
         sampling = Sampling(self.repetition_penalty, self.temperature, self.top_k, self.top_p)
         converses = self.chat and self.prompt is None and self.prompt_file is None
         if converses and not sys.stdin.isatty():

@@ -28,7 +28,6 @@ class Inspect(InspectArguments):
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        self.check()
         if self.device is not None:
             # Without the compiler it is refused here, before anything is read.
             known_gpu(self.device).devices()

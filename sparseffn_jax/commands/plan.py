@@ -20,7 +20,6 @@ from sparseffn_jax.checkpoints.untrusted import read_json
 from sparseffn_jax.commands.arguments.plan import PlanArguments
 from sparseffn_jax.commands.common import DTYPES, matching_tokenizer, read_windows
 from sparseffn_jax.config import SparseFFNConfig
-from sparseffn_jax.evaluate.windows import check_window
 from sparseffn_jax.measure.costs import flops_ratio, parameters_ratio
 from sparseffn_jax.measure.records import make_folder, versions, write_json
 from sparseffn_jax.models.families import gguf_layout
@@ -53,7 +52,6 @@ class Plan(PlanArguments):
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        self.check()
         if self.budget.device is not None:
             # Without the compiler it is refused here, before anything is read.
             known_gpu(self.budget.device).devices()
@@ -63,16 +61,8 @@ class Plan(PlanArguments):
             tokenizer = matching_tokenizer(self.model, dense)
         if any(dense.ffns):
             raise ValueError(f"{self.model} is sparse already: plan from the dense checkpoint")
-        window = check_window(self.window, dense.spec.n_positions)
-        read, counts = read_windows(
-            self.text,
-            tokenizer,
-            window,
-            console,
-            validation_source=self.validation_text,
-            most_tokens=self.text_tokens,
-        )
-        windows = read.train
+        read, counts = read_windows(self, tokenizer, dense.spec.n_positions, console)
+        windows, window = read.train, read.train.shape[1] - 1
         order = np.random.default_rng(self.seed).permutation(len(windows))
         chosen = windows[order[: max(1, self.calibration_tokens // window)]]
         model, tokens = dense.model(), chosen[:, :-1]
