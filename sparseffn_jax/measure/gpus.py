@@ -205,7 +205,8 @@ def compile_for(
     shapes = jax.tree.map(placed, args)
     shared = max((len(leaf.sharding.device_set) for leaf in jax.tree.leaves(shapes)), default=1)
     capability = ".".join(map(str, gpu.compute_capability))
-    with compiling_for(Target(capability, shared)):
+    parts: list[Any] = []
+    with compiling_for(Target(capability, shared, parts)):
         # A function of its own: JAX would give back what it has traced of this one for another GPU.
         anew = jax.jit(lambda *args: function(*args), donate_argnums=donate_argnums)
         traced = anew.trace(*shapes)
@@ -215,4 +216,8 @@ def compile_for(
     with warnings.catch_warnings():
         # What is in the cache can only be loaded where the device is; it is compiled again.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
-        return read_program(lowered.compile(), count_kernels(traced.jaxpr))
+        compiled = lowered.compile()
+    kernels = count_kernels(traced.jaxpr)
+    for part in parts:
+        kernels |= count_kernels(part)
+    return read_program(compiled, kernels)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseffn_jax.ops.plans.choice import pick
-from sparseffn_jax.ops.plans.kernels import is_for_this_gpu, pallas_module, triton_refusal
+from sparseffn_jax.ops.plans.kernels import devices, is_for_this_gpu, pallas_module, triton_refusal
 
 # Blocks of queries: more and smaller ones take longer to compile, and no less in a whole training
 # step.
@@ -194,6 +194,9 @@ def _flash_refusal(query: Array, window: int | None) -> str | None:
         return f"it has no tiles for heads of {width} channels"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 or float16, not {query.dtype}"
+    if devices() > 1:
+        # The partitioner cannot divide JAX's kernel among them, as it can cuDNN's.
+        return "there are several devices"
     return triton_refusal(_FLASH_CAPABILITIES)
 
 

@@ -22,8 +22,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.divided import divided
 from sparseffn_jax.ops.hidden import Activate, Channels
-from sparseffn_jax.ops.plans.kernels import triton, triton_refusal
+from sparseffn_jax.ops.plans.kernels import devices, triton, triton_refusal
 from sparseffn_jax.ops.polynomial import slope, value, weighted_terms
 
 # The narrowest operand of a matrix product, and the widest piece that a rank is cut into.
@@ -92,16 +93,13 @@ class _Tiles(NamedTuple):
     shares: int
 
 
-def refusal(
-    ranks: Sequence[int], activate: Activate, dtype: Any, *, is_forced: bool = False
-) -> str | None:
+def refusal(ranks: Sequence[int], activate: Activate, dtype: Any) -> str | None:
     """Returns the reason why the kernels cannot run, or ``None`` if they can.
 
     Args:
       ranks: number of components of every map.
       activate: the elementwise function of the hidden units.
       dtype: dtype of the operands.
-      is_forced: whether the user asks for them: then they run beside other devices too.
     """
     components, is_gated = sum(_up(rank, _NARROWEST) for rank in ranks), len(ranks) > 2
     # As many as can be added up in registers, as the compiler says for an H100.
@@ -112,7 +110,7 @@ def refusal(
         return "Triton does not have the error function of an exact GELU"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 or float16, not {dtype}"
-    return triton_refusal(_CAPABILITIES, is_forced=is_forced)
+    return triton_refusal(_CAPABILITIES)
 
 
 def hidden_layer(
@@ -138,24 +136,9 @@ def hidden_layer(
     Returns:
       The components (T, rank) of the outputs, in the dtype of ``axes``.
     """
-    tokens, units = len(components[0]), len(axes)
-    ranks = [_up(len(filter), _NARROWEST) for filter in filters]
-    into, out_of, columns = sum(ranks), _up(axes.shape[1], _NARROWEST), _up(units, _UNITS)
-    tiles, rows = _tiles(tokens, columns, into, out_of, len(filters) > 1, activate.degrees)
-
-    def padded(array: Array, *sides: int) -> Array:
-        return jnp.pad(array, [(0, to - side) for to, side in zip(sides, array.shape, strict=True)])
-
     coefficients = () if channels.coefficients is None else (channels.coefficients,)
-    operands = _Operands(
-        tuple(padded(c, rows, rank) for c, rank in zip(components, ranks, strict=True)),
-        tuple(padded(f, rank, columns) for f, rank in zip(filters, ranks, strict=True)),
-        padded(axes, columns, out_of),
-        tuple(padded(bias, columns) for bias in channels.biases),
-        tuple(padded(c, len(c), columns if c.shape[1] > 1 else 1) for c in coefficients),
-    )
-    z: Any = _layer(activate, tiles, interpret, operands)
-    return z[:tokens, : axes.shape[1]]
+    operands = _Operands(tuple(components), tuple(filters), axes, channels.biases, coefficients)
+    return _layer(activate, interpret, operands)
 
 
 def _up(side: int, multiple: int) -> int:
@@ -204,44 +187,31 @@ def _tiles(
     return _Tiles(forward, of_components, weights, shares), rows * _up(count, shares)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _layer(activate, tiles, interpret, operands):
-    tokens, rank = len(operands.components[0]), operands.axes.shape[1]
-    kernel = functools.partial(_forward_kernel, activate, tiles.forward)
-    out = jax.ShapeDtypeStruct((tokens, rank), operands.axes.dtype)
-    grid = (tokens // tiles.forward.rows,)
-    return _call(kernel, tiles.forward, grid, operands, (), out, interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _layer(activate, interpret, operands):
+    (z,) = _run(functools.partial(_forward, activate, interpret), operands, (), ["t s"])
+    return z
 
 
-def _layer_forward(activate, tiles, interpret, operands):
-    return _layer(activate, tiles, interpret, operands), operands
+def _layer_forward(activate, interpret, operands):
+    return _layer(activate, interpret, operands), operands
 
 
-def _layer_backward(activate, tiles, interpret, operands, dz):
-    components, filters, axes, biases, coefficients = operands
-    tokens, units = len(components[0]), len(axes)
-    kernel = functools.partial(_components_kernel, activate, tiles.components)
-    out = [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in components]
-    grid = (tokens // tiles.components.rows,)
-    d_components = _call(kernel, tiles.components, grid, operands, (dz,), out, interpret)
-
-    def shared(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((tiles.shares, *shape), jnp.float32)
-
-    out = _Operands(
+def _layer_backward(activate, interpret, operands, dz):
+    axes = _axes_of(operands)
+    run = functools.partial(_components_gradient, activate, interpret)
+    d_components = _run(run, operands, (dz,), axes.components)
+    # Hidden units first, and coefficients for each of them also where units share one.
+    of_weights = _Operands(
         (),
-        tuple(shared(*filter.shape[::-1]) for filter in filters),
-        shared(*axes.shape),
-        tuple(shared(units) for _ in biases),
-        # One for each unit, also of coefficients that units share.
-        tuple(shared(len(c), units) for c in coefficients),
+        tuple(" ".join(reversed(filter.split())) for filter in axes.filters),
+        axes.axes,
+        axes.biases,
+        tuple("k u" for _ in axes.coefficients),
     )
-    turns = tokens // tiles.weights.rows // tiles.shares
-    kernel = functools.partial(_weights_kernel, activate, tiles.weights, turns)
-    grid = (units // tiles.weights.units, tiles.shares)
-    out_leaves, structure = jax.tree.flatten(out)
-    leaves = _call(kernel, tiles.weights, grid, operands, (dz,), out_leaves, interpret)
-    sums = jax.tree.unflatten(structure, [leaf.sum(axis=0) for leaf in leaves])
+    leaves, structure = jax.tree.flatten(of_weights)
+    run = functools.partial(_weights_gradients, activate, interpret)
+    sums = jax.tree.unflatten(structure, _run(run, operands, (dz,), leaves))
     gradients = _Operands(
         tuple(d_components),
         tuple(d_filter.T for d_filter in sums.filters),
@@ -249,13 +219,117 @@ def _layer_backward(activate, tiles, interpret, operands, dz):
         sums.biases,
         tuple(
             dc.sum(axis=1, keepdims=True) if c.shape[1] == 1 else dc
-            for dc, c in zip(sums.coefficients, coefficients, strict=True)
+            for dc, c in zip(sums.coefficients, operands.coefficients, strict=True)
         ),
     )
     return (jax.tree.map(lambda d, given: d.astype(given.dtype), gradients, operands),)
 
 
 _layer.defvjp(_layer_forward, _layer_backward)
+
+
+def _axes_of(operands: _Operands) -> Any:
+    """Names the axes of the operands: t tokens, u hidden units, and the components of each map."""
+    maps = range(len(operands.components))
+    return _Operands(
+        tuple(f"t r{i}" for i in maps),
+        tuple(f"r{i} u" for i in maps),
+        "u s",
+        tuple("u" for _ in operands.biases),
+        tuple("k u" if c.shape[1] > 1 else "k one" for c in operands.coefficients),
+    )
+
+
+def _run(
+    run: Any, operands: _Operands, others: tuple[Array, ...], results: Sequence[str]
+) -> Sequence[Array]:
+    """Runs a function of the operands, and of gradients of outputs, for the axes of its results."""
+    leaves, structure = jax.tree.flatten(operands)
+
+    def kernel(*arrays: Array) -> Sequence[Array]:
+        return run(jax.tree.unflatten(structure, arrays[: len(leaves)]), *arrays[len(leaves) :])
+
+    if devices() == 1:
+        return kernel(*leaves, *others)
+    given = [*jax.tree.leaves(_axes_of(operands)), *("t s" for _ in others)]
+    rule = f"{', '.join(given)} -> {', '.join(results)}"
+    return divided(kernel, rule, ("t", "u"), *leaves, *others)
+
+
+def _padded(activate: Activate, given: _Operands) -> tuple[_Operands, _Tiles]:
+    """Returns the operands with sides that tiles divide, and the tiles."""
+    tokens, units = len(given.components[0]), len(given.axes)
+    ranks = [_up(len(filter), _NARROWEST) for filter in given.filters]
+    into, out_of = sum(ranks), _up(given.axes.shape[1], _NARROWEST)
+    columns = _up(units, _UNITS)
+    tiles, rows = _tiles(tokens, columns, into, out_of, len(ranks) > 1, activate.degrees)
+    padded = _Operands(
+        tuple(_pad(c, rows, rank) for c, rank in zip(given.components, ranks, strict=True)),
+        tuple(_pad(f, rank, columns) for f, rank in zip(given.filters, ranks, strict=True)),
+        _pad(given.axes, columns, out_of),
+        tuple(_pad(bias, columns) for bias in given.biases),
+        tuple(_pad(c, len(c), columns if c.shape[1] > 1 else 1) for c in given.coefficients),
+    )
+    return padded, tiles
+
+
+def _pad(array: Array, *sides: int) -> Array:
+    return jnp.pad(array, [(0, to - side) for to, side in zip(sides, array.shape, strict=True)])
+
+
+def _forward(activate: Activate, interpret: bool, given: _Operands) -> list[Array]:
+    """Returns the components (T, rank) of the outputs."""
+    operands, tiles = _padded(activate, given)
+    rows, rank = len(operands.components[0]), operands.axes.shape[1]
+    kernel = functools.partial(_forward_kernel, activate, tiles.forward)
+    out = jax.ShapeDtypeStruct((rows, rank), operands.axes.dtype)
+    z = _call(kernel, tiles.forward, (rows // tiles.forward.rows,), operands, (), out, interpret)
+    return [z[: len(given.components[0]), : given.axes.shape[1]]]
+
+
+def _components_gradient(
+    activate: Activate, interpret: bool, given: _Operands, dz: Array
+) -> list[Array]:
+    """Returns the gradient (T, rank) of the components for each map into the hidden units."""
+    operands, tiles = _padded(activate, given)
+    rows, tile = len(operands.components[0]), tiles.components
+    kernel = functools.partial(_components_kernel, activate, tile)
+    out = [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in operands.components]
+    others = (_pad(dz, rows, operands.axes.shape[1]),)
+    gradients = _call(kernel, tile, (rows // tile.rows,), operands, others, out, interpret)
+    return [d[: len(c), : c.shape[1]] for d, c in zip(gradients, given.components, strict=True)]
+
+
+def _weights_gradients(
+    activate: Activate, interpret: bool, given: _Operands, dz: Array
+) -> list[Array]:
+    """Returns in float32 the gradients (m, rank) of the filters, transposed, and of the axes.
+
+    Behind them are those of biases, (m,), and coefficients, (terms, m).
+    """
+    operands, tiles = _padded(activate, given)
+    rows, units = len(operands.components[0]), len(operands.axes)
+    wanted = [
+        *((len(given.axes), len(filter)) for filter in given.filters),
+        given.axes.shape,
+        *(bias.shape for bias in given.biases),
+        *((len(c), len(given.axes)) for c in given.coefficients),
+    ]
+    full = [
+        *(filter.shape[::-1] for filter in operands.filters),
+        operands.axes.shape,
+        *(bias.shape for bias in operands.biases),
+        *((len(c), units) for c in operands.coefficients),
+    ]
+    out = [jax.ShapeDtypeStruct((tiles.shares, *shape), jnp.float32) for shape in full]
+    tile, turns = tiles.weights, rows // tiles.weights.rows // tiles.shares
+    kernel = functools.partial(_weights_kernel, activate, tile, turns)
+    others, grid = (_pad(dz, rows, operands.axes.shape[1]),), (units // tile.units, tiles.shares)
+    leaves = _call(kernel, tile, grid, operands, others, out, interpret)
+    return [
+        leaf.sum(axis=0)[tuple(map(slice, shape))]
+        for leaf, shape in zip(leaves, wanted, strict=True)
+    ]
 
 
 def _call(

@@ -32,6 +32,7 @@ from sparseffn_jax.ops.hidden import (
 from sparseffn_jax.ops.plans import costs
 from sparseffn_jax.ops.plans.choice import pick
 from sparseffn_jax.ops.plans.costs import Platform
+from sparseffn_jax.ops.plans.kernels import devices
 
 _FUSED = "fused"
 
@@ -105,7 +106,7 @@ def choose(
       implementation: name of the plan to force: ``"two_gemms"`` multiplies by one factor after the
         other, ``"merged"`` by the product of both, ``"fused"`` runs everything as wide as the
         hidden units in one kernel of its own, which on CPU is interpreted. ``None`` takes the
-        cheapest for each map, or the kernel where that is cheaper: on one Hopper GPU, in half
+        cheapest for each map, or the kernel where that is cheaper: on Hopper GPUs, in half
         precision.
 
     Returns:
@@ -138,10 +139,9 @@ def _choose_layer(
     up = [factors.axes.shape[1] for factors in weights.up]
     (width, down), d_out = weights.down.axes.shape, weights.down.filter.shape[1]
     d_in, dtype = weights.up[0].axes.shape[0], weights.down.axes.dtype
-    is_forced = implementation is not None
-    reason = fused_hidden.refusal([*up, down], activate, dtype, is_forced=is_forced)
+    reason = fused_hidden.refusal([*up, down], activate, dtype)
     refused = {_FUSED: reason} if reason else {}
-    estimates = costs.low_rank_layer_costs(tokens, d_in, width, d_out, up, down)
+    estimates = costs.low_rank_layer_costs(tokens, d_in, width, d_out, up, down, devices())
     function = (activate.activation, *activate.degrees)
     problem = (tokens, d_in, width, d_out, *up, down, *function, dtype.name)
     return pick("low_rank_layer", implementation, estimates, refused, problem, platform)

@@ -58,17 +58,18 @@ def low_rank_costs(tokens: int, d_in: int, rank: int, d_out: int) -> dict[str, f
 
 
 def low_rank_layer_costs(
-    tokens: int, d_in: int, width: int, d_out: int, up: Sequence[int], down: int
+    tokens: int, d_in: int, width: int, d_out: int, up: Sequence[int], down: int, devices: int = 1
 ) -> dict[str, float]:
-    """Estimates the cost on a GPU of both plans of a hidden layer between low-rank maps.
+    """Estimates the cost on GPUs of both plans of a hidden layer between low-rank maps.
 
     Args:
-      tokens: number of rows of the input.
+      tokens: number of rows of the input, on all devices together.
       d_in: number of input channels.
       width: number of hidden units.
       d_out: number of output channels.
       up: number of components of each map into the hidden units.
       down: number of components of the map out of them.
+      devices: number of GPUs that may share the tokens.
     """
     # Hidden units are written and read before their function, and behind it.
     moved = 4 * _MOVED["gpu"] * tokens * width * len(up)
@@ -77,7 +78,7 @@ def low_rank_layer_costs(
     ends = tokens * (sum(up) * d_in + down * d_out)
     # Each multiprocessor has a tile of tokens and goes through all hidden units by itself, in a
     # kernel that is slower than the vendor's.
-    rows = max(tokens, _FUSED_TOKENS)
+    rows = max(tokens, _FUSED_TOKENS * devices)
     fused = rows * width * (_FUSED_GEMM * (sum(up) + down) + _FUSED_UNIT)
     return {
         "maps": maps + moved + 2 * len(each) * _CALL["gpu"],

@@ -17,10 +17,13 @@ class Target(NamedTuple):
     Attributes:
       compute_capability: that of the NVIDIA GPU, such as ``"9.0"``; ``None`` if it is not known.
       devices: number of devices that may share the program.
+      parts: list that takes the jaxprs of kernels as each device runs them, once the program is
+        compiled for several.
     """
 
     compute_capability: str | None
     devices: int
+    parts: list[Any]
 
 
 _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
@@ -40,27 +43,36 @@ def compiling_for(target: Target) -> Iterator[None]:
         _target.reset(token)
 
 
-def triton_refusal(capabilities: Collection[str], *, is_forced: bool = False) -> str | None:
+def devices() -> int:
+    """Returns how many devices may share the program that is being traced."""
+    return target.devices if (target := _target.get()) else jax.device_count()
+
+
+def triton_refusal(capabilities: Collection[str]) -> str | None:
     """Returns the reason why a Pallas kernel for Triton cannot run, or ``None`` if it can.
 
     Without a GPU here, programs are taken to be for one that the kernel suits.
 
     Args:
       capabilities: the compute capabilities that the kernel suits.
-      is_forced: whether the user asks for the kernel: then it runs beside other devices too.
     """
-    target = _target.get() or Target(_compute_capability(), jax.device_count())
+    target = _target.get()
+    capability = target.compute_capability if target else _compute_capability()
     if triton() is None:
         return "this version of JAX has no Triton compiler for kernels"
-    if target.compute_capability not in (None, *capabilities):
-        return (
-            f"it needs a GPU of compute capability {' or '.join(capabilities)}, not "
-            f"{target.compute_capability}"
-        )
-    if target.devices > 1 and not is_forced:
-        # The partitioner cannot divide such a kernel among them.
-        return "there are several devices"
+    if capability not in (None, *capabilities):
+        return f"it needs a GPU of compute capability {' or '.join(capabilities)}, not {capability}"
     return None
+
+
+def parts() -> list[Any] | None:
+    """Returns the list that takes the parts of divided kernels, if they are asked for."""
+    return target.parts if (target := _target.get()) else None
+
+
+def is_for_a_gpu() -> bool:
+    """Returns whether the program that is being traced is for a GPU, here or elsewhere."""
+    return _target.get() is not None or jax.default_backend() == "gpu"
 
 
 def is_for_this_gpu() -> bool:
