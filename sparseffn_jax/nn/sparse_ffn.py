@@ -18,11 +18,13 @@ from jaxtyping import Array, Float
 
 from sparseffn_jax.config import CoreConfig, PolynomialConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.nn.maps import BlockSparseMap, CirculantMap, LowRankMap, bias_of
+from sparseffn_jax.nn.padding import warn_of_padding
 from sparseffn_jax.ops import block_circulant, block_sparse, core_and_bypass, low_rank
 from sparseffn_jax.ops.hidden import Activate, Channels, HiddenMaps, Packed
 from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.ops.plans.choice import platform_of
 from sparseffn_jax.ops.plans.costs import Platform
+from sparseffn_jax.ops.plans.kernels import is_for_a_gpu
 
 Dtype = Any
 # The collection of weights that are packed for their plans.
@@ -332,6 +334,8 @@ class SparseFFN(nn.Module):
         config = self.config
         if x.shape[-1] != config.d_model:
             raise ValueError(f"x has {x.shape[-1]} channels, but d_model={config.d_model}")
+        if is_for_a_gpu():
+            warn_of_padding(config)
         (x,) = promote_dtype(x, dtype=self.dtype)
         if self._core_is_beside_bypass:
             y = self._core_and_bypass(x)
