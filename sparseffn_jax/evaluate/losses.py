@@ -225,16 +225,21 @@ def make_evaluator(
 def check_token_ids(model: nn.Module, params: Params, windows: Int[np.ndarray, "n w"]) -> None:
     """Checks that there are windows, and that all their token ids are in the model's vocabulary.
 
-    XLA would clamp an id beyond the vocabulary silently.
+    XLA would take another token's row silently.
 
     Raises:
-      ValueError: if there is no window, or a token id beyond the vocabulary.
+      ValueError: if there is no window, or a token id outside the vocabulary.
     """
     if not windows.size:
         raise ValueError("there is no window to evaluate or train on: give more text")
     ids = jax.ShapeDtypeStruct((1, windows.shape[1] - 1), jnp.int32)
     outputs, _ = jax.eval_shape(lambda p, i: forward(model, p, i), params, ids)
-    largest, vocab_size = int(windows.max()), outputs.vocab_size
+    smallest, largest, vocab_size = int(windows.min()), int(windows.max()), outputs.vocab_size
+    if smallest < 0:
+        raise ValueError(
+            f"token id {smallest} is negative: give ids from 0 to {vocab_size - 1}, and a mask of "
+            "what counts in the loss apart from them"
+        )
     if largest >= vocab_size:
         raise ValueError(
             f"token id {largest} is beyond the model's vocab_size={vocab_size}: the text was "

@@ -7,6 +7,7 @@ would go back to. A checkpoint's arrays do not depend on how many devices and pr
 and are restored to any number of devices.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -297,11 +298,10 @@ def _restore(folder: Path, like: Any) -> Any:
 
 
 def _shapes_of(folder: Path) -> Any:
-    with ocp.StandardCheckpointer() as reader:
-        metadata: Any = reader.metadata(folder)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.item_metadata.tree
-    )
+    # A checkpointer would warn that an item has no metadata of a checkpoint of its own.
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        metadata: Any = handler.metadata(folder)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
 
 
 def _steps(path: Path) -> list[int]:

@@ -76,5 +76,7 @@ def test_windows_that_the_model_cannot_read(model_and_params, windows):
     model, params = model_and_params
     with pytest.raises(ValueError, match=r"token id 97 is beyond .* vocab_size=97"):
         losses.evaluate_loss(model, params, np.full((2, WINDOW + 1), 97, np.int32), 2)
+    with pytest.raises(ValueError, match=r"token id -100 is negative: give ids from 0 to 96"):
+        losses.evaluate_loss(model, params, np.full((2, WINDOW + 1), -100, np.int32), 2)
     with pytest.raises(ValueError, match="no window"):
         losses.evaluate_loss(model, params, windows.train[:0], 2)
