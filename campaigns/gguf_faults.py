@@ -37,7 +37,7 @@ def newer_configs() -> tuple[Gemma3TextConfig, Phi3Config]:
 
 
 def make_seeds(folder: Path) -> dict[str, Files]:
-    """Returns valid files: four architectures, three kinds of numbers, two kinds of tokenizers."""
+    """Returns valid files: five architectures, three kinds of numbers, two kinds of tokenizers."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes: dict[str, Any] = {"vocab_size": 97, "bos_token_id": 96, "eos_token_id": 96}
     llama = LlamaConfig(
@@ -68,14 +68,29 @@ def make_seeds(folder: Path) -> dict[str, Files]:
         "gguf phi3": (sf.Phi3ForCausalLM(phi3), Kind.Q8_0, pieces, factors, factor),
         "gguf gemma3": (sf.Gemma3ForCausalLM(sliding), Kind.F16, pieces, {}, {}),
     }
-    seeds = {}
+    seeds, file = {}, folder / NAME
     for name, (model, kind, tokenizer, extra, settings) in written.items():
         params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-        file = folder / NAME
         tensors = torch_tensors(model, params)
         write_gguf(file, model.config, tensors, kind, tokenizer=tokenizer, extra=extra, **settings)
         seeds[name] = {NAME: file.read_bytes()}
         _places[len(seeds[name][NAME])] = _find_places(file)
+    # As the library itself writes layers of unequal widths.
+    narrow = sf.SparseFFNConfig(
+        32,
+        64,
+        "silu",
+        spectral=sf.SpectralConfig("low_rank", rank=4),
+        micro=sf.MicroRefinementConfig(sf.CoreConfig(24)),
+        gated=True,
+        bias=False,
+    )
+    llama.num_hidden_layers, llama.vocab_size = 2, len(sf.load_tokenizer(sf.EMBEDDED_MODEL))
+    model = sf.LlamaForCausalLM(llama, (narrow, None))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    sf.export_gguf(file, model, params, tokenizer=sf.EMBEDDED_MODEL, overwrite=True)
+    seeds["gguf deci"] = {NAME: file.read_bytes()}
+    _places[len(seeds["gguf deci"][NAME])] = _find_places(file)
     return seeds
 
 

@@ -178,12 +178,14 @@ class _Job:
         )
 
     def fine_tune(self) -> None:
-        """Trains both on the same batches, the sparse model with the dense one as its teacher."""
+        """Trains both on the same batches, the sparse model with the tuned dense one as teacher."""
         steps = self.settings.steps
         self.say(f"Fine-tuning the dense model for {steps} steps")
         dense = self.comparison.tune_dense()
         self.say(f"Fine-tuning the sparse model for {steps} steps")
-        sparse = self.comparison.tune("sparse", self.sparse_model, self.sparse_params)
+        sparse = self.comparison.tune(
+            "sparse", self.sparse_model, self.sparse_params, teacher=dense.params
+        )
         check_comparable("sparse", sparse.conditions, "dense", dense.conditions)
         self.dense_params, self.sparse_params = dense.params, sparse.params
         self.curves = {"dense": dense.curve, "sparse": sparse.curve}

@@ -105,19 +105,29 @@ class Comparison:
         """Fine-tunes the dense model on the text."""
         settings = self._settings
         rate = settings.dense_learning_rate
-        return self._tune("dense", self.model, self.dense.params, settings.steps, rate, 0.0)
+        return self._tune("dense", self.model, self.dense.params, settings.steps, rate, None)
 
-    def tune(self, name: str, model: Decoder, params: Any, *, steps: int | None = None) -> Tuned:
-        """Fine-tunes a sparse model with the pretrained dense one as its teacher.
+    def tune(
+        self,
+        name: str,
+        model: Decoder,
+        params: Any,
+        *,
+        teacher: Any = None,
+        steps: int | None = None,
+    ) -> Tuned:
+        """Fine-tunes a sparse model with the dense one as its teacher.
 
         Args:
           name: the folder of the run below ``out/training``; what it holds is removed first.
           model: the sparse model.
           params: the parameters to start from.
+          teacher: the dense model's parameters to distil from; ``None`` takes the pretrained ones.
           steps: number of training steps; ``None`` takes that of the settings.
         """
         settings = self._settings
-        how = steps or settings.steps, settings.learning_rate, settings.distill_weight
+        teacher = self.dense.params if teacher is None else teacher
+        how = steps or settings.steps, settings.learning_rate, teacher
         return self._tune(name, model, params, *how)
 
     def time_ffns(
@@ -171,10 +181,10 @@ class Comparison:
         params: Any,
         steps: int,
         rate: float,
-        distill_weight: float,
+        teacher: Any,
     ) -> Tuned:
         settings = self._settings
-        teacher = (self.model, self.dense.params) if distill_weight else None
+        distill_weight = 0.0 if teacher is None else settings.distill_weight
         config = TrainConfig(
             steps=steps,
             batch_size=settings.batch_size,
@@ -198,7 +208,13 @@ class Comparison:
         # sizes it never says quite the same; and its curve would be missing here.
         shutil.rmtree(folder, ignore_errors=True)
         result = train(
-            model, params, self.windows, config, folder, teacher=teacher, on_step=remember
+            model,
+            params,
+            self.windows,
+            config,
+            folder,
+            teacher=(self.model, teacher) if distill_weight else None,
+            on_step=remember,
         )
         conditions = Conditions(
             data_hash=result.data_hash,

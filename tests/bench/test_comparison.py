@@ -64,8 +64,10 @@ def test_both_read_the_same_at_their_own_rates_and_targets(settings, sides, monk
     assert options_of_dense["teacher"] is None
     teacher, teacher_params = options_of_sparse["teacher"]
     assert teacher is ours.model
-    # The teacher is the pretrained model, not the fine-tuned one.
+    # Unless another is given, the teacher is the pretrained model, not the fine-tuned one.
     jax.tree.map(np.testing.assert_array_equal, teacher_params, load_dense(settings.model).params)
+    ours.tune("sparse", model, params, teacher=dense.params)
+    assert calls[-1][1]["teacher"] == (ours.model, dense.params)
     assert [step for step, _ in sparse.curve] == [1, 2]
     assert sparse.loss == ours.loss(model, sparse.params)
     shorter = ours.tune("sparse", model, params, steps=1)

@@ -67,7 +67,7 @@ def divided(name, tokens, units):
 
 
 def mapped(name):
-    """Compares the layer under JAX's vmap, with a number of tokens that devices do not divide."""
+    """Compares the layer under JAX's vmap and pmap, with tokens that devices do not divide."""
     activate, (components, *weights, dz), exact = operands_of(name, "float32")
     layer, few = both(activate), [c[:13] for c in components]
     alone, _ = layer(dz[:13], few, *weights)
@@ -75,6 +75,9 @@ def mapped(name):
     twice = [np.stack([c, -c]) for c in few]
     both_at_once, _ = jax.vmap(lambda few: layer(dz[:13], few, *weights))(twice)
     assert_close(both_at_once[0], alone, what=f"{name}, mapped")
+    eight = [np.broadcast_to(c, (8, *c.shape)) for c in few]
+    on_each, _ = jax.pmap(lambda few: layer(dz[:13], few, *weights))(eight)
+    assert_close(on_each[7], alone, what=f"{name}, on each device")
     print(f"{name}, mapped")
 
 
