@@ -249,6 +249,8 @@ class DemoSettings(ComparisonSettings):
         replaced.
       ffn_speedup: Speed-up of the FFNs, measured on this machine, that a plan sizes the layers for.
       flops: Make all layers alike instead, with this share of the dense FFN's FLOPs.
+      distill_weight: Share of the tuned dense model's predictions in what the sparse model learns
+        from; the rest is the text, from which alone the dense model learns.
       sweep: FFN FLOPs ratios that the picture of quality against time shows.
       sweep_steps: Fine-tuning steps for each of these ratios, after layer-wise distillation. If
         it is 0, the picture shows the losses right after the closed forms.
@@ -263,7 +265,8 @@ class DemoSettings(ComparisonSettings):
     out: Path = Path("runs/demo")
     ffn_speedup: float = 2.0
     flops: float | None = None
-    steps: int = 300
+    steps: int = 500
+    distill_weight: float = 0.7
     distill_steps: int = 100
     sweep: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
     sweep_steps: int = 0
