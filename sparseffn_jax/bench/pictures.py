@@ -42,7 +42,7 @@ def plot_training(
     curves: Mapping[str, Sequence[tuple[int, float]]],
     validation: Mapping[str, tuple[float, float]],
 ) -> None:
-    """Draws training loss over steps, and each model's validation loss at both ends as marks.
+    """Draws training loss and its running mean, and validation losses at both ends as marks.
 
     All losses are cross-entropies in nats a token, whatever else the models were trained on.
 
@@ -55,7 +55,11 @@ def plot_training(
     figure, axes = _figure()
     for (name, points), colour in zip(curves.items(), (_DENSE, _SPARSE), strict=False):
         steps, losses = np.array(points).T
-        axes.plot(steps, losses, color=colour, label=name, linewidth=1.5)
+        axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.6)
+        # Batches differ by more than training changes: the means of neighbours are what is read.
+        near = max(1, len(steps) // 25)
+        means = [np.convolve(x, np.full(near, 1.0 / near), "valid") for x in (steps, losses)]
+        axes.plot(*means, color=colour, label=name, linewidth=1.5)
         axes.plot([0, steps[-1]], validation[name], "o", color=colour, markersize=5)
     axes.set(
         xlabel="step",
@@ -63,7 +67,7 @@ def plot_training(
         title="Fine-tuning on the same batches",
     )
     axes.legend(
-        title="line: training; dots: validation before and after",
+        title="lines: training, single batches and their running mean; dots: validation",
         loc="upper center",
         bbox_to_anchor=(0.5, -0.15),
         ncols=len(curves),
