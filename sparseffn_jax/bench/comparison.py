@@ -184,7 +184,9 @@ class Comparison:
         teacher: Any,
     ) -> Tuned:
         settings = self._settings
-        distill_weight = 0.0 if teacher is None else settings.distill_weight
+        distill_weight, learns_from = 0.0, None
+        if teacher is not None and settings.distill_weight:
+            distill_weight, learns_from = settings.distill_weight, (self.model, teacher)
         config = TrainConfig(
             steps=steps,
             batch_size=settings.batch_size,
@@ -208,13 +210,7 @@ class Comparison:
         # sizes it never says quite the same; and its curve would be missing here.
         shutil.rmtree(folder, ignore_errors=True)
         result = train(
-            model,
-            params,
-            self.windows,
-            config,
-            folder,
-            teacher=(self.model, teacher) if distill_weight else None,
-            on_step=remember,
+            model, params, self.windows, config, folder, teacher=learns_from, on_step=remember
         )
         conditions = Conditions(
             data_hash=result.data_hash,

@@ -210,13 +210,12 @@ def compile_for(
         # A function of its own: JAX would give back what it has traced of this one for another GPU.
         anew = jax.jit(lambda *args: function(*args), donate_argnums=donate_argnums)
         traced = anew.trace(*shapes)
-    # From JAX 0.11 on kernels written by hand are lowered for the device that is the default one.
-    with jax.default_device(device):
-        lowered = traced.lower(lowering_platforms=("cuda",))
-    with warnings.catch_warnings():
+    # From JAX 0.11 on kernels written by hand are lowered for the device that is the default one;
+    # those that several devices share, while the program is compiled.
+    with jax.default_device(device), warnings.catch_warnings():
         # What is in the cache can only be loaded where the device is; it is compiled again.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
-        compiled = lowered.compile()
+        compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     kernels = count_kernels(traced.jaxpr)
     for part in parts:
         kernels |= count_kernels(part)

@@ -40,8 +40,7 @@ def divided(
     inputs, outputs = (
         [each.split() for each in side.split(",")] for side in rule.split("->", maxsplit=1)
     )
-
-    # XLA asks for the parts in a thread of its own.
+    # The program is compiled, and with it the parts, after the block that asks for them.
     asked = parts()
 
     def partition(mesh: Any, given: Sequence[Any], _: Any) -> Any:

@@ -299,8 +299,9 @@ def _restore(folder: Path, like: Any) -> Any:
 
 def _shapes_of(folder: Path) -> Any:
     # A checkpointer would warn that an item has no metadata of a checkpoint of its own.
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        metadata: Any = handler.metadata(folder)
+    handler: Any = ocp.StandardCheckpointHandler()
+    with contextlib.closing(handler):
+        metadata = handler.metadata(folder)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
 
 

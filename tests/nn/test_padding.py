@@ -36,18 +36,23 @@ def masked():
     ("config", "exact", "padded"),
     [
         (layer_of(640), 1, 1),
-        # Two maps, or three, of 256 channels.
-        (layer_of(100), 2 * 256 * 100, 2 * 256 * 128),
-        (layer_of(100, gated=True), 3 * 256 * 100, 3 * 256 * 128),
-        # A bypass has components alone.
-        (layer_of(128, 20), 2 * 256 * 128 + 20 * 512, 2 * 256 * 128 + 32 * 512),
-        # The branch's hidden units and the components of each of its maps.
-        (layer_of(0, 24, 96), 2 * 24 * (256 + 96), 2 * 32 * (256 + 128)),
+        # Columns of the maps into 100 units, and rows of the map out of them.
+        (layer_of(100), 256 * (100 + 100), 256 * (128 + 112)),
+        (layer_of(100, gated=True), 256 * (200 + 100), 256 * (256 + 112)),
+        # A bypass shares the core's products.
+        (layer_of(544, 224), 1, 1),
+        (layer_of(128, 20), 256 * (148 + 148), 256 * (256 + 160)),
+        (layer_of(64, 32, gated=True), 256 * (160 + 96), 256 * (256 + 96)),
+        (layer_of(0, 24), 1, 32 / 24),
+        # The components of each map, and the branch's hidden units.
+        (layer_of(0, 24, 96), 24 * (256 + 96) * 2, 32 * (256 + 128) + 32 * (256 + 96)),
         (
             layer_of(0, 24, 128, 16, gated=True),
             (24 + 24 + 16) * (256 + 128),
             (32 + 32 + 16) * (256 + 128),
         ),
+        # Beside a core with hidden units of its own.
+        (layer_of(128, 24, 128), 1, (512 * 128 + 2 * 32 * 384) / (512 * 128 + 2 * 24 * 384)),
         (circulant(), 1, 1),
         (masked(), 1, 1),
     ],
@@ -67,7 +72,9 @@ def test_a_layer_for_a_gpu_warns_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         program = program_of(config)
-    with pytest.warns(UserWarning, match=r"adds 80% .* core width=136, rank=24: .* 128 for widths"):
+    with pytest.warns(
+        UserWarning, match=r"adds 30% .* core width=136, rank=24: .* multiples of 128"
+    ):
         compile_for(gpus()["h100"], *program)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,6 +1,7 @@
 """Kernels that XLA cannot look into, on several devices; see divided_worker.py for the runs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,8 @@ def test_eight_devices_give_what_float64_gives():
         timeout=300,
     )
     assert worker.returncode == 0, worker.stdout[-4000:]
-    # Each of two layers in five places, and mapped.
-    assert len(worker.stdout.splitlines()) == 12, worker.stdout
+    # Each of two layers in five places, and mapped; libraries may have said something too.
+    assert len(re.findall("^gated ", worker.stdout, re.MULTILINE)) == 12, worker.stdout
 
 
 @pytest.mark.parametrize(("data", "tensor"), [(8, 1), (4, 2)])
