@@ -69,6 +69,8 @@ def test_the_ffn_bench(tmp_path, capfd):
     )
 
 
+# Tiles are larger than the embedded model's layers.
+@pytest.mark.filterwarnings("ignore:a GPU multiplies whole tiles")
 def test_the_ffn_bench_estimates_for_a_gpu_that_is_not_here(tmp_path, capfd):
     argv = [
         *("bench", "ffn", "--d-model", "256", "--d-ff", "256", "--tokens", "64"),

@@ -5,27 +5,25 @@ It is a program of its own because a process's devices are fixed when JAX starts
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-
-import jax
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from numerics import assert_close
-from test_fused_hidden import operands_of, reference
-
-from sparseffn_jax.ops import fused_hidden
-from sparseffn_jax.ops.hidden import Channels
-from sparseffn_jax.train.sharding import make_mesh, parse_mesh
-
-MESH = make_mesh(parse_mesh("data=2,fsdp=2,tensor=2"))
 BATCH = ("data", "fsdp")
 # Axes of the mesh that divide the tokens, and the hidden units.
 PLACES = [(BATCH, "tensor"), (BATCH, None), (None, "tensor"), ("data", BATCH), (None, None)]
 
 
+def main():
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    for layer in ("gated with biases", "gated polynomial"):
+        for place in PLACES:
+            divided(layer, *place)
+        mapped(layer)
+
+
 def both(activate):
     """Returns a function of a gradient and the layer's operands: the outputs, and the gradients."""
+    import jax
+
+    from sparseffn_jax.ops import fused_hidden
+    from sparseffn_jax.ops.hidden import Channels
 
     def function(dz, *given):
         def layer(components, filters, axes, biases, coefficients):
@@ -42,11 +40,20 @@ def both(activate):
 
 def divided(name, tokens, units):
     """Compares the layer with float64 where both lie over these axes of the mesh."""
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from numerics import assert_close
+    from test_fused_hidden import operands_of, reference
+
+    from sparseffn_jax.train.sharding import make_mesh, parse_mesh
+
+    mesh = make_mesh(parse_mesh("data=2,fsdp=2,tensor=2"))
     activate, (components, filters, axes, biases, coefficients, dz), exact = operands_of(
         name, "float32"
     )
     of_tokens, of_units, to_units, whole = (
-        NamedSharding(MESH, P(*axes)) for axes in ((tokens,), (units,), (None, units), ())
+        NamedSharding(mesh, P(*axes)) for axes in ((tokens,), (units,), (None, units), ())
     )
     z, gradients = jax.jit(both(activate))(
         jax.device_put(dz, of_tokens),
@@ -68,6 +75,11 @@ def divided(name, tokens, units):
 
 def mapped(name):
     """Compares the layer under JAX's vmap and pmap, with tokens that devices do not divide."""
+    import jax
+    import numpy as np
+    from numerics import assert_close
+    from test_fused_hidden import operands_of, reference
+
     activate, (components, *weights, dz), exact = operands_of(name, "float32")
     layer, few = both(activate), [c[:13] for c in components]
     alone, _ = layer(dz[:13], few, *weights)
@@ -82,7 +94,4 @@ def mapped(name):
 
 
 if __name__ == "__main__":
-    for layer in ("gated with biases", "gated polynomial"):
-        for place in PLACES:
-            divided(layer, *place)
-        mapped(layer)
+    main()
