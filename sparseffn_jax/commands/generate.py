@@ -50,8 +50,8 @@ class Generate(GenerateArguments):
         if self.chat:
             inputs = [_as_chat(tokenizer, [_message("user", prompt)]) for prompt in prompts]
         if len(prompts) == 1 and not self.json:
-            beginning = () if self.chat else (prompts[0],)
-            _show(itertools.chain(beginning, writer.stream(inputs[0])), console)
+            before = "" if self.chat else prompts[0]
+            _show(writer.stream(inputs[0], before=before), console)
             return
         with counter("continuing prompts") as count:
             for done, text in enumerate(writer.texts(inputs), 1):
@@ -103,8 +103,10 @@ class _Writer:
         self._key = jax.random.key(arguments.seed)
         self._n_positions = pretrained.spec.n_positions
 
-    def stream(self, prompt: str | Sequence[int], least_length: int = 0) -> Iterator[str]:
-        """Yields one prompt's continuation, piece by piece."""
+    def stream(
+        self, prompt: str | Sequence[int], *, before: str = "", least_length: int = 0
+    ) -> Iterator[str]:
+        """Yields ``before`` and one prompt's continuation, piece by piece."""
         limit = self._arguments.max_new_tokens
         pieces = stream_text(
             *self._model, [self._ids(prompt)], limit, self._how,
@@ -113,7 +115,8 @@ class _Writer:
         )  # fmt: skip
         with stage("compiling"):
             first = next(pieces)
-        for (piece,) in itertools.chain([first], pieces):
+        # On a terminal, what is said of compiling clears the line that it stands on.
+        for (piece,) in itertools.chain([(before,), first], pieces):
             yield piece
 
     def texts(self, prompts: Sequence[str | Sequence[int]]) -> Iterator[str]:
