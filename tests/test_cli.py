@@ -280,6 +280,11 @@ def test_a_loss_on_completions_counts_them_and_says_so(folder, tmp_path, capfd):
 def test_generate_continues_the_prompt(sparse, capfd):
     run("generate", "--model", sparse, "--prompt", "def f1(x):", "--max-new-tokens", 5)
     assert capfd.readouterr().out.startswith("def f1(x):")
+    # On a terminal a stage clears its line: nothing that stays may stand there before.
+    both = io.StringIO()
+    with contextlib.redirect_stdout(both), contextlib.redirect_stderr(both):
+        run("generate", "--model", sparse, "--prompt", "def f1(x):", "--max-new-tokens", 5)
+    assert "compiling\ndef f1(x):" in both.getvalue()
 
 
 def test_sampling_options_reach_the_sampler(sparse, capfd):
