@@ -26,6 +26,10 @@ RIDGE = 1e-4
 _INSIDE = 0.999
 # Features whose products with all features behind them are computed at once.
 _FEATURES = 1024
+# Rows of a matrix that are eliminated at once. SciPy's LAPACK holds the interpreter's lock, so that
+# a whole matrix of 5000 rows would stop progress bars and Ctrl-C for seconds; NumPy's products,
+# which do the rest, let it go.
+_ROWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Moments:
             _add_sums(totals, x - shifts[0], y - shifts[1])
             n += len(x)
         assert shifts is not None
-        _mirror(totals[0])
+        _mirror(totals[0], _FEATURES)
         for total in totals:
             total /= n
         xx, xy, x_sum, y_sum = totals
@@ -106,10 +110,7 @@ class Moments:
         if axes is not None:
             inner, across, xy = axes.T @ inner @ axes, axes.T @ across, axes.T @ xy
         width = across.shape[1]
-        # In LAPACK's order, to be overwritten.
-        explained = np.empty((len(inner), width + xy.shape[1]), order="F")
-        explained[:, :width], explained[:, width:] = across, xy
-        explained = ridge_solve(inner, explained, overwrite_xy=True)
+        explained = ridge_solve(inner, np.hstack([across, xy]), overwrite_xy=True)
         xx = across.T @ explained[:, :width]
         np.subtract(self.xx[i, i], xx, out=xx)
         return Moments(
@@ -142,10 +143,10 @@ def _products(x: Array, y: Array, start: int) -> tuple[Array, Array]:
     return product(x[:, start:]), product(y)
 
 
-def _mirror(xx: Float[np.ndarray, "i i"]) -> None:
+def _mirror(xx: Float[np.ndarray, "i i"], block: int) -> None:
     """Copies what lies right of the diagonal's blocks to below them."""
-    for start in range(0, len(xx), _FEATURES):
-        rows, after = slice(start, start + _FEATURES), slice(start + _FEATURES, None)
+    for start in range(0, len(xx), block):
+        rows, after = slice(start, start + block), slice(start + block, None)
         xx[after, rows] = xx[rows, after].T
 
 
@@ -162,14 +163,42 @@ def ridge_solve(
       xx: second moments of the features.
       xy: second moments of features and targets.
       ridge: relative ridge.
-      overwrite_xy: whether ``xy`` may be lost; in column-major order no copy of it is made then.
+      overwrite_xy: whether ``xy`` may be lost; no copy of it is made then.
     """
+    solved = xy if overwrite_xy else np.array(xy, np.result_type(xx, xy))
+    _solve_in_place(_ridged(xx, ridge), solved)
+    return solved
+
+
+def _solve_in_place(system: Float[np.ndarray, "i i"], xy: Float[np.ndarray, "i o"]) -> None:
+    """Overwrites ``xy`` by ``system^-1 xy``, by Gaussian elimination in blocks; loses ``system``.
+
+    As the system is Hermitian, what lies below its diagonal's blocks is neither read nor written.
+    """
+    starts = range(0, len(system), _ROWS)
+    for start in starts:
+        rows, after = slice(start, start + _ROWS), slice(start + _ROWS, None)
+        across = np.conjugate(system[rows]).T
+        solved = _solve_definite(system[rows, rows], np.hstack([system[rows, after], xy[rows]]))
+        system[rows, after], xy[rows] = np.hsplit(solved, [-xy.shape[1]])
+        xy[after] -= across[after] @ xy[rows]
+        for other in starts[start // _ROWS + 1 :]:
+            block = slice(other, other + _ROWS)
+            system[block, other:] -= across[block] @ system[rows, other:]
+    for start in reversed(starts):
+        rows, after = slice(start, start + _ROWS), slice(start + _ROWS, None)
+        xy[rows] -= system[rows, after] @ xy[after]
+
+
+def _solve_definite(
+    system: Float[np.ndarray, "i i"], xy: Float[np.ndarray, "i o"]
+) -> Float[np.ndarray, "i o"]:
     try:
-        factor = scipy.linalg.cho_factor(_ridged(xx, ridge), overwrite_a=True, check_finite=False)
+        factor = scipy.linalg.cho_factor(system, check_finite=False)
     except np.linalg.LinAlgError:
         # Sums in float32 of activations that differ much in size are not always definite.
-        return np.linalg.solve(_ridged(xx, ridge), xy)
-    return scipy.linalg.cho_solve(factor, xy, overwrite_b=overwrite_xy, check_finite=False)
+        return np.linalg.solve(system, xy)
+    return scipy.linalg.cho_solve(factor, xy, check_finite=False)
 
 
 def ridge_inverse(
@@ -177,18 +206,35 @@ def ridge_inverse(
 ) -> Float[np.ndarray, "i i"]:
     """Returns ``(xx + ridge * mean(diag(xx)) I)^-1`` for a real symmetric ``xx``.
 
+    The inverse is made in place by sweeping (Goodnight 1979, A tutorial on the SWEEP operator), a
+    block of rows at a time.
+
     Args:
       xx: second moments of the features.
       overwrite_xx: whether ``xx`` may be lost; no copy of it is made then.
     """
-    # Both are symmetric: transposed, rows are LAPACK's columns.
-    system = _ridged(xx.T, RIDGE, copy=not overwrite_xx)
-    return scipy.linalg.inv(system, overwrite_a=True, check_finite=False).T
+    inverse = _ridged(xx, RIDGE, copy=not overwrite_xx)
+    starts = range(0, len(inverse), _ROWS)
+    for start in starts:
+        rows = slice(start, start + _ROWS)
+        # Blocks below the diagonal are those above it, transposed, and are not kept up to date.
+        column = np.vstack([inverse[:start, rows], inverse[rows, start:].T])
+        pivot = np.linalg.inv(column[rows])
+        scaled = column @ pivot
+        for other in starts:
+            block = slice(other, other + _ROWS)
+            if other != start:
+                inverse[block, other:] -= scaled[block] @ column[other:].T
+        inverse[:start, rows], inverse[rows, start:] = scaled[:start], scaled[start:].T
+        inverse[rows, rows] = -pivot
+    np.negative(inverse, out=inverse)
+    _mirror(inverse, _ROWS)
+    return inverse
 
 
 def _ridged(xx: np.ndarray, ridge: float, *, copy: bool = True) -> np.ndarray:
-    """Returns ``xx + ridge * mean(diag(xx)) I``, in LAPACK's order and free to be overwritten."""
-    system = np.array(xx, order="F") if copy else np.asarray(xx, order="F")
+    """Returns ``xx + ridge * mean(diag(xx)) I``, free to be overwritten."""
+    system = np.array(xx) if copy else xx
     scale = max(float(np.trace(xx).real) / len(xx), np.finfo(np.float64).tiny)
     system.flat[:: len(xx) + 1] += ridge * scale
     return system

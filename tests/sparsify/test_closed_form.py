@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from sparseffn_jax.ops.masks import BlockMask
+from sparseffn_jax.sparsify import closed_form
 from sparseffn_jax.sparsify.closed_form import (
     RIDGE,
     Moments,
     block_circulant_regression,
     masked_regression,
     reduced_rank_regression,
+    ridge_inverse,
     ridge_solve,
     whitened_svd,
 )
@@ -68,10 +70,27 @@ def test_ridge_solve_is_least_squares(rng):
     np.testing.assert_allclose(ridge_solve(moments.xx, moments.xy), lstsq(x, y), atol=2e-3)
 
 
+@pytest.mark.parametrize("n", [511, 512, 1100])
+def test_systems_larger_than_a_block_of_rows(rng, n):
+    x, y = rng.normal(size=(n + 100, n)), rng.normal(size=(n, 3))
+    xx = x.T @ x / len(x)
+    ridged = xx + RIDGE * np.mean(np.diag(xx)) * np.eye(n)
+    before = xx.copy()
+    np.testing.assert_allclose(ridged @ ridge_solve(xx, y), y, atol=1e-10)
+    inverse = ridge_inverse(xx)
+    np.testing.assert_array_equal(xx, before)
+    np.testing.assert_allclose(ridged @ inverse, np.eye(n), atol=1e-10)
+    np.testing.assert_allclose(inverse, inverse.T, rtol=0, atol=1e-10)
+    assert ridge_inverse(xx, overwrite_xx=True) is xx
+    np.testing.assert_array_equal(xx, inverse)
+
+
+@pytest.mark.parametrize("rows", [2, 512])
 @pytest.mark.parametrize("dtype", [float, complex])
 @pytest.mark.parametrize("least", [0.5, -0.5])
-def test_ridge_solve_needs_no_definite_moments(rng, dtype, least):
+def test_ridge_solve_needs_no_definite_moments(rng, dtype, least, rows, monkeypatch):
     """Rounding of float32 sums can make the least eigenvalues negative."""
+    monkeypatch.setattr(closed_form, "_ROWS", rows)
     draw = rng.normal(size=(2, 6, 6)) + (1j * rng.normal(size=(2, 6, 6)) if dtype is complex else 0)
     vectors = np.linalg.qr(draw[0])[0]
     xx = vectors @ np.diag([least, 1.0, 2.0, 3.0, 4.0, 5.0]) @ vectors.conj().T
