@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sparseffn_jax.evaluate.fused_loss import Outputs, token_losses
-from sparseffn_jax.evaluate.windows import cut_windows
+from sparseffn_jax.evaluate.windows import cut_windows, smaller_batches
 from sparseffn_jax.measure.memory import CheckedJit
 from sparseffn_jax.models.decoder import Decoder
 
@@ -199,7 +199,7 @@ def make_evaluator(
         losses, _ = token_losses(outputs, batch[:, 1:])
         return jnp.sum(losses, where=counted)
 
-    run = CheckedJit(sum_losses, "evaluation", "lower the batch size or the window")
+    run = CheckedJit(sum_losses, "evaluation", smaller_batches)
 
     def evaluate(params, windows, batch_size, counted=None, on_batch=None):
         if counted is None:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from sparseffn_jax.evaluate.fused_loss import token_losses
 from sparseffn_jax.evaluate.losses import OnBatch, forward
+from sparseffn_jax.evaluate.windows import smaller_batches
 from sparseffn_jax.measure.memory import CheckedJit
 
 Params = dict[str, Any]
@@ -52,7 +53,7 @@ def make_scorer(model: nn.Module, window: int, batch_size: int) -> Scorer:
         is_greedy = jnp.all(is_likeliest, axis=1, where=counted)
         return -jnp.sum(losses, axis=1, where=counted), is_greedy
 
-    run = CheckedJit(score_batch, "scoring", "lower the batch size or the window")
+    run = CheckedJit(score_batch, "scoring", smaller_batches)
 
     def score(params, rows, counts, on_batch=None):
         lengths = np.array([len(row) for row in rows])

@@ -1,5 +1,7 @@
 """Windows of tokens, on which a model is trained and evaluated."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Shaped
 
@@ -32,3 +34,25 @@ def check_window(window: int | None, n_positions: int) -> int:
             f"window={window} must lie between 1 and the model's n_positions={n_positions}"
         )
     return window
+
+
+def smaller_batches(params: Any, batch: Any, *more: Any) -> dict[str, tuple[Any, ...]]:
+    """Returns the arguments of a forward pass with half of the batch, and half of the window.
+
+    Args:
+      params: the model's parameters.
+      batch: token ids (b, t + 1).
+      *more: arrays (b, t) that belong to them.
+
+    Returns:
+      Each by the setting that makes it so, as :class:`~sparseffn_jax.measure.memory.CheckedJit`
+      takes them.
+    """
+    windows, tokens = len(batch) // 2, (batch.shape[1] - 1) // 2
+    halves = {}
+    if windows:
+        halves[f"batch_size={windows}"] = params, *(part[:windows] for part in (batch, *more))
+    if tokens:
+        parts = (part[:, :tokens] for part in more)
+        halves[f"window={tokens}"] = params, batch[:, : tokens + 1], *parts
+    return halves

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -123,11 +123,21 @@ def check_fits(compiled: Any, what: str, remedies: str) -> None:
     Raises:
       OutOfMemory: if the memory does not suffice; the message says how much is needed and left.
     """
+    device = compiled.runtime_executable().local_devices()[0]
+    check_free(needed_bytes(compiled), free_bytes(device), what, remedies)
+
+
+def needed_bytes(compiled: Any) -> int:
+    """Returns how many bytes of its device a program needs beside its arguments.
+
+    Args:
+      compiled: the program, as ``jax.jit(...).lower(...).compile()`` returns it. Of a CPU, whose
+        devices share its memory, all of them count.
+    """
     memory = memory_of(compiled)
     devices = compiled.runtime_executable().local_devices()
     copies = len(devices) if devices[0].platform == "cpu" else 1
-    needed = copies * (memory.total - memory.arguments)
-    check_free(needed, free_bytes(devices[0]), what, remedies)
+    return copies * (memory.total - memory.arguments)
 
 
 def check_free(needed: int, free: int | None, what: str, remedies: str) -> None:
@@ -150,18 +160,36 @@ def check_free(needed: int, free: int | None, what: str, remedies: str) -> None:
         )
 
 
+def less_memory(needed: Mapping[str, int]) -> str:
+    """Says which settings would need how much, as remedies of an :class:`OutOfMemory`.
+
+    Args:
+      needed: bytes that are needed with each setting in place of the one that there is.
+    """
+    if not needed:
+        return "nothing is left to be made smaller"
+    figures = [f"{setting} would need {size / 2**30:.2f} GiB" for setting, size in needed.items()]
+    return ", ".join(figures)
+
+
 class CheckedJit:
     """A jitted function that, before its first run in each shape, checks that its memory suffices.
 
     Args:
       function: the function to compile; all its arguments are arrays or trees of them.
       what: what it does, for the message.
-      remedies: what the user can do to need less, for the message.
+      smaller: function of the same arguments that returns smaller ones, each by the setting that
+        makes them so; the message says how much memory they would need.
     """
 
-    def __init__(self, function: Callable[..., Any], what: str, remedies: str):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        what: str,
+        smaller: Callable[..., Mapping[str, tuple[Any, ...]]],
+    ):
         self._function = jax.jit(function)
-        self._what, self._remedies = what, remedies
+        self._what, self._smaller = what, smaller
         self._compiled: dict[Any, Any] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -173,10 +201,20 @@ class CheckedJit:
         leaves, structure = jax.tree.flatten(args)
         key = structure, *map(_kind, leaves)
         if key not in self._compiled:
-            compiled = self._function.lower(*args).compile()
-            check_fits(compiled, self._what, self._remedies)
-            self._compiled[key] = compiled
+            self._compiled[key] = self._checked(args)
         return self._compiled[key](*args)
+
+    def _checked(self, args: tuple[Any, ...]) -> Any:
+        compiled = self._function.lower(*args).compile()
+        try:
+            check_fits(compiled, self._what, "")
+        except OutOfMemory as error:
+            needed = {
+                setting: needed_bytes(self._function.lower(*less).compile())
+                for setting, less in self._smaller(*args).items()
+            }
+            raise OutOfMemory(error.shortage, less_memory(needed)) from None
+        return compiled
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:

@@ -220,7 +220,17 @@ class Streams:
                 sown = variables["intermediates"]
                 return out, sown["ffn_input"][0], sown["ffn_output"][0]
 
-            self._runs[key] = CheckedJit(
-                run, "a layer's forward pass", "lower the batch size or the window"
-            )
+            self._runs[key] = CheckedJit(run, "a layer's forward pass", _smaller)
         return self._runs[key]
+
+
+def _smaller(params: Any, x: Array, table: Any) -> dict[str, tuple[Any, ...]]:
+    """Returns the arguments of a layer with half of the batch, and with half of the window."""
+    windows, tokens = (size // 2 for size in x.shape[:2])
+    halves = {}
+    if windows:
+        halves[f"batch_size={windows}"] = params, x[:windows], table
+    if tokens:
+        part = jax.tree.map(lambda leaf: leaf[:, :tokens], table)
+        halves[f"window={tokens}"] = params, x[:, :tokens], part
+    return halves

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from sparseffn_jax.evaluate.losses import make_evaluator
-from sparseffn_jax.measure.memory import OutOfMemory
+from sparseffn_jax.measure.memory import OutOfMemory, check_fits, less_memory, needed_bytes
 from sparseffn_jax.nn.lora import LoraAdapter
 from sparseffn_jax.progress import say, stage
 from sparseffn_jax.train import guard, processes
@@ -317,27 +317,53 @@ class Run:
 
     def _compile_step(self) -> None:
         config, (batch_size, width) = self._config, self._batch_shape
+        stages = len(self._stage_ends)
+        of = f" of stage {self.position.stage + 1} of {stages}" if stages > 1 else ""
+        with self._doing(
+            f"compiling the training step{of} ({config.recipe}, {batch_size} x {width - 1} tokens)"
+        ):
+            self._step = self._compiled(self._model, config, self._batch_shape)
+        try:
+            check_fits(self._step, "a training step", "")
+        except OutOfMemory as error:
+            if self._may_remat:
+                raise
+            raise OutOfMemory(error.shortage, self._less_memory()) from None
+
+    def _compiled(self, model: nn.Module, config: TrainConfig, batch_shape: tuple[int, int]) -> Any:
         update = make_update(
-            self._model,
+            model,
             self._stage,
             config,
             self._teacher_model,
             gather=self._strategy.gather,
             batch_shards=self._strategy.batch_shards,
         )
-        stages = len(self._stage_ends)
-        of = f" of stage {self.position.stage + 1} of {stages}" if stages > 1 else ""
-        with self._doing(
-            f"compiling the training step{of} ({config.recipe}, {batch_size} x {width - 1} tokens)"
-        ):
-            self._step = self._strategy.compile(
-                update,
-                self._state,
-                self._frozen,
-                self._teacher_params,
-                self._batch_shape,
-                counts=self._windows.train_counted is not None,
-            )
+        return self._strategy.compile(
+            update,
+            self._state,
+            self._frozen,
+            self._teacher_params,
+            batch_shape,
+            counts=self._windows.train_counted is not None,
+        )
+
+    def _less_memory(self) -> str:
+        model, config, (batch_size, width) = self._model, self._config, self._batch_shape
+        others: dict[str, tuple[nn.Module, TrainConfig, tuple[int, int]]] = {}
+        if getattr(model, "remat", True) is False:
+            others["remat=True"] = _with_remat(model, True), config, self._batch_shape
+        parts = 2 * config.accumulate_steps
+        if batch_size % (parts * self._strategy.batch_shards) == 0:
+            more = dataclasses.replace(config, accumulate_steps=parts)
+            others[f"accumulate_steps={parts}"] = model, more, self._batch_shape
+            fewer = dataclasses.replace(config, batch_size=batch_size // 2)
+            others[f"batch_size={batch_size // 2}"] = model, fewer, (batch_size // 2, width)
+        if tokens := (width - 1) // 2:
+            others[f"window={tokens}"] = model, config, (batch_size, tokens + 1)
+        with self._doing("finding out what would need less memory"):
+            needed = {name: needed_bytes(self._compiled(*other)) for name, other in others.items()}
+        return less_memory(needed)
 
     def _is_snapshot_due(self) -> bool:
         step, config = self.position.step, self._config

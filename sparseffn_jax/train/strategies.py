@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int, Shaped
 
-from sparseffn_jax.measure.memory import check_fits
 from sparseffn_jax.models.decoder import gathering
 from sparseffn_jax.ops.plans.choice import refusing
 from sparseffn_jax.train import sharding
@@ -91,6 +90,9 @@ class SingleDevice:
     ) -> Callable:
         """Compiles an :class:`~sparseffn_jax.train.step.Update` for placed arguments.
 
+        Nothing is allocated; :func:`~sparseffn_jax.measure.memory.check_fits` says whether what is
+        returned can run.
+
         Args:
           update: the update.
           state: the train state, or its shapes and shardings.
@@ -98,13 +100,10 @@ class SingleDevice:
           teacher: the teacher's parameters, or ``None``.
           batch_shape: ``(batch_size, window + 1)``, the shape of a batch on all devices together.
           counts: whether a batch says which of its targets count.
-
-        Raises:
-          MemoryError: if the update needs more memory than there is beside the arguments.
         """
         batch = _abstract_batch(batch_shape, counts)
         step = jax.jit(update, donate_argnums=0, compiler_options=compiler_options(state))
-        return _compiled(step, state, frozen, teacher, batch)
+        return step.lower(state, frozen, teacher, batch, *STEP_SCALARS).compile()
 
     def tracing(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which programs for placed parameters are to be traced."""
@@ -186,7 +185,7 @@ class MeshSharding(SingleDevice):
             out_shardings=(sharding.shardings(self.mesh, state), everywhere),
         )
         with self.tracing():
-            return _compiled(step, state, frozen, teacher, batch)
+            return step.lower(state, frozen, teacher, batch, *STEP_SCALARS).compile()
 
     @contextlib.contextmanager
     def tracing(self):
@@ -271,16 +270,6 @@ def _abstract_batch(shape: tuple[int, int], counts: bool, where: Any = None) -> 
     tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
     counted: Any = jax.ShapeDtypeStruct((shape[0], shape[1] - 1), bool, sharding=where)
     return Batch(tokens, counted) if counts else tokens
-
-
-def _compiled(step: Any, state: Any, frozen: Any, teacher: Any, batch: Any) -> Callable:
-    compiled = step.lower(state, frozen, teacher, batch, *STEP_SCALARS).compile()
-    remedies = (
-        "lower batch_size or the window, raise accumulate_steps, set remat, or share the "
-        "parameters out over more devices"
-    )
-    check_fits(compiled, "a training step", remedies)
-    return compiled
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

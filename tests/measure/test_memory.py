@@ -65,14 +65,20 @@ def test_a_checked_function_is_compiled_and_checked_once_a_shape(monkeypatch):
         traced.append(x.shape)
         return tree["a"] * 2 + x
 
-    run = CheckedJit(double, "doubling", "halve it")
+    def smaller(tree, x):
+        return {"size=128": ({"a": tree["a"][:128]}, x[:128])} if len(x) > 128 else {}
+
+    run = CheckedJit(double, "doubling", smaller)
     for size in (3, 3, 5, 3):
         np.testing.assert_array_equal(run({"a": np.ones(size)}, jnp.ones(size)), np.full(size, 3.0))
     assert traced == [(3,), (5,)]
     monkeypatch.setattr(measure_memory, "free_bytes", lambda device: 0)
     run({"a": np.ones(3)}, jnp.ones(3))
-    with pytest.raises(MemoryError, match="doubling needs"):
+    with pytest.raises(MemoryError, match=r"needs .*: nothing is left to be made smaller"):
         run({"a": np.ones(7)}, jnp.ones(7))
+    many = np.ones(1 << 27, np.float32)
+    with pytest.raises(MemoryError, match=r"needs 0\.50 GiB .*: size=128 would need 0\.00"):
+        run({"a": many}, many)
 
 
 def test_a_cpu_has_the_memory_of_its_machine():
