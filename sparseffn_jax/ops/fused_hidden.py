@@ -7,13 +7,11 @@ tile by tile. The backward pass computes them again in two kernels: one adds up 
 components over hidden units, the other the gradients of the weights over tokens.
 
 Products take operands in their own precision and accumulate in float32; everything elementwise is
-in float32. The kernels are written in Pallas and compiled by Triton, which wants powers of two:
-ranks are cut into pieces of such widths.
+in float32. The kernels are written in Pallas and compiled by Triton.
 """
 
 import functools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +19,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.divided import divided
+from sparseffn_jax.ops.fused_kernels import (
+    Operands,
+    Tile,
+    components_kernel,
+    forward_kernel,
+    weights_kernel,
+)
 from sparseffn_jax.ops.hidden import Activate, Channels
 from sparseffn_jax.ops.plans.kernels import devices, triton, triton_refusal
-from sparseffn_jax.ops.polynomial import slope, value, weighted_terms
 
-# The narrowest operand of a matrix product, and the widest piece that a rank is cut into.
-_NARROWEST, _WIDEST = 16, 128
+# The narrowest operand of a matrix product.
+_NARROWEST = 16
 # The most hidden units of a tile: others are added until there is a multiple of them.
 _UNITS = 64
 # That of Hopper's GPUs, for whose registers and shared memory the tiles were chosen: with them the
@@ -41,55 +44,12 @@ _CORES, _MOST_SHARES = 132, 8
 _SHARED = 225 * 2**10
 
 
-class _Operands(NamedTuple):
-    """The arrays of a layer, or the kernels' references to them.
-
-    Attributes:
-      components: (T, rank) of each map into the hidden units.
-      filters: (rank, m) of each of them.
-      axes: (m, rank); the axes of the map out of the hidden units.
-      biases: (m,) of each map into the hidden units; empty if there are none.
-      coefficients: (terms, m or 1) of a polynomial; empty for a plain activation.
-    """
-
-    components: tuple[Any, ...]
-    filters: tuple[Any, ...]
-    axes: Any
-    biases: tuple[Any, ...]
-    coefficients: tuple[Any, ...]
-
-
-class _Gradients(NamedTuple):
-    """The gradients of some hidden units' weights, in pieces along the ranks, units first."""
-
-    filters: list[list[Array]]
-    axes: list[Array]
-    biases: list[Array]
-    coefficients: list[Array]
-
-
-class _Tile(NamedTuple):
-    """What a kernel takes at a time, and how.
-
-    Attributes:
-      rows: number of tokens.
-      units: number of hidden units.
-      warps: groups of 32 threads that share the work.
-      stages: how many tiles are loaded ahead.
-    """
-
-    rows: int
-    units: int
-    warps: int
-    stages: int
-
-
 class _Tiles(NamedTuple):
     """The tiles of the three kernels, and the number of shares of the tokens in the third."""
 
-    forward: _Tile
-    components: _Tile
-    weights: _Tile
+    forward: Tile
+    components: Tile
+    weights: Tile
     shares: int
 
 
@@ -137,7 +97,7 @@ def hidden_layer(
       The components (T, rank) of the outputs, in the dtype of ``axes``.
     """
     coefficients = () if channels.coefficients is None else (channels.coefficients,)
-    operands = _Operands(tuple(components), tuple(filters), axes, channels.biases, coefficients)
+    operands = Operands(tuple(components), tuple(filters), axes, channels.biases, coefficients)
     return _layer(activate, interpret, operands)
 
 
@@ -158,25 +118,25 @@ def _tiles(
     components = into + out_of
     has_many, is_wide = tokens > 8192, components > 320
     if degrees or is_gated:
-        forward = _Tile(64, 64, 4, 3)
+        forward = Tile(64, 64, 4, 3)
     elif is_wide:
-        forward = _Tile(128, 64, 8, 2) if has_many else _Tile(64, 64, 4, 3)
+        forward = Tile(128, 64, 8, 2) if has_many else Tile(64, 64, 4, 3)
     else:
-        forward = _Tile(64, 64, 4, 2)
+        forward = Tile(64, 64, 4, 2)
     # The components of the tokens, and the weights of the units that are loaded ahead.
     entries = forward.rows * into + forward.stages * forward.units * components
     if 2 * entries > _SHARED:
-        forward = _Tile(64, 64, 4, 2)
+        forward = Tile(64, 64, 4, 2)
     if is_gated:
-        of_components = _Tile(64, 32 if degrees or is_wide else 64, 4, 3)
+        of_components = Tile(64, 32 if degrees or is_wide else 64, 4, 3)
     elif is_wide:
-        of_components = _Tile(128, 32, 8, 3) if has_many else _Tile(64, 32, 4, 3)
+        of_components = Tile(128, 32, 8, 3) if has_many else Tile(64, 32, 4, 3)
     else:
-        of_components = _Tile(128, 64, 8, 3) if degrees and has_many else _Tile(64, 64, 4, 2)
+        of_components = Tile(128, 64, 8, 3) if degrees and has_many else Tile(64, 64, 4, 2)
     if components > 384:
-        weights = _Tile(32, 64, 8, 3)
+        weights = Tile(32, 64, 8, 3)
     else:
-        weights = _Tile(32 if components <= (192 if degrees else 320) else 16, 64, 4, 3)
+        weights = Tile(32 if components <= (192 if degrees else 320) else 16, 64, 4, 3)
     rows = max(tile.rows for tile in (forward, of_components, weights))
     count = -(-tokens // rows)
 
@@ -202,7 +162,7 @@ def _layer_backward(activate, interpret, operands, dz):
     run = functools.partial(_components_gradient, activate, interpret)
     d_components = _run(run, operands, (dz,), axes.components)
     # Hidden units first, and coefficients for each of them also where units share one.
-    of_weights = _Operands(
+    of_weights = Operands(
         (),
         tuple(" ".join(reversed(filter.split())) for filter in axes.filters),
         axes.axes,
@@ -212,7 +172,7 @@ def _layer_backward(activate, interpret, operands, dz):
     leaves, structure = jax.tree.flatten(of_weights)
     run = functools.partial(_weights_gradients, activate, interpret)
     sums = jax.tree.unflatten(structure, _run(run, operands, (dz,), leaves))
-    gradients = _Operands(
+    gradients = Operands(
         tuple(d_components),
         tuple(d_filter.T for d_filter in sums.filters),
         sums.axes,
@@ -228,10 +188,10 @@ def _layer_backward(activate, interpret, operands, dz):
 _layer.defvjp(_layer_forward, _layer_backward)
 
 
-def _axes_of(operands: _Operands) -> Any:
+def _axes_of(operands: Operands) -> Any:
     """Names the axes of the operands: t tokens, u hidden units, and the components of each map."""
     maps = range(len(operands.components))
-    return _Operands(
+    return Operands(
         tuple(f"t r{i}" for i in maps),
         tuple(f"r{i} u" for i in maps),
         "u s",
@@ -241,7 +201,7 @@ def _axes_of(operands: _Operands) -> Any:
 
 
 def _run(
-    run: Any, operands: _Operands, others: tuple[Array, ...], results: Sequence[str]
+    run: Any, operands: Operands, others: tuple[Array, ...], results: Sequence[str]
 ) -> Sequence[Array]:
     """Runs a function of the operands, and of gradients of outputs, for the axes of its results."""
     leaves, structure = jax.tree.flatten(operands)
@@ -256,14 +216,14 @@ def _run(
     return divided(kernel, rule, ("t", "u"), *leaves, *others)
 
 
-def _padded(activate: Activate, given: _Operands) -> tuple[_Operands, _Tiles]:
+def _padded(activate: Activate, given: Operands) -> tuple[Operands, _Tiles]:
     """Returns the operands with sides that tiles divide, and the tiles."""
     tokens, units = len(given.components[0]), len(given.axes)
     ranks = [_up(len(filter), _NARROWEST) for filter in given.filters]
     into, out_of = sum(ranks), _up(given.axes.shape[1], _NARROWEST)
     columns = _up(units, _UNITS)
     tiles, rows = _tiles(tokens, columns, into, out_of, len(ranks) > 1, activate.degrees)
-    padded = _Operands(
+    padded = Operands(
         tuple(_pad(c, rows, rank) for c, rank in zip(given.components, ranks, strict=True)),
         tuple(_pad(f, rank, columns) for f, rank in zip(given.filters, ranks, strict=True)),
         _pad(given.axes, columns, out_of),
@@ -277,23 +237,23 @@ def _pad(array: Array, *sides: int) -> Array:
     return jnp.pad(array, [(0, to - side) for to, side in zip(sides, array.shape, strict=True)])
 
 
-def _forward(activate: Activate, interpret: bool, given: _Operands) -> list[Array]:
+def _forward(activate: Activate, interpret: bool, given: Operands) -> list[Array]:
     """Returns the components (T, rank) of the outputs."""
     operands, tiles = _padded(activate, given)
     rows, rank = len(operands.components[0]), operands.axes.shape[1]
-    kernel = functools.partial(_forward_kernel, activate, tiles.forward)
+    kernel = functools.partial(forward_kernel, activate, tiles.forward)
     out = jax.ShapeDtypeStruct((rows, rank), operands.axes.dtype)
     z = _call(kernel, tiles.forward, (rows // tiles.forward.rows,), operands, (), out, interpret)
     return [z[: len(given.components[0]), : given.axes.shape[1]]]
 
 
 def _components_gradient(
-    activate: Activate, interpret: bool, given: _Operands, dz: Array
+    activate: Activate, interpret: bool, given: Operands, dz: Array
 ) -> list[Array]:
     """Returns the gradient (T, rank) of the components for each map into the hidden units."""
     operands, tiles = _padded(activate, given)
     rows, tile = len(operands.components[0]), tiles.components
-    kernel = functools.partial(_components_kernel, activate, tile)
+    kernel = functools.partial(components_kernel, activate, tile)
     out = [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in operands.components]
     others = (_pad(dz, rows, operands.axes.shape[1]),)
     gradients = _call(kernel, tile, (rows // tile.rows,), operands, others, out, interpret)
@@ -301,7 +261,7 @@ def _components_gradient(
 
 
 def _weights_gradients(
-    activate: Activate, interpret: bool, given: _Operands, dz: Array
+    activate: Activate, interpret: bool, given: Operands, dz: Array
 ) -> list[Array]:
     """Returns in float32 the gradients (m, rank) of the filters, transposed, and of the axes.
 
@@ -323,7 +283,7 @@ def _weights_gradients(
     ]
     out = [jax.ShapeDtypeStruct((tiles.shares, *shape), jnp.float32) for shape in full]
     tile, turns = tiles.weights, rows // tiles.weights.rows // tiles.shares
-    kernel = functools.partial(_weights_kernel, activate, tile, turns)
+    kernel = functools.partial(weights_kernel, activate, tile, turns)
     others, grid = (_pad(dz, rows, operands.axes.shape[1]),), (units // tile.units, tiles.shares)
     leaves = _call(kernel, tile, grid, operands, others, out, interpret)
     return [
@@ -334,9 +294,9 @@ def _weights_gradients(
 
 def _call(
     kernel: Any,
-    tile: _Tile,
+    tile: Tile,
     grid: tuple[int, ...],
-    operands: _Operands,
+    operands: Operands,
     others: tuple[Array, ...],
     out: Any,
     interpret: bool,
@@ -349,7 +309,7 @@ def _call(
         kernel(given, *refs[len(leaves) :])
 
     # Profiles, and what reads compiled programs, find the kernel by this name.
-    body.__name__ = body.__qualname__ = kernel.func.__name__.strip("_")
+    body.__name__ = body.__qualname__ = kernel.func.__name__
     return pl.pallas_call(
         body,
         out_shape=out,
@@ -358,205 +318,3 @@ def _call(
         name=body.__name__,
         compiler_params=triton().CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
     )(*leaves, *others)
-
-
-def _forward_kernel(activate: Activate, tile: _Tile, given: _Operands, z_ref: Any) -> None:
-    rows = pl.ds(pl.program_id(0) * tile.rows, tile.rows)
-    components = [_pieces(ref, rows) for ref in given.components]
-
-    def turn(j: Array, sums: list[Array]) -> list[Array]:
-        units = pl.ds(j * tile.units, tile.units)
-        us = _pre_activations(components, given, units, axis=1)
-        hidden = _hidden(activate, us, _coefficients(activate, given, units, axis=1))
-        return _added(sums, hidden.astype(z_ref.dtype), _pieces(given.axes, units))
-
-    pieces = _cut(z_ref.shape[1])
-    zeros = [jnp.zeros((tile.rows, piece.size), jnp.float32) for piece in pieces]
-    sums = jax.lax.fori_loop(0, len(given.axes) // tile.units, turn, zeros)
-    for piece, total in zip(pieces, sums, strict=True):
-        z_ref[rows, piece] = total.astype(z_ref.dtype)
-
-
-def _components_kernel(
-    activate: Activate, tile: _Tile, given: _Operands, dz_ref: Any, *out: Any
-) -> None:
-    """Adds up the gradient of the components of some tokens over all hidden units."""
-    rows = pl.ds(pl.program_id(0) * tile.rows, tile.rows)
-    components = [_pieces(ref, rows) for ref in given.components]
-    dz = _pieces(dz_ref, rows)
-
-    def turn(j: Array, sums: list[list[Array]]) -> list[list[Array]]:
-        units = pl.ds(j * tile.units, tile.units)
-        us = _pre_activations(components, given, units, axis=1)
-        dh = _sum_of_products(dz, _pieces(given.axes, units))
-        coefficients = _coefficients(activate, given, units, axis=1)
-        _, dus, _ = _derivatives(activate, us, coefficients, dh)
-        return [
-            [
-                total + _dot(du.astype(dz_ref.dtype), filter[piece, units], (1, 1))
-                for total, piece in zip(totals, _cut(len(filter)), strict=True)
-            ]
-            for totals, du, filter in zip(sums, dus, given.filters, strict=True)
-        ]
-
-    zeros = [
-        [jnp.zeros((tile.rows, piece.size), jnp.float32) for piece in _cut(ref.shape[1])]
-        for ref in out
-    ]
-    sums = jax.lax.fori_loop(0, len(given.axes) // tile.units, turn, zeros)
-    for ref, totals in zip(out, sums, strict=True):
-        for piece, total in zip(_cut(ref.shape[1]), totals, strict=True):
-            ref[rows, piece] = total.astype(ref.dtype)
-
-
-def _weights_kernel(
-    activate: Activate, tile: _Tile, turns: int, given: _Operands, dz_ref: Any, *out: Any
-) -> None:
-    """Adds up the gradients of the weights of some hidden units over a share of the tokens.
-
-    Hidden units are the rows here: what is multiplied by the tokens' components then lies in
-    registers as the product wants it, and the tensor cores' smallest number of rows, 64, falls on
-    the units and not on a piece of a rank.
-    """
-    units, share = pl.ds(pl.program_id(0) * tile.units, tile.units), pl.program_id(1)
-    coefficients = _coefficients(activate, given, units, axis=0)
-    dtype = dz_ref.dtype
-
-    def turn(i: Array, sums: _Gradients) -> _Gradients:
-        rows = pl.ds((share * turns + i) * tile.rows, tile.rows)
-        components, dz = [_pieces(ref, rows) for ref in given.components], _pieces(dz_ref, rows)
-        us = _pre_activations(components, given, units, axis=0)
-        dh = _sum_of_products(_pieces(given.axes, units), dz)
-        hidden, dus, terms = _derivatives(activate, us, coefficients, dh)
-        return _Gradients(
-            [
-                _added(totals, du.astype(dtype), parts)
-                for totals, du, parts in zip(sums.filters, dus, components, strict=True)
-            ],
-            _added(sums.axes, hidden.astype(dtype), dz),
-            [total + du.sum(axis=1) for total, du in zip(sums.biases, dus, strict=False)],
-            [s + term.sum(axis=1) for s, term in zip(sums.coefficients, terms, strict=True)],
-        )
-
-    def zeros(*shape: int) -> Array:
-        return jnp.zeros((tile.units, *shape), jnp.float32)
-
-    start = _Gradients(
-        [[zeros(piece.size) for piece in _cut(len(filter))] for filter in given.filters],
-        [zeros(piece.size) for piece in _cut(given.axes.shape[1])],
-        [zeros() for _ in given.biases],
-        [zeros() for _ in coefficients or ()],
-    )
-    sums = jax.lax.fori_loop(0, turns, turn, start)
-    refs = iter(out)
-    for totals in (*sums.filters, sums.axes):
-        ref = next(refs)
-        for piece, total in zip(_cut(ref.shape[-1]), totals, strict=True):
-            ref[share, units, piece] = total
-    for total in sums.biases:
-        next(refs)[share, units] = total
-    for term, total in enumerate(sums.coefficients):
-        out[-1][share, term, units] = total
-
-
-def _cut(rank: int) -> list[Any]:
-    """Cuts a rank, a multiple of 16, into slices whose widths are powers of two."""
-    pieces, start = [], 0
-    while start < rank:
-        width = min(_WIDEST, 1 << int(math.log2(rank - start)))
-        pieces.append(pl.ds(start, width))
-        start += width
-    return pieces
-
-
-def _pieces(ref: Any, rows: Any) -> list[Array]:
-    """Reads rows of the components."""
-    return [ref[rows, piece] for piece in _cut(ref.shape[1])]
-
-
-def _dot(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:
-    """Multiplies matrices, summing over an axis of each; the result is in float32."""
-    axes = (((over[0],), (over[1],)), ((), ()))
-    # Whatever precision the user asks of products in float32, these are in half precision.
-    return jax.lax.dot_general(
-        a, b, axes, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32
-    )
-
-
-def _sum_of_products(left: Sequence[Array], right: Sequence[Array], over=(1, 1)) -> Any:
-    """Returns one product of matrices that are cut into pieces along the axis it sums over."""
-    return sum(_dot(a, b, over) for a, b in zip(left, right, strict=True))
-
-
-def _added(totals: Sequence[Array], left: Array, right: Sequence[Array]) -> list[Array]:
-    """Adds a product to its sums, which are in pieces as the right operand is."""
-    return [total + _dot(left, piece) for total, piece in zip(totals, right, strict=True)]
-
-
-def _pre_activations(
-    components: Sequence[Sequence[Array]], given: _Operands, units: Any, axis: int
-) -> list[Array]:
-    """Returns the pre-activations of some units by each map, with its bias, in float32.
-
-    The hidden units lie along ``axis``, the tokens along the other.
-    """
-    us = []
-    for parts, filter in zip(components, given.filters, strict=True):
-        weights = [filter[piece, units] for piece in _cut(len(filter))]
-        us.append(
-            _sum_of_products(parts, weights, (1, 0))
-            if axis == 1
-            else _sum_of_products(weights, parts, (0, 1))
-        )
-    biases = [_beside(bias[units], axis) for bias in given.biases]
-    return [u + bias for u, bias in zip(us, biases, strict=True)] if biases else us
-
-
-def _coefficients(
-    activate: Activate, given: _Operands, units: Any, axis: int
-) -> dict[int, Array] | None:
-    """Reads the coefficients of some hidden units, which lie along ``axis``, by their degrees."""
-    if not given.coefficients:
-        return None
-    (ref,) = given.coefficients
-    if ref.shape[1] == 1:
-        return {k: ref[term, 0].astype(jnp.float32) for term, k in enumerate(activate.degrees)}
-    return {k: _beside(ref[term, units], axis) for term, k in enumerate(activate.degrees)}
-
-
-def _beside(numbers: Array, axis: int) -> Array:
-    """Returns numbers, one a hidden unit, in float32 and so that they broadcast against units."""
-    numbers = numbers.astype(jnp.float32)
-    return numbers[None, :] if axis == 1 else numbers[:, None]
-
-
-def _hidden(
-    activate: Activate, us: Sequence[Array], coefficients: Mapping[int, Array] | None
-) -> Array:
-    """Returns the hidden units, in float32."""
-    if coefficients is None:
-        phi = get_activation(activate.activation)(us[0])
-    else:
-        phi = value(us[0], coefficients, activate.radius)
-    return phi if len(us) == 1 else phi * us[1]
-
-
-def _derivatives(
-    activate: Activate,
-    us: Sequence[Array],
-    coefficients: Mapping[int, Array] | None,
-    dh: Array,
-) -> tuple[Array, list[Array], list[Array]]:
-    """Returns hidden units, gradients of pre-activations, and those of coefficients by token."""
-    d_phi = dh if len(us) == 1 else dh * us[1]
-    terms: list[Array] = []
-    if coefficients is None:
-        phi, pullback = jax.vjp(get_activation(activate.activation), us[0])
-        (du,) = pullback(d_phi)
-    else:
-        phi = value(us[0], coefficients, activate.radius)
-        du = d_phi * slope(us[0], coefficients, activate.radius)
-        terms = weighted_terms(activate.degrees, activate.radius, d_phi, us[0])
-    if len(us) == 1:
-        return phi, [du], terms
-    return phi * us[1], [du, dh * phi], terms
