@@ -2,8 +2,8 @@
 
 python campaigns/plan_accuracy.py MODEL TEXT --plans 30
 
-Each plan keeps a share of the FFN FLOPs between 0.3 and 0.9, spread over the layers at random, and
-is converted without gradient steps.
+Each plan starts from a share of the FFN FLOPs between 0.3 and 0.9, which every layer varies at
+random, and is converted without gradient steps.
 """
 
 import argparse

@@ -28,7 +28,7 @@ FFN = sf.SparseFFNConfig(
     d_model=D,
     d_ff=4 * D,
     activation="gelu_new",
-    # From scratch the block-circulant map is the right one; klt is for pretrained weights. The
+    # From scratch the block-circulant map is the right one; low_rank is for pretrained weights. The
     # highest of the 5 frequencies is left out.
     spectral=sf.SpectralConfig(
         "block_circulant", 4 * D, block_size=8, frequency_mask=(True,) * 4 + (False,)

@@ -174,13 +174,13 @@ def _dense_model(settings: ModelBenchSettings) -> Decoder:
 
 
 def _sparse_ffn(spec: DecoderSpec, settings: ModelBenchSettings) -> SparseFFNConfig:
-    if settings.block_size is None:
+    if settings.circulant_block is None:
         return size_model(spec, settings.flops)
     return SparseFFNConfig(
         spec.d_model,
         spec.d_ff,
         spec.activation,
-        spectral=SpectralConfig("block_circulant", spec.d_ff, block_size=settings.block_size),
+        spectral=SpectralConfig("block_circulant", spec.d_ff, block_size=settings.circulant_block),
         gated=spec.gated,
         bias=spec.ffn_bias,
     )

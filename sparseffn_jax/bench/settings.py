@@ -117,8 +117,8 @@ class ModelBenchSettings:
       size: Size of that GPT-2: "small" has 124M parameters, "medium" 355M.
       layers: Number of blocks that it is cut down to. The default is all of them.
       flops: FFN FLOPs of the sparse model over those of the dense one.
-      block_size: Replace every FFN by block-circulant maps of blocks of this side, instead of what
-        --flops gives.
+      circulant_block: Replace every FFN by block-circulant maps of blocks of this side, instead of
+        what --flops gives.
       batch_size: Sequences in a batch.
       window: Tokens in a sequence.
       prompt: Tokens of the one prompt that generation starts from.
@@ -136,7 +136,7 @@ class ModelBenchSettings:
     size: Literal["small", "medium"] = "small"
     layers: int | None = None
     flops: float = 0.4
-    block_size: int | None = None
+    circulant_block: int | None = None
     batch_size: int = 2
     window: int = 512
     prompt: int = 256

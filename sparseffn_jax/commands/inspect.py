@@ -35,6 +35,10 @@ class Inspect(InspectArguments):
             pretrained = load_pretrained(self.model)
         if self.autotune:
             self._autotune(pretrained, console)
+        if self.json:
+            ffns = pretrained.ffns or (None,) * pretrained.spec.n_layer
+            console.print_json(data=[None if ffn is None else ffn.to_dict() for ffn in ffns])
+            return
         with using(self.plans):
             self._show(pretrained, console)
 
@@ -47,7 +51,8 @@ class Inspect(InspectArguments):
                 measured = autotune(config, [self.tokens])
             table = dataclasses.replace(table, plans={**table.plans, **measured.plans})
         table.save(self.plans)
-        console.print(f"wrote {len(table.plans)} plans to {self.plans}")
+        if not self.json:
+            console.print(f"wrote {len(table.plans)} plans to {self.plans}")
 
     def _show(self, pretrained: Pretrained, console: Console) -> None:
         spec, model = pretrained.spec, pretrained.model()
@@ -100,9 +105,6 @@ class Inspect(InspectArguments):
                 "\n".join(f"{name.replace('_', ' ')}: {plan}" for name, plan in layer.plans),
             )
         console.print(table)
-        if self.json:
-            configs = [None if ffn is None else ffn.to_dict() for ffn in ffns]
-            console.print_json(data=configs)
 
     def _estimate(self, ffn: SparseFFNConfig | None, spec: DecoderSpec, gpu: GPU) -> float:
         config = size_model(spec, 1.0) if ffn is None else ffn

@@ -119,7 +119,7 @@ def test_the_model_bench_takes_a_model_of_the_users(tmp_path):
     params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     sf.save_pretrained(tmp_path / "dense", model, params)
     settings = model_bench.ModelBenchSettings(
-        model=str(tmp_path / "dense"), block_size=8, window=8, prompt=4, decoded=3, repeats=1,
+        model=str(tmp_path / "dense"), circulant_block=8, window=8, prompt=4, decoded=3, repeats=1,
         external=False, out=tmp_path,
     )  # fmt: skip
     result = model_bench.run_model_bench(settings, Console(quiet=True))
@@ -163,7 +163,7 @@ def test_pytorch_computes_what_ours_does(tmp_path):
         (["ffn", "--only", "magic"], "unknown configurations magic: expected some of low-rank-64"),
         (["ffn", "--repeats", "0"], "--repeats 0 must be at least 1"),
         (["ffn", "--device", "h900"], "--device 'h900' is not known: expected one of a100, h100"),
-        (["model", "--block-size", "5"], "width=3072 is not a multiple of --block-size 5"),
+        (["model", "--circulant-block", "5"], "width=3072 is not a multiple of block_size=5"),
         (["model", "--flops", "2"], "flops_ratio=2.0 must lie above 0"),
         (["model", "--layers", "13"], "--layers 13 must lie between 1 and 12"),
         (["quality", "--targets", "0.5"], "a target speed-up of 0.5 must be above 1"),

@@ -56,7 +56,7 @@ class BenchModelArguments(ModelBenchSettings, Arguments):
 
     example = "sparseffn bench model --model gpt2 --flops 0.4 --window 1024"
     groups: ClassVar = {
-        "model": ("model", "size", "layers", "flops", "block_size"),
+        "model": ("model", "size", "layers", "flops", "circulant_block"),
         "measurement": ("batch_size", "window", "prompt", "decoded", "dtype", "repeats"),
         "beside": ("external", "device", "plans", "out"),
     }

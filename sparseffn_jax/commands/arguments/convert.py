@@ -55,7 +55,8 @@ class ConvertArguments(Arguments):
     example = "sparseffn convert --model gpt2 --text corpus/ --out sparse --flops 0.4"
     groups: ClassVar = {
         "options": ("model", "out", "text", "overwrite"),
-        "budget (at most one)": (*LIMITS, "planned", "servable", "config"),
+        "budget (at most one)": (*LIMITS, "config"),
+        "plan (beside a budget)": ("planned", "servable"),
         "what is timed": TIMING,
         "calibration": (
             "calibration_tokens",

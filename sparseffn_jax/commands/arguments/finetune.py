@@ -96,8 +96,8 @@ class FinetuneArguments(Arguments):
     """
 
     example = (
-        "sparseffn finetune --model sparse --text t.md --out run --teacher gpt2 "
-        "--distill-weight 0.5"
+        "sparseffn finetune --model sparse --text t.md --out run --teacher dense "
+        "--distill-weight .7"
     )
     groups: ClassVar = {
         "options": ("model", "out", "text", "loss_on", "steps", "recipe", "learning_rate"),

@@ -29,7 +29,8 @@ class InspectArguments(Arguments):
       dtype: Precision of the layers that are estimated.
       autotune: Measure the plans of the model's layers here and write the table to --plans.
       plans: Table of measured plans to choose by, or to write.
-      json: Also print the layers' SparseFFNConfigs, as "sparseffn convert --config" reads them.
+      json: Print the layers' SparseFFNConfigs, as "sparseffn convert --config" reads them, instead
+        of the table.
     """
 
     example = "sparseffn inspect --model run/model --tokens 1"
