@@ -12,6 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+# The largest blocks that are filled by a product, whose constant has as many entries as a block's
+# side cubed; larger ones are gathered.
+_MOST_PLACED = 64
+
 
 def complex_frequencies(frequencies: Sequence[int], block_size: int) -> tuple[int, ...]:
     """Returns the frequencies whose component has an imaginary part: all but DC and Nyquist."""
@@ -76,9 +80,13 @@ def circulant_matrix(
     row = jnp.einsum("ci,cpqij,mcj->pqm", pair[0], h.astype(jnp.float32), pair, precision=highest)
     row += jnp.einsum("f,fpq,mf->pqm", single[0], at_real, single, precision=highest)
     n, m = np.indices((block_size, block_size))
-    # A product with zeros and ones is exact in any precision, and so is its gradient a product.
-    place = jnp.asarray((m - n) % block_size == np.arange(block_size)[:, None, None], dtype)
-    c = jnp.einsum("pqk,knm->pnqm", row.astype(dtype), place)
+    row = row.astype(dtype)
+    if block_size <= _MOST_PLACED:
+        # A product with zeros and ones is exact in any precision, and so is its gradient a product.
+        place = jnp.asarray((m - n) % block_size == np.arange(block_size)[:, None, None], dtype)
+        c = jnp.einsum("pqk,knm->pnqm", row, place)
+    else:
+        c = row[..., (m - n) % block_size].transpose(0, 2, 1, 3)
     _, p, q = real.shape
     return c.reshape(p * block_size, q * block_size)
 

@@ -22,6 +22,9 @@ from sparseffn_jax.ops.fourier import complex_frequencies, dft_basis
 from sparseffn_jax.ops.masks import BlockMask
 
 RIDGE = 1e-4
+# What stands for a mean of zero, of units that are silent on the whole text: its inverse is finite,
+# and so is the square of that.
+_LEAST = 1e-140
 # Share of the pre-activations that lie inside the polynomial's interval.
 _INSIDE = 0.999
 # Features whose products with all features behind them are computed at once.
@@ -70,10 +73,12 @@ class Moments:
             if shifts is None:
                 # The means of one chunk are near those of all: sums of squares around them lose no
                 # digits to a large mean.
-                shifts = [jnp.mean(part, 0) * centred for part in (x, y)]
+                shifts = [jnp.mean(part, 0) for part in (x, y)]
                 i, o = x.shape[1], y.shape[1]
                 totals = [np.zeros(shape) for shape in ((i, i), (i, o), i, o)]
-            _add_sums(totals, x - shifts[0], y - shifts[1])
+            if centred:
+                x, y = x - shifts[0], y - shifts[1]
+            _add_sums(totals, x, y)
             n += len(x)
         assert shifts is not None
         _mirror(totals[0], _FEATURES)
@@ -180,7 +185,7 @@ def _solve_in_place(system: Float[np.ndarray, "i i"], xy: Float[np.ndarray, "i o
         rows, after = slice(start, start + _ROWS), slice(start + _ROWS, None)
         across = np.conjugate(system[rows]).T
         solved = _solve_definite(system[rows, rows], np.hstack([system[rows, after], xy[rows]]))
-        system[rows, after], xy[rows] = np.hsplit(solved, [-xy.shape[1]])
+        system[rows, after], xy[rows] = np.hsplit(solved, [solved.shape[1] - xy.shape[1]])
         xy[after] -= across[after] @ xy[rows]
         for other in starts[start // _ROWS + 1 :]:
             block = slice(other, other + _ROWS)
@@ -235,7 +240,7 @@ def ridge_inverse(
 def _ridged(xx: np.ndarray, ridge: float, *, copy: bool = True) -> np.ndarray:
     """Returns ``xx + ridge * mean(diag(xx)) I``, free to be overwritten."""
     system = np.array(xx) if copy else xx
-    scale = max(float(np.trace(xx).real) / len(xx), np.finfo(np.float64).tiny)
+    scale = max(float(np.trace(xx).real) / max(1, len(xx)), _LEAST)
     system.flat[:: len(xx) + 1] += ridge * scale
     return system
 

@@ -16,15 +16,20 @@ from sparseffn_jax.ops.activations import get_activation
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A linear map ``x weight + bias``, in float32 as a model's, or in float64 as a fit gives it.
+    """A linear map ``x weight + bias``.
 
     Attributes:
-      weight: weight matrix, (i, o).
+      kernel: weight matrix, (i, o), as the model stores it, or in float64 as a fit gives it.
       bias: bias, (o,); zero if the model's map has no bias.
     """
 
-    weight: Float[np.ndarray, "i o"]
+    kernel: Float[np.ndarray, "i o"]
     bias: Float[np.ndarray, " o"]
+
+    @property
+    def weight(self) -> Float[np.ndarray, "i o"]:
+        """The kernel in float32, or in float64 if it is; a copy if the model stores less."""
+        return np.asarray(self.kernel, np.promote_types(self.kernel.dtype, np.float32))
 
     def __call__(self, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
         """Returns the outputs (n, o) in float32."""
@@ -32,7 +37,7 @@ class Linear:
 
     @functools.cached_property
     def _on_device(self) -> tuple[Array, Array]:
-        return jnp.asarray(self.weight, jnp.float32), jnp.asarray(self.bias, jnp.float32)
+        return jnp.asarray(self.kernel, jnp.float32), jnp.asarray(self.bias, jnp.float32)
 
     def release(self) -> None:
         """Frees the copy of the weights on the devices; the next call makes it anew."""
@@ -40,7 +45,7 @@ class Linear:
 
     def outputs(self, chosen: Int[np.ndarray, " k"]) -> "Linear":
         """Returns the map to the chosen outputs alone."""
-        return Linear(self.weight[:, chosen], self.bias[chosen])
+        return Linear(self.kernel[:, chosen], self.bias[chosen])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +73,10 @@ class DenseFFN:
         """
 
         def linear(name: str) -> Linear:
-            weight = np.asarray(mlp[name]["kernel"], np.float32)
-            weight = weight.T if layout.transposed else weight
-            bias = mlp[name].get("bias", np.zeros(weight.shape[1]))
-            return Linear(weight, np.asarray(bias, np.float32))
+            kernel = np.asarray(mlp[name]["kernel"])
+            kernel = kernel.T if layout.transposed else kernel
+            bias = mlp[name].get("bias", np.zeros(kernel.shape[1]))
+            return Linear(kernel, np.asarray(bias, np.float32))
 
         up_maps = tuple(map(linear, layout.up_maps))
         return cls(up_maps, linear(layout.down), activation)
@@ -84,7 +89,7 @@ class DenseFFN:
     @property
     def width(self) -> int:
         """Number of hidden units."""
-        return len(self.down.weight)
+        return len(self.down.kernel)
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         """Returns the FFN's outputs (n, d) in float32."""

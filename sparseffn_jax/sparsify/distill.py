@@ -1,6 +1,8 @@
 """Layer-wise distillation: gradient steps fit one FFN to the outputs that it should have."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +16,8 @@ from sparseffn_jax.sparsify.streams import LayerActivations
 # Of the root mean square of each leaf's weights, which is 0.02 in one model and 0.2 in another.
 _RELATIVE_RATE = 0.03
 _TOKENS = 1024
+# Tokens by which the trained parameters are compared with those that they started from.
+_JUDGED_TOKENS = 4096
 
 
 def distill_layer(
@@ -33,33 +37,51 @@ def distill_layer(
       seed: seed of the choice of tokens.
 
     Returns:
-      The trained parameters, in host memory.
+      The trained parameters, in host memory; ``params`` where training has not lowered the loss,
+      as few steps may not: Adam's first ones lead away from where a closed form is best.
     """
     if not steps:
         return params
-    variance = float(activations.target.var(0, dtype=np.float32).sum())
-    optimizer = optax.chain(
-        optax.scale_by_adam(),
-        optax.scale_by_param_block_rms(),
-        optax.scale_by_learning_rate(optax.cosine_decay_schedule(_RELATIVE_RATE, steps)),
-    )
-
-    def loss(params: Any, x: Array, y: Array) -> Array:
-        output: Any = layer.apply({"params": params}, x)
-        return jnp.mean(jnp.sum((output - y) ** 2, -1)) / variance
-
-    @jax.jit
-    def step(params, state, x, y):
-        updates, state = optimizer.update(jax.grad(loss)(params, x, y), state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = optimizer.init(params)
+    training = _training(layer, steps)
+    variance = activations.variance()
+    trained, state = params, training.optimizer.init(params)
     rng = np.random.default_rng(seed)
     tokens = len(activations.x)
     for _ in range(steps):
         rows = rng.integers(tokens, size=min(_TOKENS, tokens))
         x, y = activations.rows(rows)
         # One step ahead and no more: dozens of steps' tokens would wait in memory for their turn.
-        jax.block_until_ready(params)
-        params, state = step(params, state, x, y)
-    return jax.tree.map(np.asarray, params)
+        jax.block_until_ready(trained)
+        trained, state = training.step(trained, state, x, y, variance)
+    judged = *activations.sample(_JUDGED_TOKENS), variance
+    if not training.loss(trained, *judged) < training.loss(params, *judged):
+        return params
+    return jax.tree.map(np.asarray, trained)
+
+
+class _Training(NamedTuple):
+    """The programs that train a layer, which layers of one configuration share."""
+
+    optimizer: optax.GradientTransformation
+    loss: Callable[..., Array]
+    step: Callable[..., tuple[Any, Any]]
+
+
+@functools.lru_cache(maxsize=8)
+def _training(layer: nn.Module, steps: int) -> _Training:
+    optimizer = optax.chain(
+        optax.scale_by_adam(),
+        optax.scale_by_param_block_rms(),
+        optax.scale_by_learning_rate(optax.cosine_decay_schedule(_RELATIVE_RATE, steps)),
+    )
+
+    def loss(params: Any, x: Array, y: Array, variance: float) -> Array:
+        output: Any = layer.apply({"params": params}, x)
+        return jnp.mean(jnp.sum((output - y) ** 2, -1)) / variance
+
+    def step(params, state, x, y, variance):
+        gradient = jax.grad(loss)(params, x, y, variance)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return _Training(optimizer, jax.jit(loss), jax.jit(step))

@@ -362,8 +362,7 @@ def _units_beside(
     # The next path needs as much again as this one did.
     del beside, weight
     trim_heap()
-    left = moments.without(hidden, inputs, factors["axes"])
-    return eliminate(left, kept, overwrite=True)
+    return eliminate(moments.without(hidden, inputs, factors["axes"]), kept, overwrite=True)
 
 
 def _moments_of_branches(

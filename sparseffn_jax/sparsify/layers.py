@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +81,7 @@ def convert_layers(
       dense one. They are loaded on demand too if those were and ``partial`` keeps them.
 
     Raises:
-      ValueError: if ``repair`` is not between 0 and 1.
+      ValueError: if ``repair`` is not between 0 and 1, or activations or weights are not finite.
     """
     if not 0.0 <= repair <= 1.0:
         raise ValueError(f"repair={repair} must be between 0 and 1")
@@ -95,6 +96,8 @@ def convert_layers(
     ffns, replaced = list(model.ffns or (None,) * model.spec.n_layer), {}
 
     def convert(i: int, layer: Any) -> float:
+        # Each stage needs blocks of other sizes than the one before.
+        trim_heap()
         activations = streams.reach(i, layer, repair)
         trim_heap()
         mlp = layer[FFN_NAME]
@@ -102,13 +105,17 @@ def convert_layers(
         if found is None:
             dense = DenseFFN.from_params(mlp, model.ffn_layout, model.spec.activation)
             ffn, leaves = fit(i, dense, activations)
-            found = ffn, _cast_like(leaves, mlp)
+            found = ffn, _cast_like(leaves, mlp, i)
             if partial is not None:
                 partial.save(i, mlp, *found)
-        ffns[i], replaced[i] = found
+        ffns[i], leaves = found
+        # Where the dense ones lay, so that what is called with them does not send them each time.
+        if isinstance(jax.tree.leaves(mlp)[0], jax.Array):
+            leaves = jax.tree.map(jnp.asarray, leaves)
+        replaced[i] = leaves
         module = ffn_module(model.clone(ffns=tuple(ffns)), i).clone(name=None)
         return streams.leave(
-            activations, layer, functools.partial(jax.jit(module.apply), {"params": replaced[i]})
+            activations, layer, functools.partial(compiled_ffn(module), {"params": leaves})
         )
 
     for i, unread in enumerate(layers_of(model, params)):
@@ -134,6 +141,15 @@ def outer_params(model: Decoder, params: Mapping[str, Any]) -> dict[str, Any]:
     return {body: read_leaves(outer)}
 
 
-def _cast_like(leaves: Any, mlp: Any) -> Any:
+@functools.lru_cache(maxsize=8)
+def compiled_ffn(module: nn.Module) -> Callable[..., Any]:
+    """Returns ``module.apply``, compiled once for all layers of one configuration."""
+    return jax.jit(module.apply)
+
+
+def _cast_like(leaves: Any, mlp: Any, layer: int) -> Any:
     dtype = jax.tree.leaves(mlp)[0].dtype
-    return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), leaves)
+    cast = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), leaves)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(cast)):
+        raise ValueError(f"what layer {layer} was fitted to is not finite in {dtype}")
+    return cast

@@ -37,7 +37,7 @@ from sparseffn_jax.sparsify.budget import Candidate, choose
 from sparseffn_jax.sparsify.closed_form import Moments, reduced_rank_regression, ridge_solve
 from sparseffn_jax.sparsify.dense import DenseFFN
 from sparseffn_jax.sparsify.fit import fit_layer
-from sparseffn_jax.sparsify.layers import convert_layers, outer_params
+from sparseffn_jax.sparsify.layers import compiled_ffn, convert_layers, outer_params
 from sparseffn_jax.sparsify.selection import elimination_path
 from sparseffn_jax.sparsify.streams import LayerActivations, Streams
 
@@ -372,7 +372,8 @@ class Planner:
             seen_part, check = _parts(activations)
             fitted, leaves = fit_layer(dense, config, seen_part)
             module = ffn_module(model.clone(ffns=(fitted,) * len(ffns), dtype=jnp.float32), layer)
-            run = functools.partial(jax.jit(module.clone(name=None).apply), {"params": leaves})
+            leaves = jax.tree.map(jnp.asarray, leaves)
+            run = functools.partial(compiled_ffn(module.clone(name=None)), {"params": leaves})
             seen = _damage_left(dense, run, check, self._fisher[layer], repair)
             if before > 0.0:
                 own = self._damages[layer][size_of(config, model.spec)]

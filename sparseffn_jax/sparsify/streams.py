@@ -41,6 +41,12 @@ class LayerActivations:
     target: Float[np.ndarray, "n d"]
     place: Place = jnp.asarray
 
+    def variance(self) -> float:
+        """Returns the variance of the targets, summed over channels; never zero."""
+        mean = self.target.mean(0, dtype=np.float32)
+        squares = (float(jnp.sum(jnp.square(target - mean))) for _, target in self.chunks())
+        return max(sum(squares) / len(self.target), float(np.finfo(np.float32).tiny))
+
     def chunks(self) -> Iterator[tuple[Float[Array, "c d"], Float[Array, "c d"]]]:
         """Yields inputs and targets of some tokens at a time, in float32 on the devices."""
         for start in range(0, len(self.x), CHUNK):
@@ -132,6 +138,9 @@ class Streams:
           params: the layer's parameters in the dense model.
           repair: share of the target that brings the residual stream back to the dense model's;
             the rest is what the dense FFN returns on the same inputs.
+
+        Raises:
+          ValueError: if the activations are not finite.
         """
         run = self._run(layer)
         before = self._dense if self._converted is None else self._converted
@@ -141,9 +150,17 @@ class Streams:
             dense, z, y = run(params, self._place(self._dense[rows]), self._table)
             mine = dense
             if self._converted is not None:
+                # One after the other: at once, they would need twice the memory.
+                dense.block_until_ready()
                 mine, z, y = run(params, self._place(before[rows]), self._table)
             x[rows] = z
             rest[rows], target[rows] = self._rest_and_target(params, dense, mine, y, repair)
+            # Checked as they are stored: in float16 what is too large becomes infinite.
+            if not (np.isfinite(x[rows]).all() and np.isfinite(target[rows]).all()):
+                raise ValueError(
+                    f"the activations of layer {layer} are not finite in {x.dtype}: "
+                    + ("take bfloat16 or float32" if x.dtype == np.float16 else "check the weights")
+                )
             self._dense[rows] = dense
         self._converted = rest
         d_model = x.shape[-1]
@@ -186,16 +203,14 @@ class Streams:
         """
         assert self._converted is not None
         stream = self._converted.reshape(activations.x.shape)
-        error = scale = 0.0
-        mean = activations.target.mean(0, dtype=np.float32)
+        error = 0.0
         for start, (x, target) in enumerate(activations.chunks()):
             rows = slice(start * CHUNK, start * CHUNK + len(x))
             y = ffn(x)
             added = np.asarray(self._behind_ffn(params, y), np.float32)
             stream[rows] = np.asarray(stream[rows], np.float32) + added
             error += float(jnp.sum(jnp.square(y - target)))
-            scale += float(jnp.sum(jnp.square(target - mean)))
-        return error / max(scale, float(np.finfo(np.float32).tiny))
+        return error / len(activations.x) / activations.variance()
 
     def skip(self, layer: int, params: Any) -> None:
         """Takes both streams through a layer that stays dense."""

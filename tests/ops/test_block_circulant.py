@@ -16,6 +16,7 @@ from numerics import (
 )
 
 from sparseffn_jax.ops import block_circulant as operator
+from sparseffn_jax.ops import fourier
 from sparseffn_jax.ops.fourier import circulant_matrix, dft_basis
 from sparseffn_jax.ops.hidden import HiddenMaps
 
@@ -155,12 +156,20 @@ def test_dft_basis_is_orthonormal(b):
     np.testing.assert_allclose(basis.T @ basis, np.eye(b), atol=1e-12)
 
 
-def test_circulant_matrix_is_made_of_circulant_blocks():
+@pytest.mark.parametrize("placed", [6, 5])
+def test_circulant_matrix_is_made_of_circulant_blocks(placed, monkeypatch):
+    monkeypatch.setattr(fourier, "_MOST_PLACED", placed)
     (_, real, imag, _), _ = circulant_arguments(6, (0, 1, 3))
     matrix = np.asarray(circulant_matrix(real, imag, 6, (0, 1, 3))).reshape(3, 6, 2, 6)
     for n in range(6):
         for m in range(6):
             np.testing.assert_allclose(matrix[:, n, :, m], matrix[:, 0, :, (m - n) % 6], atol=1e-6)
+
+
+def test_a_large_block_needs_no_constant_of_its_side_cubed():
+    (_, real, imag, _), _ = circulant_arguments(256, (0, 1, 3))
+    program = jax.make_jaxpr(lambda *given: circulant_matrix(*given, 256, (0, 1, 3)))(real, imag)
+    assert sum(constant.nbytes for constant in program.consts) < 1 << 20
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,15 @@ def test_systems_larger_than_a_block_of_rows(rng, n):
     np.testing.assert_array_equal(xx, inverse)
 
 
+def test_systems_of_nothing():
+    """Units that are silent on the text, no units, and no targets."""
+    assert not ridge_solve(np.zeros((3, 3)), np.zeros((3, 2))).any()
+    silent = ridge_inverse(np.zeros((600, 600)))
+    assert np.isfinite(silent**2).all()
+    assert ridge_inverse(np.zeros((0, 0))).shape == (0, 0)
+    assert ridge_solve(np.eye(600), np.zeros((600, 0))).shape == (600, 0)
+
+
 @pytest.mark.parametrize("rows", [2, 512])
 @pytest.mark.parametrize("dtype", [float, complex])
 @pytest.mark.parametrize("least", [0.5, -0.5])

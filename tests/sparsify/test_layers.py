@@ -22,6 +22,7 @@ from sparseffn_jax.config import (
 )
 from sparseffn_jax.models.decoder import block_module, layers_of
 from sparseffn_jax.models.families import FAMILIES
+from sparseffn_jax.nn.sparse_ffn import SparseFFN
 from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.fit import fit_layer
 from sparseffn_jax.sparsify.sizing import size_model
@@ -169,6 +170,63 @@ def test_streams_can_be_stored_in_half_the_bytes():
     exact, exact_leaves = sparsify(model, params, narrow(model), tokens, distill_steps=0)
     logits = [m.apply({"params": p}, tokens) for m, p in ((sparse, leaves), (exact, exact_leaves))]
     assert np.linalg.norm(logits[0] - logits[1]) < 0.1 * np.linalg.norm(logits[1])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_activations_that_are_not_finite_are_refused(tmp_path):
+    model, params = curved(make_model("llama"))
+    tokens = tokens_for(model)
+    loud = jax.tree.map(lambda x: x, params)
+    loud["model"]["embed_tokens"]["embedding"] *= 1e9
+    folder, other = tmp_path / "partial", tmp_path / "other"
+    message = "activations of layer 0 are not finite in float16: take bfloat16 or float32"
+    with pytest.raises(ValueError, match=message):
+        sparsify(model, loud, narrow(model), tokens, stream_dtype=np.float16, work_dir=folder)
+    assert not list(folder.glob("*.safetensors"))
+
+    def fit(dense, config, activations):
+        fitted, leaves = fit_layer(dense, config, activations)
+        return fitted, jax.tree.map(lambda leaf: leaf * np.nan, leaves)
+
+    with pytest.raises(ValueError, match="what layer 0 was fitted to is not finite in float32"):
+        sparsify(model, params, narrow(model), tokens, fit=fit, distill_steps=0, work_dir=other)
+    assert not list(other.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_new_weights_lie_where_the_old_ones_did(on_host):
+    """On a GPU, what lay in host memory would be sent with every call."""
+    model, params = make_model("gpt2")
+    if on_host:
+        params = jax.tree.map(np.asarray, params)
+    _, leaves = sparsify(model, params, narrow(model), tokens_for(model), distill_steps=1)
+    kinds = {isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(leaves)}
+    assert kinds == {on_host}
+
+
+def test_distillation_never_leaves_a_layer_worse():
+    """Adam's first steps lead away from the least squared error."""
+    model, params = curved(make_model("gpt2"))
+    tokens, errors = tokens_for(model), []
+    for steps in (0, 1, 60):
+        layers = []
+        sparsify(model, params, narrow(model), tokens, distill_steps=steps, on_layer=layers.append)
+        errors.append(layers[0].error)
+    assert errors[1] == errors[0]
+    assert errors[2] < errors[0]
+
+
+def test_layers_that_are_alike_are_compiled_once(monkeypatch):
+    model, params = make_model("gpt2")
+    traced = []
+    apply = SparseFFN.__call__
+    monkeypatch.setattr(
+        SparseFFN, "__call__", lambda self, x: traced.append(x.shape) or apply(self, x)
+    )
+    sparsify(model, params, narrow(model, 0.3), tokens_for(model), distill_steps=2)
+    # The step, its loss, and the forward pass.
+    assert model.spec.n_layer > 1
+    assert len(traced) == 3
 
 
 class Stop(Exception):
