@@ -1,7 +1,9 @@
 """Reads tokenizers, checks them against a model and writes them into its folder."""
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,25 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
             f"wrong tokenizer: it has {len(tokenizer)} tokens, but the model has "
             f"vocab_size={config.vocab_size}; use the tokenizer that the model was trained with"
         )
+
+
+@contextlib.contextmanager
+def whole_texts(tokenizer: Any) -> Iterator[Any]:
+    """Yields a fast tokenizer's backend, which within the block neither cuts nor pads texts.
+
+    ``tokenizer.json`` keeps both settings of whatever the tokenizer was last called for.
+    """
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield backend
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:

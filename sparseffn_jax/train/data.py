@@ -14,6 +14,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sparseffn_jax.checkpoints.tokenizers import whole_texts
 from sparseffn_jax.defaults import STDLIB
 from sparseffn_jax.evaluate.windows import cut_windows
 from sparseffn_jax.train.choices import LossOn
@@ -261,7 +262,8 @@ def join_tokens(
     texts = [document.text for document in documents if isinstance(document, Document)]
     if len(texts) == len(documents) and loss_on == "all":
         whole = "\n\n".join(texts)
-        return np.array(tokenizer.backend_tokenizer.encode(whole).ids, np.int32), None
+        with whole_texts(tokenizer) as backend:
+            return np.array(backend.encode(whole).ids, np.int32), None
     tokens = list(tokenize(documents, tokenizer, loss_on))
     ids = np.concatenate([each.ids for each in tokens])
     counted = np.concatenate([each.counted for each in tokens])
@@ -366,7 +368,8 @@ def _first(
 
 def _beginning(document: Document, tokenizer: Any, tokens: int) -> Document:
     """Returns a text's first tokens as a text."""
-    encoding = tokenizer.backend_tokenizer.encode(document.text, add_special_tokens=False)
+    with whole_texts(tokenizer) as backend:
+        encoding = backend.encode(document.text, add_special_tokens=False)
     return Document(document.name, document.text[: encoding.offsets[tokens - 1][1]])
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sparseffn_jax.checkpoints.errors import one_line
+from sparseffn_jax.checkpoints.tokenizers import whole_texts
 from sparseffn_jax.train.choices import LossOn
 from sparseffn_jax.train.documents import AnyDocument, Chat, Completion, Document
 
@@ -92,7 +93,8 @@ def _encode(
     together: list[tuple[AnyDocument, _Rendered]], tokenizer: Any, loss_on: LossOn
 ) -> Iterator[Tokens]:
     texts = [text for _, rendered in together for text in (rendered.whole, *rendered.beginnings)]
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    with whole_texts(tokenizer) as backend:
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     rows = (np.array(encoding.ids, np.int32) for encoding in encodings)
     for document, rendered in together:
         ids = next(rows)

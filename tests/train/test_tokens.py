@@ -5,6 +5,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sparseffn_jax.train.data import join_tokens, load_windows
 from sparseffn_jax.train.documents import Chat, Completion, Document
 from sparseffn_jax.train.tokens import tokenize
 
@@ -157,3 +158,26 @@ def test_many_documents_are_as_one_by_one():
         alone = one(document, tokenizer)
         np.testing.assert_array_equal(tokens.ids, alone.ids)
         np.testing.assert_array_equal(tokens.counted, alone.counted)
+
+
+def test_texts_stay_whole_whatever_the_tokenizer_was_last_called_for(tmp_path):
+    plain, cutting = make_tokenizer(), make_tokenizer()
+    backend = cutting.backend_tokenizer
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64, pad_id=5, pad_token="!")
+    kept = backend.truncation, backend.padding
+    documents = [Document("a", "one two three"), Completion("b", "one ", "two")]
+    for loss_on in ("all", "completion"):
+        for whole, tokens in zip(
+            tokenize(documents, plain, loss_on), tokenize(documents, cutting, loss_on), strict=True
+        ):
+            np.testing.assert_array_equal(tokens.ids, whole.ids)
+            np.testing.assert_array_equal(tokens.counted, whole.counted)
+    np.testing.assert_array_equal(*(join_tokens(documents[:1], t)[0] for t in (plain, cutting)))
+    (tmp_path / "a.txt").write_text("one two three\n\n" * 30)
+    for most in (None, 100):
+        windows = [
+            load_windows(str(tmp_path), each, 8, 0.2, most_tokens=most) for each in (plain, cutting)
+        ]
+        np.testing.assert_array_equal(windows[1].train, windows[0].train)
+    assert (backend.truncation, backend.padding) == kept
