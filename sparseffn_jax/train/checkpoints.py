@@ -93,6 +93,7 @@ class CheckpointStore:
         self._thread = futures.ThreadPoolExecutor(1, "checkpoints")
         self._finishing: futures.Future[None] | None = None
         self._warnings: deque[str] = deque()
+        self._damaged: set[int] = set()
         # A process that was killed leaves what it was writing.
         self._remove_unfinished()
         processes.wait_for_all("checkpoints")
@@ -113,6 +114,7 @@ class CheckpointStore:
         step, damage = _NONE, {}
         if processes.is_first():
             step, damage = _find_whole(self.path)
+        self._damaged.update(damage)
         step = processes.from_first(step)
         going_on = "from the beginning" if step == _NONE else f"with that of step {step}"
         for number, reason in damage.items():
@@ -123,8 +125,11 @@ class CheckpointStore:
         return None if step == _NONE else step
 
     def sealed_step(self) -> int | None:
-        """Returns the step of the newest checkpoint that was written to its end, or ``None``."""
-        return max((s for s in _steps(self.path) if is_sealed(self.path / str(s))), default=None)
+        """Returns the step of the newest checkpoint that was written to its end, or ``None``.
+
+        Those that were found damaged do not count.
+        """
+        return max(self._sealed_steps(), default=None)
 
     def save(
         self,
@@ -217,7 +222,9 @@ class CheckpointStore:
             self._checkpointer.wait_until_finished()
             if processes.is_first():
                 seal(folder, _label(step))
+                self._damaged.discard(step)
                 if damage := find_damage(folder, _label(step)):
+                    self._damaged.add(step)
                     raise OSError(f"what was read back is not what was written: {damage}")
                 self._prune()
         except _WRITE_ERRORS as error:
@@ -225,11 +232,14 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Removes all checkpoints that are older than the newest whole ones, which are kept."""
-        sealed = sorted(s for s in _steps(self.path) if is_sealed(self.path / str(s)))
-        oldest = sealed[-self._keep :][0]
+        oldest = sorted(self._sealed_steps())[-self._keep :][0]
         for step in _steps(self.path):
             if step < oldest:
                 shutil.rmtree(self.path / str(step))
+
+    def _sealed_steps(self) -> list[int]:
+        steps = _steps(self.path)
+        return [s for s in steps if s not in self._damaged and is_sealed(self.path / str(s))]
 
     def _warn(self, step: int, error: Exception) -> None:
         kept = self.sealed_step()

@@ -134,6 +134,27 @@ def test_old_checkpoints_stay_until_a_newer_one_is_verified(
     assert steps(tmp_path) == [8, 12]
     (event,) = events(tmp_path)
     assert "what was read back is not what was written: read badly" in event["reason"]
+    assert event["reason"].endswith(f"the newest is {tmp_path / 'checkpoints' / '8'}")
+
+
+def test_damaged_checkpoints_do_not_crowd_out_whole_ones(
+    undisturbed, model_and_params, windows, tmp_path
+):
+    _, source = undisturbed
+    shutil.copytree(source, tmp_path / "run")
+    for number in (8, 12):
+        (tmp_path / "run" / "checkpoints" / str(number) / "position" / "metadata").unlink()
+    config = dataclasses.replace(CONFIG, save_every=100, keep_checkpoints=2)
+
+    def on_step(number, _):
+        if number == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Terminated, match=r"stopped after step 6 of 12.*/checkpoints/6,"):
+        train(*model_and_params, windows, config, tmp_path / "run", on_step=on_step)
+    assert steps(tmp_path / "run") == [4, 6, 8, 12]
+    with CheckpointStore(tmp_path / "run", keep=2) as store:
+        assert (store.latest_step(), store.sealed_step()) == (6, 6)
 
 
 def test_sigterm_saves_and_has_its_own_status(undisturbed, model_and_params, windows, tmp_path):
