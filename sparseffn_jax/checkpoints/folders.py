@@ -164,7 +164,9 @@ def replacing_file(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield staging
+        to_disk(staging)
         os.replace(staging, target)
+        to_disk(target.parent)
     finally:
         staging.unlink(missing_ok=True)
 
@@ -173,18 +175,42 @@ def replacing_file(target: Path) -> Iterator[Path]:
 def replacing(target: Path) -> Iterator[Path]:
     """Yields an empty folder beside ``target`` that takes its place when the block succeeds."""
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    old = staging.with_suffix(".old")
+    old = staging.with_name(f"{staging.name}.old")
     try:
         staging.mkdir(parents=True)
         yield staging
+        # After a power failure there must be one whole folder, so the new one is on the disk before
+        # the old one goes.
+        for path in (*staging.rglob("*"), staging):
+            to_disk(path)
         if target.exists():
             target.rename(old)
         staging.rename(target)
+        to_disk(target.parent)
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
         for folder in (staging, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def to_disk(path: Path, *, uncache: bool = False) -> None:
+    """Returns once a file, or a folder's list of names, has reached the disk.
+
+    Args:
+      path: the file or folder.
+      uncache: whether what is read back later is to come from the disk, and not from the cache.
+
+    Raises:
+      OSError: if the disk does not take it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if uncache and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
 def _find(source: PathLike, what: str, instead: str, download: Callable[[str], Path]) -> Path:

@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparseffn_jax.checkpoints.folders import to_disk
+
 _MANIFEST = "manifest.json"
 
 
@@ -26,17 +28,18 @@ def seal(folder: Path, label: str) -> None:
     """
     digests = {}
     for file in _files(folder):
-        _to_disk(file)
+        # What is read back later must come from the disk.
+        to_disk(file, uncache=True)
         digests[file.relative_to(folder).as_posix()] = _sha256(file)
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
-            _to_disk(path)
+            to_disk(path)
     partial = folder / f"{_MANIFEST}.partial"
     partial.write_text(json.dumps({"label": label, "sha256": digests}, indent=1), encoding="utf-8")
-    _to_disk(partial)
+    to_disk(partial)
     os.replace(partial, folder / _MANIFEST)
-    _to_disk(folder)
-    _to_disk(folder.parent)
+    to_disk(folder)
+    to_disk(folder.parent)
 
 
 def is_sealed(folder: Path) -> bool:
@@ -76,14 +79,3 @@ def _files(folder: Path) -> Iterator[Path]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):
-            # What is read back later comes from the disk then, not from the cache.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)

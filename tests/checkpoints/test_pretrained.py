@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -487,6 +488,28 @@ def test_a_failed_save_leaves_what_was(tmp_path, monkeypatch, exists):
         save_pretrained(tmp_path / "model", model, params, overwrite=True)
     assert snapshot(tmp_path) == before
     assert (tmp_path / "model").exists() == exists
+
+
+def test_what_an_earlier_save_has_left_does_no_harm(tmp_path):
+    folder, stale = tmp_path / "model", tmp_path / ".model.old"
+    save_pretrained(folder, *make_model())
+    stale.mkdir()
+    (stale / "file").write_text("left over")
+    save_pretrained(folder, *make_model((LOW_RANK, None)), overwrite=True)
+    assert load_pretrained(folder).ffns == (LOW_RANK, None)
+
+
+def test_the_old_model_stays_until_the_new_one_is_on_the_disk(tmp_path, monkeypatch):
+    save_pretrained(tmp_path / "model", *make_model())
+    before = snapshot(tmp_path)
+
+    def fsync(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(CheckpointError, match=r"cannot write .*Input/output error"):
+        save_pretrained(tmp_path / "model", *make_model((LOW_RANK, None)), overwrite=True)
+    assert snapshot(tmp_path) == before
 
 
 def test_what_cannot_be_saved(tmp_path):
