@@ -52,8 +52,8 @@ def export_dense(
       max_shard_size: the most bytes of one file; a larger model is written in shards with an index.
 
     Raises:
-      CheckpointError: if a layer is not dense in this sense (the message says which, and why), or
-        the folder cannot be written.
+      CheckpointError: if a layer is not dense in this sense (the message says which, and why), if
+        the parameters do not fit ``dtype``, or the folder cannot be written.
 
     Example:
       >>> import tempfile

@@ -45,6 +45,7 @@ from sparseffn_jax.checkpoints.untrusted import check_sizes
 from sparseffn_jax.checkpoints.weights import (
     Tensor,
     Weights,
+    check_dtype,
     in_memory,
     open_weights,
     write_safetensors,
@@ -199,7 +200,8 @@ def save_pretrained(
 
     Raises:
       CheckpointError: if the folder cannot be written or holds something already, if ``params``
-        are not the model's, or if a layer's FFN is neither dense nor a ``SparseFFNConfig``.
+        are not the model's or do not fit ``dtype``, or if a layer's FFN is neither dense nor a
+        ``SparseFFNConfig``.
 
     Example:
       >>> import tempfile
@@ -212,6 +214,7 @@ def save_pretrained(
       >>> sf.load_pretrained(folder).spec == pretrained.spec
       True
     """
+    check_dtype(dtype)
     target = Path(folder).expanduser().resolve()
     weights = in_memory(params)
     match(weights, model, "the model's config", are_leaves=True)

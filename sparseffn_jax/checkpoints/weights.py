@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -145,6 +146,9 @@ def write_safetensors(
       tensors: the tensors, under PyTorch's names and in its layouts.
       dtype: what they are cast to; ``None`` keeps their dtypes.
       max_shard_size: the most bytes of one file; more are written in shards with an index.
+
+    Raises:
+      CheckpointError: if a tensor has a value that does not fit ``dtype``.
     """
 
     def stored_bytes(tensor: Tensor) -> int:
@@ -157,13 +161,48 @@ def write_safetensors(
         max_shard_size=max_shard_size,
     )
     for file, shard in split.filename_to_tensors.items():
-        arrays = {name: np.asarray(tensors[name].read(), dtype, order="C") for name in shard}
+        arrays = {name: _cast(name, np.asarray(tensors[name].read()), dtype) for name in shard}
         # transformers refuses a file that does not say whose layout it has.
         save_file(arrays, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
         (folder / f"{SAFETENSORS}.index.json").write_text(text, encoding="utf-8")
+
+
+def check_dtype(dtype: Dtype | None) -> None:
+    """Checks what tensors are to be cast to, before the work that leads there.
+
+    Raises:
+      CheckpointError: if it is no dtype that parameters can be stored in.
+    """
+    if dtype is None:
+        return
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype={name}: expected one of {', '.join(DTYPES)}, or None")
+
+
+def _cast(name: str, array: np.ndarray, dtype: Dtype | None) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = np.asarray(array, dtype, order="C")
+    if _largest(cast.dtype) < _largest(array.dtype):
+        overflowed = np.isinf(cast) & np.isfinite(array)
+        if overflowed.any():
+            value = float(np.abs(array[overflowed]).max())
+            wider = next(x for x in ("bfloat16", "float32", "float64") if value <= _largest(x))
+            raise CheckpointError(
+                f"{name} has a value of magnitude {value:g}, which does not fit "
+                f"{cast.dtype.name}: take {wider}"
+            )
+    return cast
+
+
+def _largest(dtype: Dtype) -> float:
+    return float(jnp.finfo(dtype).max)
 
 
 def _open_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> Weights:

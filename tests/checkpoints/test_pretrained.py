@@ -512,6 +512,27 @@ def test_the_old_model_stays_until_the_new_one_is_on_the_disk(tmp_path, monkeypa
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (jnp.float16, -7e4, r"h\.0\.ln_1\.bias has a value of magnitude 70000.* float16: take bf"),
+        (jnp.bfloat16, 3.4e38, "does not fit bfloat16: take float32"),
+        (jnp.int8, 1.0, "dtype=int8: expected one of .*bfloat16"),
+        ("float17", 1.0, "dtype='float17': expected one of"),
+    ],
+)
+def test_a_dtype_that_the_values_do_not_fit(tmp_path, dtype, value, message):
+    model, params = make_model()
+    save_pretrained(tmp_path / "model", model, params)
+    before = snapshot(tmp_path)
+    norm = params["transformer"]["h"]["0"]["ln_1"]
+    norm["bias"] = norm["bias"].at[1].set(value)
+    with pytest.raises(CheckpointError, match=message):
+        save_pretrained(tmp_path / "model", model, params, dtype=dtype, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
 def test_what_cannot_be_saved(tmp_path):
     model, params = make_model()
     (tmp_path / "file").write_text("")
