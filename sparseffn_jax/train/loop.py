@@ -122,7 +122,8 @@ def train(
       model: a decoder, ``apply({"params": p}, input_ids, deterministic=..., rngs=...)`` giving
         logits; its ``dtype`` is the precision of the computation, the weights are float32. In
         float16 the loss is scaled (see :mod:`.loss_scale`).
-      params: where to start; not changed. A resumed run takes its own from the checkpoint.
+      params: where to start; not changed. A resumed run takes its own from the checkpoint, and must
+        be given those that it started from.
       windows: training and validation text. Of an array of token ids the last twentieth is for
         validation: an array (n, window + 1) holds windows, as :class:`TokenWindows` has them, and
         an array (n,) one text, which is cut into windows of the default length, the smaller of

@@ -22,6 +22,7 @@ from sparseffn_jax.train.checkpoints import CheckpointStore, Position, Snapshot
 from sparseffn_jax.train.choices import Resume
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows, make_batches
+from sparseffn_jax.train.identity import identify
 from sparseffn_jax.train.metrics import MetricsLog, Record
 from sparseffn_jax.train.recipes import combine, is_ffn, partition
 from sparseffn_jax.train.sharding import path_name
@@ -43,6 +44,13 @@ Params = dict[str, Any]
 # Settings that say what is shown and kept of a run, and not what it computes; only where the guard
 # would go back to depends on them.
 _FREE = frozenset(("log_every", "eval_every", "save_every", "keep_checkpoints", "report_to"))
+# Checkpoints hold hashes of these, which tell a reader nothing.
+_HASHED = {
+    "training_text": "the training text is another",
+    "same.model": "the model's config or the configs of its FFNs are others",
+    "same.parameters": "the parameters to start from are others",
+    "same.teacher": "the teacher is another",
+}
 
 
 class Run:
@@ -86,7 +94,8 @@ class Run:
         self._batches = make_batches(rows, config.batch_size, config.seed)
         self._has_evaluated = False
         self._batch_shape = (config.batch_size, windows.train.shape[1])
-        self._settings = _settings(config) | {"training_text": _text_hash(windows)}
+        same = {"training_text": _text_hash(windows), "same": identify(model, params, teacher)}
+        self._settings = _settings(config) | same
         self._stage_ends = config.stage_ends
         self._say, self._doing = say, stage
         if not processes.is_first():
@@ -276,14 +285,18 @@ class Run:
         new: dict[str, Any] = flatten_dict(self._settings, sep=".")
         if self._config.steps > saved["steps"]:
             old["steps"] = new["steps"]
+        # A checkpoint from before it was noted what a run is of may be of any.
+        unknown = {name for name in new if name.startswith("same.") and name not in old}
         changed = {
             name: (old.get(name), value)
             for name, value in new.items()
-            if name not in _FREE and old.get(name) != value
+            if name not in _FREE | unknown and old.get(name) != value
         }
         if changed:
             values = "; ".join(
-                f"{name} was {reprlib.repr(before)}, now {reprlib.repr(now)}"
+                _HASHED.get(name)
+                or f"{name.removeprefix('same.')} was {reprlib.repr(before)}, "
+                f"now {reprlib.repr(now)}"
                 for name, (before, now) in changed.items()
             )
             raise ValueError(

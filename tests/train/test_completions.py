@@ -172,7 +172,7 @@ def test_resume_is_exact_with_targets_that_do_not_count(tmp_path):
     chex.assert_trees_all_equal(result.params, expected.params)
     assert result.data_hash == expected.data_hash
     assert read_log(tmp_path / "stopped") == read_log(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"other settings .* training_text was"):
+    with pytest.raises(ValueError, match=r"other settings .* the training text is another"):
         run(model, params, make_windows(), config, tmp_path / "whole")
 
 

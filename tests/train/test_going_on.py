@@ -6,13 +6,17 @@ import json
 import signal
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_models import make_model
+from train_models import N_EMBD, make_model
 
+from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig
+from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.guard import GuardConfig
+from sparseffn_jax.train.identity import fingerprint
 from sparseffn_jax.train.loop import train
 from sparseffn_jax.train.schedules import make_schedule
 
@@ -157,3 +161,70 @@ def test_a_checkpoint_from_before_a_setting_has_its_default(run, tmp_path, monke
     with pytest.raises(ValueError, match="optimizer was 'adamw', now 'lion'"):
         run(WITH(CONFIG, optimizer="lion", weight_decay=0.1), "run")
     assert list(run(CONFIG, "run")[1]) == [3, 4, 5]
+
+
+def masked(seed):
+    """Returns a model with a mask by the seed; its parameters' shapes are always the same."""
+    blocks = np.random.default_rng(seed).permutation(np.arange(32) % 2 == 0).reshape(4, 8)
+    core = CoreConfig(64, up_mask=BlockMask.from_array(blocks, (N_EMBD // 4, 8)))
+    micro = MicroRefinementConfig(core)
+    return make_model((SparseFFNConfig(N_EMBD, 64, "gelu_new", micro=micro, bias=True),))
+
+
+def add(params, x):
+    return jax.tree.map(lambda leaf: leaf + x, params)
+
+
+def test_a_run_does_not_go_on_with_another_model(run):
+    (model, params), (other, _) = masked(0), masked(1)
+    config = WITH(CONFIG, steps=3)
+    run(config, "run", stop=1, model_and_params=(model, params))
+    for changed, message in (
+        ((other, params), "these: the model's config or the configs of its FFNs are others. Give"),
+        ((model.clone(dtype=jnp.bfloat16), params), "these: dtype was 'float32', now 'bfloat16'"),
+        ((model, add(params, 1e-3)), "these: the parameters to start from are others"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(config, "run", model_and_params=changed)
+    # How it computes the same may change, and where the parameters lie.
+    host = jax.tree.map(np.asarray, params)
+    _, seen = run(config, "run", model_and_params=(model, host), remat=True, resume="must")
+    assert list(seen) == [2, 3]
+
+
+def test_a_run_does_not_go_on_with_another_teacher(run, dense):
+    model, params = dense
+    config = WITH(CONFIG, steps=3, distill_weight=0.5)
+    run(config, "run", stop=1, teacher=dense)
+    for teacher in ((model, add(params, 1e-3)), (model.clone(dtype=jnp.bfloat16), params)):
+        with pytest.raises(ValueError, match=r"with these: the teacher is another\. Give"):
+            run(config, "run", teacher=teacher)
+    assert list(run(config, "run", teacher=dense)[1]) == [2, 3]
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_of_goes_on(run, dense, monkeypatch):
+    from sparseffn_jax.train import run as module
+
+    monkeypatch.setattr(module, "identify", lambda *_: {})
+    run(CONFIG, "run", stop=2)
+    monkeypatch.undo()
+    model, params = dense
+    assert list(run(CONFIG, "run", model_and_params=(model, add(params, 1)))[1]) == [3, 4, 5]
+    run(CONFIG, "other", stop=2)
+    monkeypatch.setattr(module, "identify", lambda *_: {})
+    with pytest.raises(ValueError, match=r"(?s)of another model.*mlp/bias: saved nothing"):
+        run(CONFIG, "other", model_and_params=make_model())
+
+
+def test_a_fingerprint_reads_little_of_each_leaf():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (), "b": (5000,), "c": (300, 500), "d": (20, 30, 40), "e": (0, 3)}
+    leaves = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    expected = fingerprint(leaves)
+    assert fingerprint(jax.tree.map(jnp.asarray, leaves)) == expected
+    assert fingerprint({**leaves, "c": leaves["c"].T}) != expected
+    assert fingerprint({**leaves, "c": leaves["c"].reshape(500, 300)}) != expected
+    assert fingerprint(jax.tree.map(lambda x: x.astype(np.float16), leaves)) != expected
+    assert fingerprint({**leaves, "a": leaves["a"] + 1}) != expected
+    # Between the points of its grid nothing is read.
+    assert fingerprint({**leaves, "c": leaves["c"] + (np.arange(500) == 1)}) == expected
