@@ -1,10 +1,11 @@
 """Orbax checkpoints of a run: its parameters, optimizer, data and guard as they were at a step.
 
 A checkpoint has the items ``ffn`` (the feed-forward parameters, so that they can be restored
-alone), ``rest`` (all other parameters), ``optimizer`` and ``position`` (JSON). If the run was
-stopped between two of the guard's snapshots, the item ``last_good`` holds the state that the guard
-would go back to. A checkpoint's arrays do not depend on how many devices and processes wrote them,
-and are restored to any number of devices.
+alone), ``rest`` (all other parameters), ``optimizer`` and ``position`` (JSON). Of ``ffn`` and
+``rest`` one is left out if it would be empty. If the run was stopped between two of the guard's
+snapshots, the item ``last_good`` holds the state that the guard would go back to. A checkpoint's
+arrays do not depend on how many devices and processes wrote them, and are restored to any number of
+devices.
 """
 
 import contextlib
@@ -149,9 +150,10 @@ class CheckpointStore:
         self.wait()
         step = snapshot.position.step
         ffn, rest = split_ffn(combine(snapshot.state.trainable, frozen))
+        parts = {"ffn": ffn, "rest": rest}
         items = {
-            "ffn": ocp.args.StandardSave(ffn),
-            "rest": ocp.args.StandardSave(rest),
+            # Orbax refuses empty trees.
+            **{name: ocp.args.StandardSave(x) for name, x in parts.items() if x},
             "optimizer": ocp.args.StandardSave(snapshot.state.optimizer),
             "position": ocp.args.JsonSave(
                 {
@@ -303,11 +305,16 @@ def _make_checkpointer() -> ocp.AsyncCheckpointer:
 
 def _restore(folder: Path, like: Any) -> Any:
     """Restores one item: leaves with a sharding to their devices, all others as NumPy arrays."""
+    if not like:
+        return {}
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(folder, like)
 
 
 def _shapes_of(folder: Path) -> Any:
+    """Returns the shapes of an item's leaves; nothing if it was empty and not saved."""
+    if not folder.is_dir():
+        return {}
     # A checkpointer would warn that an item has no metadata of a checkpoint of its own.
     handler: Any = ocp.StandardCheckpointHandler()
     with contextlib.closing(handler):

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sparseffn_jax.models.decoder import FFN_NAME
 from sparseffn_jax.models.paths import (
     ffn_of,
     in_sparse_ffns,
@@ -57,6 +58,9 @@ def full(
     Returns:
       The optimizer after clipping, for the trainable part of ``params``; and the labels, a tree
       like ``params``.
+
+    Raises:
+      ValueError: if no parameter trains.
     """
     return _recipe(
         params,
@@ -80,7 +84,7 @@ def ffn_only(
 ) -> tuple[optax.GradientTransformation, Labels]:
     """Trains the feed-forward layers, sparse and dense.
 
-    The arguments and what is returned are those of :func:`full`.
+    The arguments, what is returned and what is raised are those of :func:`full`.
     """
     return _recipe(
         params, is_ffn, learning_rate, ffn_learning_rate, weight_decay, clip_norm, optimizer
@@ -133,7 +137,8 @@ def stepwise(
     """Unfreezes in two stages: first the feed-forward layers, then attention and LayerNorm too.
 
     Gradual unfreezing is from Howard & Ruder 2018 (1801.06146). Embeddings never train. ``stage``
-    says which stage it is; the other arguments and what is returned are those of :func:`full`.
+    says which stage it is; the other arguments, what is returned and what is raised are those of
+    :func:`full`.
     """
     trains = is_ffn if stage == 1 else lambda path: is_ffn(path) or is_attention_or_norm(path)
     return _recipe(
@@ -176,6 +181,13 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
 def _recipe(params, trains, learning_rate, ffn_learning_rate, weight_decay, clip_norm, optimizer):
     paths = flatten_dict(params).keys()
+    if not any(map(trains, paths)):
+        found = ", ".join(sorted({"/".join(path[:-1]) for path in paths})[:3])
+        raise ValueError(
+            "this recipe trains none of the model's parameters: it finds feed-forward layers by "
+            f"the name {FFN_NAME}, and the model has {found}. Name its layers so, or take "
+            "recipe='full'"
+        )
     new = in_sparse_ffns(paths)
     labels = unflatten_dict(
         {path: "frozen" if not trains(path) else "ffn" if path in new else "rest" for path in paths}

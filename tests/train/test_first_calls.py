@@ -4,8 +4,10 @@ import dataclasses
 import re
 import sys
 import types
+from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from transformers import GPT2Config
 
 from sparseffn_jax.measure import memory
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
+from sparseffn_jax.train.checkpoints import restore_ffn
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TokenWindows
 from sparseffn_jax.train.loop import train
@@ -117,6 +120,31 @@ def test_wandb_that_refuses_or_is_missing(dense, tokens, tmp_path, wandb, monkey
     assert not (tmp_path / "missing").exists()
     with pytest.raises(ValueError, match="report_to='mlflow' has 'mlflow': expected some of tens"):
         TrainConfig(report_to="mlflow")
+
+
+class Words(nn.Module):
+    """A model that is no decoder, and calls no layer mlp."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_ids, deterministic=True):
+        hidden = nn.Embed(VOCAB_SIZE, 8, name="words")(input_ids)
+        return nn.Dense(VOCAB_SIZE, name="head")(nn.gelu(nn.Dense(8, name="hidden")(hidden)))
+
+
+def test_a_model_of_ones_own(tokens, tmp_path):
+    windows = tokens[: 40 * WINDOW].reshape(40, WINDOW)
+    model = Words()
+    params = jax.jit(model.init)(jax.random.key(0), windows[:1])["params"]
+    train(model, params, windows, CONFIG, tmp_path / "run")
+    longer = dataclasses.replace(CONFIG, steps=3, schedule="cosine")
+    result = train(model, params, windows, longer, tmp_path / "run", resume="must")
+    assert result.history[-1]["step"] == 3
+    assert restore_ffn(tmp_path / "run") == {}
+    ffn_only = dataclasses.replace(CONFIG, recipe="ffn_only")
+    with pytest.raises(ValueError, match="recipe trains none of the model's parameters"):
+        train(model, params, windows, ffn_only, tmp_path / "other")
 
 
 @pytest.fixture(scope="module")

@@ -121,3 +121,12 @@ def test_gradients_are_clipped_by_their_global_norm():
     _, state = optimizer.update(grads, optimizer.init(params), params)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (2, 2)]
     np.testing.assert_allclose(np.linalg.norm(moments[0]), 0.1 * 2.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "recipe", [recipes.ffn_only, *recipes.RECIPES["stepwise"]], ids=["ffn_only", "1", "2"]
+)
+def test_a_recipe_that_trains_nothing_is_refused(recipe):
+    params = {"dense": {"kernel": jnp.zeros((2, 2))}, "head": {"bias": jnp.zeros(2)}}
+    with pytest.raises(ValueError, match=r"none of .* the name mlp, and .* has dense, head\. Name"):
+        recipe(params, 1e-3, 1e-3)
