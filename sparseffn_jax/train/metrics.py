@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sparseffn_jax.checkpoints.errors import one_line
 from sparseffn_jax.progress import duration, heartbeat, messages
 from sparseffn_jax.train.reporters import Record, Reporter
 
@@ -25,7 +26,8 @@ class MetricsLog:
     """Writes records, one JSON object a line, and shows how the run gets on.
 
     A full disk is reported once and does not stop the run: its history is complete in memory, and
-    it is complete in the file again once there is room.
+    it is complete in the file again once there is room. A reporter that fails otherwise gets no
+    more records.
 
     Args:
       out_dir: the run's folder, which gets ``metrics.jsonl``.
@@ -48,7 +50,7 @@ class MetricsLog:
         self._path, self._writes = out_dir / "metrics.jsonl", writes
         self.history = _read_records(self._path, first_step)
         self._unwritten: list[Record] = []
-        self._size = 0
+        self._size: int | None = None
         self._console = messages()
         self._progress = Progress(
             SpinnerColumn(),
@@ -67,10 +69,9 @@ class MetricsLog:
         self._beats, self._said = contextlib.ExitStack(), lambda: None
         self._started = time.perf_counter()
         self._warned = False
-        self._reporters = reporters
+        self._reporters = list(reporters)
         self._attempt(self._start_file)
-        for reporter in reporters:
-            self._attempt(reporter.start, first_step)
+        self._report("start", first_step)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -93,8 +94,7 @@ class MetricsLog:
     def record(self, record: Record) -> None:
         """Writes one step's numbers; where there is no terminal, also prints them as a line."""
         self._write(record)
-        for reporter in self._reporters:
-            self._attempt(reporter.record, record)
+        self._report("record", record)
         if self._writes and not self._console.is_terminal:
             self._console.print(self._line(record))
             self._said()
@@ -102,8 +102,7 @@ class MetricsLog:
     def event(self, record: Record, message: str) -> None:
         """Writes a record of something that happened, named by its ``"event"``, and shows it."""
         self._write(record)
-        for reporter in self._reporters:
-            self._attempt(reporter.event, record, message)
+        self._report("event", record, message)
         self.say(message)
 
     def say(self, message: str) -> None:
@@ -140,9 +139,11 @@ class MetricsLog:
         # Beside the old file and then in its place: a crash between the two must not take the
         # history away.
         partial = self._path.with_suffix(".partial")
-        partial.write_bytes("".join(map(_json_line, self.history)).encode())
-        self._size = partial.stat().st_size
+        lines = "".join(map(_json_line, self.history)).encode()
+        partial.write_bytes(lines)
         os.replace(partial, self._path)
+        self._size = len(lines)
+        self._unwritten.clear()
 
     def _write(self, record: Record) -> None:
         self.history.append(record)
@@ -150,6 +151,10 @@ class MetricsLog:
         self._attempt(self._append)
 
     def _append(self) -> None:
+        if self._size is None:
+            # The disk was full when the run started.
+            self._start_file()
+            return
         lines = "".join(map(_json_line, self._unwritten)).encode()
         with self._path.open("r+b") as file:
             # What a full disk has cut short goes, and comes again whole.
@@ -168,6 +173,16 @@ class MetricsLog:
             if not self._warned:
                 self._warned = True
                 self.say(f"cannot write the log to {self._path.parent}: {error.strerror}")
+
+    def _report(self, call: str, *arguments: Any) -> None:
+        for reporter in tuple(self._reporters):
+            try:
+                self._attempt(getattr(reporter, call), *arguments)
+            # Others' code, with exceptions of its own; none of them is worth a run.
+            except Exception as error:
+                self._reporters.remove(reporter)
+                name = type(reporter).__name__
+                self.say(f"nothing more is reported to {name}, which failed: {one_line(error)}")
 
     def _line(self, record: Record) -> str:
         line = f"step {record['step']}/{self._steps}  {_losses(record)}"

@@ -12,7 +12,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar, text
 
-from sparseffn_jax.progress import stage
+from sparseffn_jax.checkpoints.errors import one_line
+from sparseffn_jax.progress import say, stage
 from sparseffn_jax.train.choices import ReporterName
 
 Record = dict[str, Any]
@@ -70,9 +71,17 @@ def open_reporters(
         reporters: list[Reporter] = []
         for name in names:
             reporter = TensorBoard(out_dir) if name == "tensorboard" else Wandb(out_dir, settings)
-            stack.callback(reporter.close)
+            stack.callback(_close, reporter)
             reporters.append(reporter)
         yield reporters
+
+
+def _close(reporter: Reporter) -> None:
+    try:
+        reporter.close()
+    # A full disk, or what others' code raises, does not take away the result of a run.
+    except Exception as error:
+        say(f"the report to {type(reporter).__name__} may lack its end: {one_line(error)}")
 
 
 class TensorBoard:
@@ -99,10 +108,8 @@ class TensorBoard:
         self._add(record["step"], [text(record["event"], message)])
 
     def close(self) -> None:
-        # A full disk does not end a run that is over.
         if self._events is not None:
-            with contextlib.suppress(OSError):
-                self._events.close()
+            self._events.close()
 
     def _add(self, step: int, summaries: list[Any]) -> None:
         if self._events is None:

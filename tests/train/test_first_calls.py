@@ -122,6 +122,25 @@ def test_wandb_that_refuses_or_is_missing(dense, tokens, tmp_path, wandb, monkey
         TrainConfig(report_to="mlflow")
 
 
+def test_a_report_that_fails_does_not_end_the_run(dense, tokens, tmp_path, wandb, capsys):
+    def fail(*_):
+        raise wandb.Error("the service is gone")
+
+    def init(**_):
+        run = Run([])
+        run.log = run.finish = fail
+        return run
+
+    wandb.init = init
+    config = dataclasses.replace(CONFIG, report_to="wandb,tensorboard")
+    result = train(*dense, tokens, config, tmp_path / "run")
+    assert [record["step"] for record in result.history] == [1, 2]
+    assert (tmp_path / "run" / "checkpoints" / "2").exists()
+    said = capsys.readouterr().err
+    assert said.count("nothing more is reported to Wandb, which failed: the service is gone") == 1
+    assert said.count("the report to Wandb may lack its end: the service is gone") == 1
+
+
 class Words(nn.Module):
     """A model that is no decoder, and calls no layer mlp."""
 

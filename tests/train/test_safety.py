@@ -276,6 +276,30 @@ def test_ffns_that_never_stop_diverging_end_the_run(
         train(*model_and_params, windows, CONFIG, tmp_path)
 
 
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_disk_that_is_full_when_a_run_starts(steps_before, tmp_path, monkeypatch, capsys):
+    def record(step):
+        return {"step": step, "loss": float(step), "tokens_per_second": 1.0}
+
+    if steps_before:
+        with MetricsLog(tmp_path, 0, 4) as log:
+            for number in (1, 2, 3):
+                log.record(record(number))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full)
+        log = MetricsLog(tmp_path, steps_before, 4)
+    with log:
+        for number in range(steps_before + 1, 5):
+            log.record(record(number))
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    records = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+
+
 def test_a_log_that_cannot_be_written_is_kept_in_memory(tmp_path, monkeypatch, capsys):
     with MetricsLog(tmp_path, 0, 4) as log:
         log.record({"step": 1, "loss": 1.0, "tokens_per_second": 1.0})
