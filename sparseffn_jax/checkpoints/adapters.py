@@ -184,10 +184,11 @@ def adapted(weights: Weights, matched: Match, adapter: LoraAdapter, param_dtype:
         def read() -> np.ndarray:
             if path in replaced:
                 array = np.asarray(replaced[path])
-                return array.T if transposed else array
-            a, b = (np.asarray(factors[f"{path}.{name}"]) for name in "ab")
-            update = scales[path] * (a @ b)
-            whole = np.asarray(tensor.read(), np.float32) + (update.T if transposed else update)
+                whole = array.T if transposed else array
+            else:
+                a, b = (np.asarray(factors[f"{path}.{name}"]) for name in "ab")
+                update = scales[path] * (a @ b)
+                whole = np.asarray(tensor.read(), np.float32) + (update.T if transposed else update)
             return whole if param_dtype is not None else whole.astype(tensor.dtype)
 
         return read

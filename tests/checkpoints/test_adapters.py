@@ -220,8 +220,9 @@ def test_adapters_of_peft_are_merged(tmp_path, family, on_demand):
 
 
 def test_the_dtype_stays_where_it_is_asked_for(tmp_path):
-    model, params = make_model("gpt2")
+    model, params = make_model("gpt2", (sparse_layer("gpt2"), None))
     adapter = make_adapter(params)
+    assert adapter.replaced
     save_pretrained(tmp_path / "model", model, params, dtype=jnp.bfloat16)
     save_adapter(tmp_path / "adapter", model, adapter)
     stored = load_pretrained(tmp_path / "model").params
