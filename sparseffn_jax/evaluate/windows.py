@@ -12,9 +12,9 @@ def cut_windows(tokens: Shaped[np.ndarray, " n"], window: int) -> Shaped[np.ndar
     Every token but the first is then the target of exactly one window. Tokens behind the last full
     window are dropped.
     """
-    count = max(0, (len(tokens) - 1) // window)
-    starts = window * np.arange(count)[:, None]
-    return tokens[starts + np.arange(window + 1)[None, :]]
+    if len(tokens) <= window:
+        return np.empty((0, window + 1), tokens.dtype)
+    return np.lib.stride_tricks.sliding_window_view(tokens, window + 1)[::window].copy()
 
 
 # Attention over more tokens costs more than most texts give back.

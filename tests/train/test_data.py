@@ -1,5 +1,6 @@
 import hashlib
 import json
+import tracemalloc
 
 import grain
 import numpy as np
@@ -46,6 +47,18 @@ def test_every_token_but_the_first_is_a_target_once(length, window):
 
 def test_pack_of_too_few_tokens_is_empty():
     assert cut_windows(np.arange(8, dtype=np.int32), 8).shape == (0, 9)
+
+
+def test_cutting_takes_no_more_memory_than_the_windows():
+    tokens = np.arange(400_000, dtype=np.int32)
+    tracemalloc.start()
+    try:
+        windows = cut_windows(tokens, 50)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert windows.flags.owndata
+    assert peak < 1.2 * windows.nbytes
 
 
 def test_documents_end_with_an_end_of_text_token(tmp_path, tokenizer):
