@@ -485,9 +485,11 @@ class Run:
 
 
 def _text_hash(windows: TokenWindows) -> str:
-    text = hashlib.sha256(windows.train.tobytes())
-    if windows.train_counted is not None:
-        text.update(windows.train_counted.tobytes())
+    text = hashlib.sha256()
+    for array in (windows.train, windows.train_counted):
+        if array is not None:
+            # hashlib reads flat arrays where they are.
+            text.update(np.ascontiguousarray(array).reshape(-1))
     return text.hexdigest()
 
 

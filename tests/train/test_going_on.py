@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import signal
+import tracemalloc
 
 import chex
 import jax
@@ -15,9 +17,11 @@ from train_models import N_EMBD, make_model
 from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig
 from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.train.config import TrainConfig
+from sparseffn_jax.train.data import TokenWindows
 from sparseffn_jax.train.guard import GuardConfig
 from sparseffn_jax.train.identity import fingerprint
 from sparseffn_jax.train.loop import train
+from sparseffn_jax.train.run import _text_hash
 from sparseffn_jax.train.schedules import make_schedule
 
 CONFIG = TrainConfig(
@@ -228,3 +232,18 @@ def test_a_fingerprint_reads_little_of_each_leaf():
     assert fingerprint({**leaves, "a": leaves["a"] + 1}) != expected
     # Between the points of its grid nothing is read.
     assert fingerprint({**leaves, "c": leaves["c"] + (np.arange(500) == 1)}) == expected
+
+
+def test_the_text_is_hashed_where_it_is():
+    tokens = np.arange(400_000, dtype=np.int32).reshape(8000, 50)
+    counted = np.arange(8000 * 49).reshape(8000, 49) % 3 == 0
+    tracemalloc.start()
+    try:
+        digest = _text_hash(TokenWindows(tokens, tokens[:1], counted))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.1 * tokens.nbytes
+    assert digest == hashlib.sha256(tokens.tobytes() + counted.tobytes()).hexdigest()
+    other = TokenWindows(tokens.T, tokens[:1])
+    assert _text_hash(other) == hashlib.sha256(tokens.T.tobytes()).hexdigest()
