@@ -169,6 +169,7 @@ def test_finetune_ends_although_its_last_gradient_overflows(folder, sparse, tmp_
     assert "the gradient overflowed float16" in capfd.readouterr().err
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "0.0005, cosine, adamw" in card
+    assert "nats a token over" in card
     assert "cross-entropy" not in card
 
 

@@ -91,8 +91,10 @@ class Finetune(FinetuneArguments):
             console.print(f"pushed {pushed} to {self.push}: {url}")
 
     def _card_section(self, config: TrainConfig, counts: TextCounts, result: TrainResult) -> str:
-        # The last step's gradient may have overflowed: then its record has no numbers.
-        last = next((record for record in reversed(result.history) if "loss" in record), {})
+        # Of the last step, if it was not kept, there is the validation loss alone.
+        history = result.history[::-1]
+        last = next((record for record in history if "loss" in record), {})
+        validated = next((record for record in history if "validation_loss" in record), {})
         window = counts.train.targets // counts.train.windows
         tokens = config.steps * config.batch_size * window
         rows = [
@@ -111,7 +113,7 @@ class Finetune(FinetuneArguments):
         if result.adapter is not None:
             ranks = f" ({config.lora_ranks})" if config.lora_ranks else ""
             rows.append(("adapters", f"rank {config.lora_rank}{ranks} on {config.lora_targets}"))
-        if (loss := last.get("validation_loss")) is not None:
+        if (loss := validated.get("validation_loss")) is not None:
             held_out = counts.validation.counted
             rows.append(
                 ("validation loss", f"{loss:.4f} nats a token over {held_out:,} held-out tokens")

@@ -185,13 +185,17 @@ class MetricsLog:
                 self.say(f"nothing more is reported to {name}, which failed: {one_line(error)}")
 
     def _line(self, record: Record) -> str:
-        line = f"step {record['step']}/{self._steps}  {_losses(record)}"
+        parts = [f"step {record['step']}/{self._steps}"]
+        # A step that was not kept may have a validation loss, and no more.
+        if "loss" in record:
+            parts.append(_losses(record))
         if "validation_loss" in record:
             # Of cross-entropy alone, whatever the loss is made of.
             name = "validation cross-entropy" if "cross_entropy" in record else "validation"
-            line += f"  {name} {record['validation_loss']:.4f}"
-        left = self._left(record["step"])
-        return f"{line}  {record['tokens_per_second']:.0f} tokens/s  {left} left"
+            parts.append(f"{name} {record['validation_loss']:.4f}")
+        if "tokens_per_second" in record:
+            parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
+        return "  ".join([*parts, f"{self._left(record['step'])} left"])
 
     def _standing(self) -> str:
         """Returns a line of what is known between two records."""

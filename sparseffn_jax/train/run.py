@@ -147,6 +147,7 @@ class Run:
         if verdict in (guard.Verdict.DIVERGED, guard.Verdict.FFN_DIVERGED):
             reason = guard.describe(self._config.guard, before.guard, verdict, metrics)
             self._go_back(log, reason, verdict is guard.Verdict.FFN_DIVERGED)
+            self._log_validation(log, metrics)
             return metrics
         if verdict is guard.Verdict.GOOD and candidate is not None:
             self._good = candidate
@@ -155,6 +156,7 @@ class Run:
         self._log_warnings(log)
         if metrics.get("overflow"):
             self._log_overflow(log, metrics)
+            self._log_validation(log, metrics)
         else:
             self._log(log, metrics)
         return metrics
@@ -459,9 +461,8 @@ class Run:
         config, step = self._config, self.position.step
         tokens_per_second = self._tokens / self._seconds
         log.advance(step, metrics, tokens_per_second)
-        is_last = step == config.steps
-        evaluates = config.eval_every and (is_last or step % config.eval_every == 0)
-        if not (evaluates or is_last or step % config.log_every == 0):
+        evaluates = self._is_evaluation_due()
+        if not (evaluates or step == config.steps or step % config.log_every == 0):
             return
         metrics["tokens_per_second"] = tokens_per_second
         self._tokens, self._seconds = 0, 0.0
@@ -469,6 +470,18 @@ class Run:
             metrics["validation_loss"] = self._validate(log)
         mixture = config.loss_mixture
         log.record({"step": step} | metrics | ({"loss_is": mixture} if mixture else {}))
+
+    def _log_validation(self, log: MetricsLog, metrics: Record) -> None:
+        """Logs the validation loss alone, if it is due after a step that was not kept."""
+        if self._is_evaluation_due():
+            metrics["validation_loss"] = self._validate(log)
+            log.record({"step": self.position.step, "validation_loss": metrics["validation_loss"]})
+
+    def _is_evaluation_due(self) -> bool:
+        config, step = self._config, self.position.step
+        if not config.eval_every:
+            return False
+        return step == config.steps or step % config.eval_every == 0
 
     def _validate(self, log: MetricsLog) -> float:
         config = self._config

@@ -207,6 +207,16 @@ def test_a_nan_step_is_undone_and_named(survived, poisoned):
     chex.assert_tree_all_finite(result.params["transformer"]["h"])
 
 
+def test_a_run_whose_last_step_is_undone_is_validated(poisoned, tmp_path):
+    result, _ = run(*poisoned, dataclasses.replace(CONFIG, steps=8), tmp_path)
+    event, record = result.history[-2:]
+    assert (event["step"], event["event"]) == (8, "restore")
+    assert (record.keys(), record["step"]) == ({"step", "validation_loss"}, 8)
+    model, _, windows = poisoned
+    loss = evaluate_loss(model, result.params, windows.validation, 3)
+    assert record["validation_loss"] == pytest.approx(loss, rel=1e-6)
+
+
 @pytest.mark.parametrize("stop", [7, 8, 9])
 def test_resume_around_a_restore_is_exact(stop, survived, poisoned, tmp_path, capsys):
     expected, expected_losses, expected_log, _ = survived

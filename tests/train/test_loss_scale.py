@@ -134,6 +134,17 @@ def test_overflow_costs_steps_and_nothing_else(half, windows, overflown):
     assert after < before - 0.05
 
 
+def test_a_run_that_ends_with_an_overflow_is_validated(half, windows, tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, steps=1, eval_every=100, loss_scale=2.0**60)
+    result, steps = run(half, windows, config, tmp_path)
+    assert steps[1]["overflow"] == 1.0
+    event, record = result.history
+    assert (event["event"], record.keys()) == ("overflow", {"step", "validation_loss"})
+    model, params = half
+    assert record["validation_loss"] == losses.evaluate_loss(model, params, windows.validation, 3)
+    assert f"step 1/1  validation {record['validation_loss']:.4f}  " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stop", [1, 8])
 def test_resume_is_exact(half, windows, overflown, stop, tmp_path):
     config, expected, expected_steps, _ = overflown
