@@ -16,7 +16,7 @@ from sparseffn_jax.train.choices import parse_reporters
 from sparseffn_jax.train.config import TrainConfig
 from sparseffn_jax.train.data import TextCounts
 from sparseffn_jax.train.loop import TrainResult, train
-from sparseffn_jax.train.processes import is_first
+from sparseffn_jax.train.processes import is_first, leaving_together
 from sparseffn_jax.train.reporters import check_installed
 from sparseffn_jax.train.strategies import make_strategy
 
@@ -58,37 +58,40 @@ class Finetune(FinetuneArguments):
             resume=self.resume,
             remat=self.remat,
         )
-        if not is_first():
-            return
-        origin = origin_of(self.model, pretrained.folder)
-        section = self._card_section(config, counts, result)
-        if result.adapter is not None:
-            save_adapter(
-                self.adapters,
-                model,
-                result.adapter,
-                base_model=self.model,
-                card=adapter_card(self.push or self.adapters.name, model, origin, section),
-                overwrite=True,
-            )
-            console.print(f"wrote {self.adapters}")
-        if self.is_merged:
-            with stage("writing the model"):
-                card = model_card(self.push or self.out.name, model, result.params, origin, section)
-                save_pretrained(
-                    self.result,
+        with leaving_together("written"):
+            if not is_first():
+                return
+            origin = origin_of(self.model, pretrained.folder)
+            section = self._card_section(config, counts, result)
+            if result.adapter is not None:
+                save_adapter(
+                    self.adapters,
                     model,
-                    result.params,
-                    tokenizer=tokenizer,
+                    result.adapter,
+                    base_model=self.model,
+                    card=adapter_card(self.push or self.adapters.name, model, origin, section),
                     overwrite=True,
-                    card=card,
                 )
-            console.print(f"wrote {self.result} (batches {result.data_hash[:12]})")
-        if self.push is not None:
-            pushed = self.result if self.is_merged else self.adapters
-            with stage(f"pushing {pushed}"):
-                url = push_to_hub(pushed, self.push, private=self.private or None)
-            console.print(f"pushed {pushed} to {self.push}: {url}")
+                console.print(f"wrote {self.adapters}")
+            if self.is_merged:
+                with stage("writing the model"):
+                    card = model_card(
+                        self.push or self.out.name, model, result.params, origin, section
+                    )
+                    save_pretrained(
+                        self.result,
+                        model,
+                        result.params,
+                        tokenizer=tokenizer,
+                        overwrite=True,
+                        card=card,
+                    )
+                console.print(f"wrote {self.result} (batches {result.data_hash[:12]})")
+            if self.push is not None:
+                pushed = self.result if self.is_merged else self.adapters
+                with stage(f"pushing {pushed}"):
+                    url = push_to_hub(pushed, self.push, private=self.private or None)
+                console.print(f"pushed {pushed} to {self.push}: {url}")
 
     def _card_section(self, config: TrainConfig, counts: TextCounts, result: TrainResult) -> str:
         # Of the last step, if it was not kept, there is the validation loss alone.

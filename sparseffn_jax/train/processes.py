@@ -4,7 +4,9 @@ They start with the same settings and see the same losses, so that they decide a
 of them can know (a signal, its part of a batch, the state of a disk) is exchanged here.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,6 +38,19 @@ def wait_for_all(name: str) -> None:
     """Returns once every process is here; ``name`` says where that is."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def leaving_together(name: str) -> Iterator[None]:
+    """Leaves the block, also by an error, once every process is at its end.
+
+    It is for what the first process does alone: JAX ends all of them if some are at the end of
+    their program and others do not follow within minutes.
+    """
+    try:
+        yield
+    finally:
+        wait_for_all(name)
 
 
 def chain_batch(

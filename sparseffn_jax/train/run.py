@@ -165,7 +165,10 @@ class Run:
         """Writes a checkpoint of the run as it stands, complete enough to go on exactly."""
         step = self.position.step
         is_over = step == self._config.steps
-        with log.doing(f"writing the checkpoint of step {step}"):
+        with (
+            processes.leaving_together("saved"),
+            log.doing(f"writing the checkpoint of step {step}"),
+        ):
             snapshot = self._take_snapshot()
             self._save(snapshot, None if is_over or snapshot is self._good else self._good)
             self._store.wait()

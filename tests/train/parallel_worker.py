@@ -269,6 +269,35 @@ def communication(bytes_sent):
     }
 
 
+def stop_while_sealing_is_slow(strategy, folder):
+    """Stops a run after a step; says whether its checkpoint is sealed when that is over."""
+    import signal
+    import time
+
+    from train_models import make_windows
+
+    from sparseffn_jax.train import checkpoints
+    from sparseffn_jax.train.loop import train
+
+    usual = checkpoints.seal
+
+    def slowly(*arguments):
+        time.sleep(5)
+        usual(*arguments)
+
+    def on_step(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    checkpoints.seal = slowly
+    model, params, config = model_params_config()
+    try:
+        train(model, params, make_windows(), config, folder, strategy=strategy, on_step=on_step)
+    except KeyboardInterrupt:
+        return (folder / "checkpoints" / "1" / "manifest.json").is_file()
+    finally:
+        checkpoints.seal = usual
+
+
 def two_processes(out, process):
     from sparseffn_jax.train.run_lock import RunFolderError
     from sparseffn_jax.train.strategies import make_strategy
@@ -280,6 +309,7 @@ def two_processes(out, process):
         seen["refusal"] = str(error)
     for name, mesh in (("mesh", "data=2,fsdp=2,tensor=2"), ("pmap", None)):
         seen[name], _ = fit(make_strategy(name, mesh), out / name)
+    seen["sealed"] = stop_while_sealing_is_slow(make_strategy("pmap"), out / "stopped")
     (out / f"seen{process}.json").write_text(json.dumps(seen))
 
 

@@ -161,6 +161,11 @@ def test_two_processes_are_refused_a_folder_together(two_processes):
         assert f"process {holder} on host" in seen["refusal"]
 
 
+def test_no_process_ends_before_the_checkpoint_is_sealed(two_processes):
+    found, _, _ = two_processes
+    assert [seen["sealed"] for seen in found] == [True, True]
+
+
 @pytest.mark.parametrize("onto", ["single", "four"])
 def test_a_mesh_checkpoint_goes_onto_other_devices(eight, onto):
     _, out = eight
