@@ -217,6 +217,7 @@ def advance(
     sampling: Sampling,
     *,
     eos_token_id: int | Sequence[int] | None = None,
+    packed: Any = None,
 ) -> DecodeState:
     """Decodes until the sequences are ``length`` long or every row is done.
 
@@ -227,6 +228,7 @@ def advance(
       length: length of the sequences to stop at, padding included; at most T + N.
       sampling: how tokens are chosen.
       eos_token_id: the token, or tokens, that end a row; ``None`` ends no row early.
+      packed: what :func:`pack` returns, so that several calls need not pack the weights anew.
 
     Returns:
       The state of the longer sequences.
@@ -235,10 +237,24 @@ def advance(
       ValueError: if ``top_k`` exceeds the vocabulary.
     """
     data = as_data(sampling, model.config.vocab_size)
+    packed = pack(model, params, len(state.tokens)) if packed is None else packed
     return _decode(
-        _ByValue(model), platform_of(params), params, state, np.int32(length), data,
-        _as_ids(eos_token_id),
-    )  # fmt: skip
+        _ByValue(model), params, packed, state, np.int32(length), data, _as_ids(eos_token_id)
+    )
+
+
+def pack(model: Decoder, params: Any, batch_size: int) -> dict[str, Any]:
+    """Packs the weights of all sparse FFNs for decoding.
+
+    Args:
+      model: the decoder.
+      params: parameters of the decoder.
+      batch_size: number B of prompts.
+
+    Returns:
+      What :func:`advance` takes as ``packed``: it must be packed again when ``params`` change.
+    """
+    return _pack(_ByValue(model), batch_size, platform_of(params), params)
 
 
 def left_pad(
@@ -361,13 +377,15 @@ def _prefill(static, max_new_tokens, params, prompt, padding, key, settings, end
     return append(static.model, params, state, prompt, settings, ends)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _decode(static, platform, params, state, length, settings, ends):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _pack(static, batch_size, platform, params):
+    return pack_ffns(static.model, params, batch_size, platform)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _decode(static, params, packed, state, length, settings, ends):
     def goes_on(state):
         return (state.length < length) & ~jnp.all(state.done)
-
-    # Once for all tokens: what a loop's body does to its constants, XLA does in every turn.
-    packed = pack_ffns(static.model, params, len(state.tokens), platform)
 
     def step(state):
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from sparseffn_jax.models.decoder import Decoder
-from sparseffn_jax.models.generation import Sampling, advance, left_pad, start
+from sparseffn_jax.models.generation import Sampling, advance, left_pad, pack, start
 
 # What decoders give for bytes that are no UTF-8, such as a character whose end is still to come.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -129,6 +129,7 @@ def stream_text(
     state = start(
         model, params, ids, max_new_tokens, sampling, eos_token_id=end, prompt_mask=mask, key=key
     )
+    packed = pack(model, params, len(ids))
     rows = [
         _Row(tokenizer, row[is_token == 1].tolist(), stop)
         for row, is_token in zip(ids, mask, strict=True)
@@ -148,7 +149,7 @@ def stream_text(
         read = length
         state = advance(
             model, params, state._replace(done=done), min(length + chunk, capacity), sampling,
-            eos_token_id=end,
+            eos_token_id=end, packed=packed,
         )  # fmt: skip
 
 

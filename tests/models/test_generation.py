@@ -16,7 +16,6 @@ from sparseffn_jax.models import families, generation
 from sparseffn_jax.models.generation import Sampling, generate, left_pad
 from sparseffn_jax.models.gpt2 import GPT2LMHeadModel
 from sparseffn_jax.ops.masks import BlockMask
-from sparseffn_jax.ops.plans.choice import platform_of
 
 VOCAB, NEW = 97, 64
 PROMPTS = [[5, 17, 3, 80, 42, 9, 11], [1], [60, 2, 33], [7, 7, 7, 90]]
@@ -247,7 +246,7 @@ def test_wrong_calls_are_refused(greedy, arguments, message):
         generate(model, params, **{**good, **arguments})
 
 
-def test_sparse_ffns_decode_what_the_whole_model_says_and_are_laid_out_before_the_loop():
+def test_sparse_ffns_decode_what_the_whole_model_says_and_are_packed_before():
     blocks = [[True, False, True, False], [False, True, True, True]]
     core = CoreConfig(
         128,
@@ -269,16 +268,20 @@ def test_sparse_ffns_decode_what_the_whole_model_says_and_are_laid_out_before_th
     logits = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens[:, :-1]))
     np.testing.assert_array_equal(tokens[:, 4:], np.argmax(logits[:, 3:], -1))
 
-    # The masked plan puts every block into a matrix of zeros: two a layer, and none in the loop.
-    state = generation._prefill.eval_shape(
-        generation._ByValue(model), 12, params, prompt, jnp.zeros(1, jnp.int32),
-        jax.random.key(0), generation.as_data(Sampling(), VOCAB), jnp.array([-1]),
-    )  # fmt: skip
-    traced = generation._decode.trace(
-        generation._ByValue(model), platform_of(params), params, state, 16,
-        generation.as_data(Sampling(), VOCAB), jnp.array([-1]),
-    )  # fmt: skip
-    (loop,) = (e for e in traced.jaxpr.eqns if e.primitive.name == "while")
+    # The masked plan puts every block into a matrix of zeros: two a layer, and none while decoding.
     shape = "f32[2,4,16,32]"
-    assert shape in str(traced.jaxpr)
-    assert shape not in str(loop.params["body_jaxpr"])
+    packing = jax.make_jaxpr(functools.partial(generation.pack, model, batch_size=1))(params)
+    assert shape in str(packing)
+    assert shape not in str(traced_decoding(model, params, prompt).jaxpr)
+
+
+def traced_decoding(model, params, prompt):
+    sampling = generation.as_data(Sampling(), VOCAB)
+    state = generation._prefill.eval_shape(
+        generation._ByValue(model), 12, params, prompt, jnp.zeros(len(prompt), jnp.int32),
+        jax.random.key(0), sampling, jnp.array([-1]),
+    )  # fmt: skip
+    packed = generation.pack(model, params, len(prompt))
+    return generation._decode.trace(
+        generation._ByValue(model), params, packed, state, 16, sampling, jnp.array([-1])
+    )

@@ -103,6 +103,19 @@ def test_a_stopped_row_stops_the_loop(tokenizer, monkeypatch):
     assert len(asked) == 1
 
 
+def test_a_stream_packs_its_weights_once(tokenizer, monkeypatch):
+    packed, pack = [], generation.pack
+
+    def counted(*args):
+        packed.append(args)
+        return pack(*args)
+
+    monkeypatch.setattr("sparseffn_jax.models.text_generation.pack", counted)
+    monkeypatch.setattr(generation, "pack", counted)
+    assert len(list(recite(tokenizer, [TEXT], stream_text))) > 2
+    assert len(packed) == 1
+
+
 def test_the_limit_cuts_and_padding_changes_nothing(tokenizer):
     ids = tokenizer.encode(TEXT)
     expected = [tokenizer.decode(ids[:7])] * 2
