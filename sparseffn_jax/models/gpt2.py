@@ -36,7 +36,8 @@ class Conv1D(nn.Module):
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return flat_dot_general(x, kernel.T, (((x.ndim - 1,), (0,)), ((), ()))) + bias
+        # For one token, XLA's CPU compiler would write out a transposed kernel in every call.
+        return flat_dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ()))) + bias
 
 
 class GPT2MLP(nn.Module):

@@ -46,16 +46,18 @@ def layer_norm(config: Any, name: str | None, dtype: Dtype, param_dtype: Dtype) 
 
 
 def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
-    """Multiplies the last axis of ``lhs`` by a matrix, as one product of two matrices.
+    """Multiplies the last axis of ``lhs`` by either axis of a matrix, as one product of matrices.
 
     With several batch axes, XLA's CPU compiler copies activations into another order for the
     weight's gradient. It is what :class:`flax.linen.Dense` takes as ``dot_general``.
     """
-    assert dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ()))
+    ((left, (axis,)), batch) = dimension_numbers
+    assert left == (lhs.ndim - 1,)
+    assert batch == ((), ())
     flat = jax.lax.dot_general(
         lhs.reshape(-1, lhs.shape[-1]),
         rhs,
-        (((1,), (0,)), ((), ())),
+        (((1,), (axis,)), ((), ())),
         precision=precision,
         preferred_element_type=preferred_element_type,
     )

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -285,3 +286,10 @@ def traced_decoding(model, params, prompt):
     return generation._decode.trace(
         generation._ByValue(model), params, packed, state, 16, sampling, jnp.array([-1])
     )
+
+
+def test_decoding_gpt2_copies_no_kernel(greedy):
+    model, params, _ = greedy
+    program = traced_decoding(model, params, jnp.array([[5, 17, 3, 80]])).lower().compile()
+    kernels = r"f32\[(32,(32|96|128)|(96|128),32)\]\S* (copy|transpose)\("
+    assert re.findall(kernels, program.as_text()) == []
