@@ -420,14 +420,19 @@ def append(
     count, capacity = tokens.shape[1], state.tokens.shape[1]
     places = state.length - count + jnp.arange(count)
     is_token = jnp.arange(capacity) >= state.padding[:, None]
-    logits, changed = model.apply(
+    hidden, changed = model.apply(
         {"params": params, "cache": state.cache, PACKED: packed or {}},
         tokens,
         attention_mask=is_token.astype(jnp.int32),
         # What stands on padding is masked: any position will do.
         position_ids=jnp.maximum(places - state.padding[:, None], 0),
         mutable=["cache"],
+        method="last_hidden_state",
     )
+    # The logits of a whole prompt would take T x V numbers, of which one row is read: padding is on
+    # the left, so that it is the last.
+    head: Any = model.apply({"params": params}, method="head")
+    logits = head.logits(hidden[:, -1:])
     key, now = jax.random.split(state.key)
     chosen = choose(logits[:, -1], state.seen, settings, now)
     chosen = jnp.where(state.done, tokens[:, -1], chosen)

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import math
 import re
 
 import jax
@@ -274,6 +275,21 @@ def test_sparse_ffns_decode_what_the_whole_model_says_and_are_packed_before():
     packing = jax.make_jaxpr(functools.partial(generation.pack, model, batch_size=1))(params)
     assert shape in str(packing)
     assert shape not in str(traced_decoding(model, params, prompt).jaxpr)
+
+
+def test_reading_a_prompt_computes_the_last_logits_alone(greedy):
+    model, params, _ = greedy
+    prompt = jnp.zeros((2, 40), jnp.int32)
+    program = generation._prefill.lower(
+        generation._ByValue(model), 12, params, prompt, jnp.zeros(2, jnp.int32),
+        jax.random.key(0), generation.as_data(Sampling(), VOCAB), jnp.array([-1]),
+    ).compile()  # fmt: skip
+    shapes = [
+        tuple(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", program.as_text())
+    ]
+    of_words = {shape for shape in shapes if VOCAB in shape}
+    assert (2, VOCAB) in of_words
+    assert max(map(math.prod, of_words)) < prompt.size * VOCAB
 
 
 def traced_decoding(model, params, prompt):
