@@ -146,15 +146,16 @@ class Decoder(nn.Module):
         Args:
           input_ids: token ids (B, T) below ``vocab_size``.
           attention_mask: 1 for real tokens, 0 for padding. When decoding it covers the whole cache,
-            so that S is the cache's length; otherwise S = T. ``None`` means that there is no
-            padding.
+            so that S is the cache's length; otherwise, and where the cache begins, S = T. ``None``
+            means that there is no padding.
           position_ids: positions (B, T) below ``n_positions``. By default they count from 0, or
             from the first free position of the cache if there is one; with padding on the left
             they must be given.
           deterministic: whether dropout is off; ``False`` applies the config's dropout rates and
             needs an rng named ``"dropout"``.
-          init_cache: whether to create the key/value cache, as the function :func:`init_cache`
-            does.
+          init_cache: whether the key/value cache begins with these tokens. Where there is none, an
+            empty one is created, as the function :func:`init_cache` does; one that exists is taken
+            for empty, which needs less time and memory than to attend to what it holds.
 
         Returns:
           Logits (B, T, V).
@@ -189,7 +190,7 @@ class Decoder(nn.Module):
         if input_ids.shape[1] > n_positions:
             raise ValueError(f"{input_ids.shape[1]} tokens do not fit n_positions={n_positions}")
         if position_ids is None:
-            start = self._cached_tokens()
+            start = 0 if init_cache else self._cached_tokens()
             position_ids = jnp.broadcast_to(start + jnp.arange(input_ids.shape[1]), input_ids.shape)
         body = getattr(self, self.layer_path[0])
         return body(input_ids, attention_mask, position_ids, deterministic, init_cache)

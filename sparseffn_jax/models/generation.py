@@ -374,7 +374,7 @@ def _prefill(static, max_new_tokens, params, prompt, padding, key, settings, end
         done=jnp.zeros(batch_size, bool),
         key=key,
     )
-    return append(static.model, params, state, prompt, settings, ends)
+    return append(static.model, params, state, prompt, settings, ends, is_first=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -405,6 +405,7 @@ def append(
     settings: Mapping[str, Any],
     ends: Int[Array, " e"],
     packed: Any = None,
+    is_first: bool = False,
 ) -> DecodeState:
     """Runs the model on the last tokens of the sequences and appends the tokens that it chooses.
 
@@ -416,16 +417,19 @@ def append(
       settings: what :func:`as_data` returns.
       ends: the tokens that end a row.
       packed: weights that :func:`~sparseffn_jax.models.decoder.pack_ffns` packed.
+      is_first: whether these are all of the tokens, so that the cache is empty.
     """
-    count, capacity = tokens.shape[1], state.tokens.shape[1]
+    count = tokens.shape[1]
+    keys = count if is_first else state.tokens.shape[1]
     places = state.length - count + jnp.arange(count)
-    is_token = jnp.arange(capacity) >= state.padding[:, None]
+    is_token = jnp.arange(keys) >= state.padding[:, None]
     hidden, changed = model.apply(
         {"params": params, "cache": state.cache, PACKED: packed or {}},
         tokens,
         attention_mask=is_token.astype(jnp.int32),
         # What stands on padding is masked: any position will do.
         position_ids=jnp.maximum(places - state.padding[:, None], 0),
+        init_cache=is_first,
         mutable=["cache"],
         method="last_hidden_state",
     )

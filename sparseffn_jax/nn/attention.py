@@ -52,9 +52,12 @@ class CausalAttention(nn.Module):
           key: keys of the new tokens; H is a multiple of G.
           value: values of the new tokens.
           attention_mask: 1 for real tokens, 0 for padding; it covers the whole cache if there is
-            one, and the new tokens otherwise. ``None`` means that there is no padding.
+            one that does not begin here, and the new tokens otherwise. ``None`` means that there is
+            no padding.
           deterministic: whether dropout is off.
-          init_cache: whether to create an empty cache as long as ``key``.
+          init_cache: whether the cache begins here: where there is none, an empty one as long as
+            ``key`` is created; into one that exists the new tokens are written from its first place
+            on, and they attend to themselves alone.
           scale: factor of the logits; by default ``K ** -0.5``.
           dropout_rate: probability that an attention weight is dropped.
           window: number of tokens that a token attends to, itself included; ``None`` sets no limit.
@@ -66,10 +69,13 @@ class CausalAttention(nn.Module):
           ValueError: if ``attention_mask`` does not cover the keys, or they exceed the cache.
         """
         tokens = query.shape[1]
-        is_decoding = self.has_variable("cache", "cached_key")
+        has_cache = self.has_variable("cache", "cached_key")
+        is_decoding = has_cache and not init_cache
         start = 0
-        if is_decoding or init_cache:
-            key, value, start = self._update_cache(key, value, is_decoding)
+        if has_cache or init_cache:
+            cached = self._update_cache(key, value, has_cache, is_decoding)
+            if is_decoding:
+                key, value, start = cached
         if window is not None and window >= tokens and not is_decoding:
             window = None
         # None stands for the plain causal mask, which attention has a faster way to apply.
@@ -111,17 +117,18 @@ class CausalAttention(nn.Module):
             force_fp32_for_softmax=True,
         )
 
-    def _update_cache(self, key, value, is_decoding):
-        """Writes T new positions into the cache.
+    def _update_cache(self, key, value, has_cache, is_decoding):
+        """Writes T new positions into a cache that exists, behind others only when decoding.
 
         Returns the cache's keys and values, and the first new position.
         """
         cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
         cached_value = self.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype)
         index = self.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))
-        if not is_decoding:
-            return key, value, 0
-        start, tokens, length = index.value, key.shape[1], cached_key.value.shape[1]
+        start = index.value if is_decoding else jnp.zeros_like(index.value)
+        if not has_cache:
+            return key, value, start
+        tokens, length = key.shape[1], cached_key.value.shape[1]
         if tokens > length:
             raise ValueError(f"{tokens} tokens do not fit a cache of {length}")
         place = (0, start, 0, 0)

@@ -39,7 +39,7 @@ class Reciter(nn.Module):
     ):
         script = self.param("script", nn.initializers.zeros, (len(input_ids), 99), jnp.int32)
         read = self.variable("cache", "read", lambda: jnp.zeros((), jnp.int32))
-        if not init_cache:
+        if not self.is_initializing():
             read.value += 1
         token = jax.lax.dynamic_index_in_dim(script, read.value - 1, 1)
         logits = jax.nn.one_hot(token, self.config.vocab_size)

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +74,48 @@ def test_rows_of_padding_stay_finite_and_gradients_are_those_of_one_block(monkey
     assert all(np.isfinite(part).all() for part in gradients[0])
     for blocks, whole in zip(*gradients, strict=True):
         np.testing.assert_allclose(blocks, whole, rtol=1e-4, atol=1e-6)
+
+
+class Attention(CausalAttention):
+    @nn.compact
+    def __call__(self, *args, **kwargs):
+        return self.attend(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"window": 3}, {"window": 64}, {"scale": 0.3}])
+@pytest.mark.parametrize("padding", [None, 4])
+def test_a_cache_that_begins_is_that_of_an_empty_one_without_attending_to_it(
+    monkeypatch, dtype, settings, padding
+):
+    monkeypatch.setattr(attention, "_LEAST_BLOCK", 4)
+    arrays, length = [jnp.asarray(x, dtype) for x in draw()], T + 6
+    empty = {
+        "cached_key": jnp.zeros((B, length, G, K), dtype),
+        "cached_value": jnp.zeros((B, length, G, K), dtype),
+        "cache_index": jnp.int32(0),
+    }
+    is_token = None
+    if padding is not None:
+        is_token = jnp.ones((B, length), jnp.int32).at[0, :padding].set(0)
+
+    def read(begins, arrays):
+        mask = is_token[:, :T] if begins and is_token is not None else is_token
+        return Attention().apply(
+            *({"cache": empty}, *arrays, mask, True, begins),
+            **settings, mutable=["cache"],
+        )  # fmt: skip
+
+    (quick, quick_cache), (slow, slow_cache) = (read(begins, arrays) for begins in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, quick_cache, slow_cache)
+    # What a row of padding computes is of no use.
+    eps = float(jnp.finfo(dtype).eps)
+    quick, slow = (np.asarray(x, np.float32) for x in (quick, slow))
+    np.testing.assert_allclose(quick[1], slow[1], rtol=4 * eps, atol=4 * eps)
+    np.testing.assert_allclose(quick[0, padding:], slow[0, padding:], rtol=4 * eps, atol=4 * eps)
+    weights = f"{T},{length}]"
+    assert weights in str(jax.make_jaxpr(functools.partial(read, False))(arrays))
+    assert weights not in str(jax.make_jaxpr(functools.partial(read, True))(arrays))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
