@@ -124,16 +124,17 @@ def generate(
         1 changes nothing.
       eos_token_id: the token, or tokens, that end a row; the token that ended a row is repeated up
         to the row's end. ``None`` ends no row early.
-      prompt_mask: ``(B, T)``, 1 for tokens and 0 for padding, which must be on the left. ``None``
-        means that there is no padding.
+      prompt_mask: ``(B, T)``, 1 for tokens and 0 for padding, which must be on the left; lists of
+        ids are then of one length. ``None`` means that there is no padding.
       key: random key for sampling; needed if ``temperature`` is above 0.
 
     Returns:
       The padded prompts and their continuations, ``(B, T + max_new_tokens)`` int32.
 
     Raises:
-      ValueError: if a prompt is empty or padded on the right, or holds an unknown token; if prompt
-        and continuation exceed the model's positions; or if a setting is out of range.
+      ValueError: if a prompt is empty or padded on the right, or holds an unknown token or what is
+        no integer; if prompts with a mask differ in length; if prompt and continuation exceed the
+        model's positions; or if a setting is out of range.
 
     Example:
       >>> import jax
@@ -190,11 +191,11 @@ def start(
       ValueError: under the conditions that :func:`generate` lists.
     """
     vocab_size: int = model.config.vocab_size
-    if isinstance(prompt, np.ndarray | jax.Array):
-        ids = np.asarray(prompt, np.int32)
-        mask = np.ones_like(ids) if prompt_mask is None else np.asarray(prompt_mask)
-    else:
+    if prompt_mask is None and not isinstance(prompt, np.ndarray | jax.Array):
         ids, mask = left_pad(prompt)
+    else:
+        ids = _as_token_ids(prompt)
+        mask = np.ones_like(ids) if prompt_mask is None else np.asarray(prompt_mask)
     _check_prompt(ids, mask, vocab_size)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -204,7 +205,7 @@ def start(
     padding = np.sum(mask == 0, axis=1, dtype=np.int32)
     _check_border(model.cache_border(model.config), int(mask.sum(1).max()), max_new_tokens)
     return _prefill(
-        _ByValue(model), max_new_tokens, params, ids, padding, key,
+        _ByValue(model), max_new_tokens, params, ids.astype(np.int32), padding, key,
         as_data(sampling, vocab_size), _as_ids(eos_token_id),
     )  # fmt: skip
 
@@ -234,8 +235,13 @@ def advance(
       The state of the longer sequences.
 
     Raises:
-      ValueError: if ``top_k`` exceeds the vocabulary.
+      ValueError: if ``length`` exceeds T + N, or ``top_k`` the vocabulary.
     """
+    if length > (capacity := state.tokens.shape[1]):
+        raise ValueError(
+            f"length={length} exceeds the {capacity} tokens that there is room for: start with a "
+            "larger max_new_tokens"
+        )
     data = as_data(sampling, model.config.vocab_size)
     packed = pack(model, params, len(state.tokens)) if packed is None else packed
     return _decode(
@@ -268,13 +274,16 @@ def left_pad(
 
     Returns:
       The padded ids (B, T), and a mask (B, T) with 1 for tokens and 0 for padding; both int32.
+
+    Raises:
+      ValueError: if a list holds what is no integer.
     """
     length = max(length, *map(len, prompts)) if prompts else length
     ids = np.zeros((len(prompts), length), np.int32)
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         if len(prompt):
-            ids[row, -len(prompt) :] = prompt
+            ids[row, -len(prompt) :] = _as_token_ids(prompt)
             mask[row, -len(prompt) :] = 1
     return ids, mask
 
@@ -471,6 +480,22 @@ def as_data(sampling: Sampling, vocab_size: int) -> dict[str, np.number]:
         "top_k": np.int32(sampling.top_k or vocab_size),
         "top_p": np.float32(1.0 if sampling.top_p is None else sampling.top_p),
     }
+
+
+def _as_token_ids(prompt: Any) -> Int[np.ndarray, "..."]:
+    try:
+        ids = np.asarray(prompt)
+    except ValueError as error:
+        raise ValueError(
+            "the prompts that prompt_mask masks differ in length: pad them on the left, or leave "
+            "prompt_mask out"
+        ) from error
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"the prompt holds {ids.flat[0].item()!r}, of dtype {ids.dtype}: give token ids, which "
+            "are integers"
+        )
+    return ids
 
 
 def _as_ids(token_ids: int | Sequence[int] | None) -> Int[np.ndarray, " e"]:

@@ -57,7 +57,7 @@ def generate_text(
       >>> sf.generate_text(loaded.model(), loaded.params, tokenizer, prompt, max_new_tokens=5)
       [" '__main__':"]
     """
-    chunk = _TOKENS_BETWEEN_LOOKS if stop else max_new_tokens
+    chunk = _TOKENS_BETWEEN_LOOKS if stop else max(1, max_new_tokens)
     pieces = stream_text(
         model, params, tokenizer, prompts, max_new_tokens, sampling,
         stop=stop, key=key, chunk=chunk, least_length=least_length,
@@ -92,7 +92,7 @@ def stream_text(
       sampling: how tokens are chosen; by default the likeliest token is taken.
       stop: strings that end a row; the text ends before the first of them.
       key: random key for sampling; needed if the temperature is above 0.
-      chunk: number of tokens between two pieces.
+      chunk: number of tokens between two pieces, at least 1.
       least_length: smallest number of tokens to pad the prompts to: calls with prompts of different
         lengths then share one compiled program.
 
@@ -100,7 +100,7 @@ def stream_text(
       A tuple with one piece for each prompt; a piece may be empty.
 
     Raises:
-      ValueError: if a stop string is empty, and under the conditions that
+      ValueError: if a stop string is empty or ``chunk`` below 1, and under the conditions that
         :func:`sparseffn_jax.generate` lists.
 
     Example:
@@ -122,6 +122,8 @@ def stream_text(
         prompts = [prompts]
     if "" in stop:
         raise ValueError("a stop string is empty: it would stop before the first token")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1")
     sampling = Sampling() if sampling is None else sampling
     end = tokenizer.eos_token_id
     encoded = [tokenizer.encode(text) if isinstance(text, str) else text for text in prompts]

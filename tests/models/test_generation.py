@@ -149,6 +149,20 @@ def test_decoding_in_parts_changes_nothing_and_stops_early(greedy):
     assert int(state.length) == 7 + list(free[0]).index(end) + 1
 
 
+def test_a_length_beyond_the_room_is_refused(greedy):
+    model, params, _ = greedy
+    state = generation.start(model, params, PROMPTS, 5, Sampling())
+    with pytest.raises(ValueError, match="length=13 exceeds the 12 tokens"):
+        generation.advance(model, params, state, 13, Sampling())
+
+
+def test_lists_with_a_mask_are_those_without_padding(greedy):
+    model, params, free = greedy
+    ids, mask = left_pad(PROMPTS)
+    out = generate(model, params, ids.tolist(), NEW, prompt_mask=mask)
+    np.testing.assert_array_equal(out[:, ids.shape[1] :], free)
+
+
 def test_settings_and_equal_models_do_not_compile_again(greedy):
     model, params, _ = greedy
     sizes = [f._cache_size() for f in (generation._prefill, generation._decode)]
@@ -230,6 +244,11 @@ def test_draws_have_the_truncated_distribution():
         ({"prompt_mask": np.array([[1, 1, 0]])}, "padded on the right"),
         ({"prompt_mask": np.array([[1, 0, 1]])}, "has a gap"),
         ({"prompt_mask": np.ones((1, 2))}, r"prompt_mask has shape \(1, 2\)"),
+        ({"prompt": [[1, 2], [3]], "prompt_mask": np.ones((2, 2))}, "prompts .* differ in length"),
+        ({"prompt": np.array([[1.0, 2.7]])}, "holds 1.0, of dtype float64: give token ids"),
+        ({"prompt": [[1, 2], [1.9]]}, "holds 1.9, of dtype float64"),
+        ({"prompt": np.array([[True, False]])}, "holds True, of dtype bool"),
+        ({"prompt": np.array([[1, 2**40]])}, f"token id {2**40}"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"max_new_tokens": 78}, "81 tokens exceeds n_positions=80"),
         ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),

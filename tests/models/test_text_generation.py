@@ -138,6 +138,17 @@ def test_an_empty_stop_string_is_refused(tokenizer):
         recite(tokenizer, [TEXT], stop=["a", ""])
 
 
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_pieces_of_no_token_are_refused(tokenizer, chunk):
+    with pytest.raises(ValueError, match=f"chunk={chunk} must be at least 1"):
+        next(recite(tokenizer, [TEXT], stream_text, chunk=chunk))
+
+
+def test_no_new_token_is_refused_as_such(tokenizer):
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+        recite(tokenizer, [TEXT], max_new_tokens=0)
+
+
 def test_a_string_is_one_prompt(tokenizer):
     def write(model, params, tokenizer, prompts, **settings):
         return generate_text(model, params, tokenizer, prompts[0], **settings)
