@@ -181,6 +181,28 @@ def test_static_under_jit_and_the_same_when_copied():
     assert traces == [FULL]
 
 
+def test_a_mask_is_hashed_once_and_copies_hash_anew():
+    hashed = []
+
+    class Counted(tuple):
+        def __hash__(self):
+            hashed.append(self)
+            return super().__hash__()
+
+    mask = BlockMask((4, 4), ((True, True), (False, True)))
+    object.__setattr__(mask, "blocks", Counted(mask.blocks))
+    assert hash(mask) == hash(mask) == hash(BlockMask(mask.block_shape, mask.blocks))
+    assert len(hashed) == 1
+    names = {field.name for field in dataclasses.fields(mask)}
+    plain = BlockMask((4, 4), ((True, True), (False, True)))
+    assert hash(plain) == hash(mask)
+    for again in (pickle.loads(pickle.dumps(plain)), copy.deepcopy(plain)):
+        assert again == plain
+        assert vars(again).keys() == names
+    wider = dataclasses.replace(plain, block_shape=(4, 8))
+    assert hash(wider) == hash(BlockMask((4, 8), plain.blocks)) != hash(plain)
+
+
 def test_kept_components():
     assert FULL.spectral.frequencies == (0, 2, 3)
     assert FULL.polynomial.degrees == (0, 1, 3)

@@ -46,6 +46,13 @@ class BlockMask:
         if not any(map(any, self.blocks)):
             raise ValueError("the block mask keeps no block: leave the part out instead")
 
+    def __hash__(self):
+        return self._hash
+
+    def __getstate__(self):
+        # The fields alone: another Python may hash them to another number.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @classmethod
     def from_array(cls, blocks: np.ndarray, block_shape: tuple[int, int]) -> "BlockMask":
         """Builds a mask from a ``(block rows, block columns)`` array of booleans, or of 0 and 1.
@@ -77,6 +84,11 @@ class BlockMask:
     def density(self) -> float:
         """Gives the share of the entries that live, between 0 and 1."""
         return self.size / math.prod(self.shape)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        # Every call of a compiled function with a model as its static argument asks for it.
+        return hash((self.block_shape, self.blocks))
 
     @functools.cached_property
     def live_rows(self) -> tuple[int, ...]:
