@@ -288,6 +288,9 @@ class SparseFFN(nn.Module):
     Every call packs the weights for the plans that it runs, unless :meth:`pack` has packed them
     once.
 
+    Backward passes are written out, so that forward mode alone (``jax.jvp``, ``jax.jacfwd``) is not
+    supported; forward over reverse is, except in kernels for GPUs.
+
     Attributes:
       config: the parts of the layer and their static masks.
       dtype: dtype of the computation and of ``y``; products accumulate in float32, and the

@@ -331,7 +331,11 @@ def _mix(
     weights: Float[Array, "k i o"], transposed: Float[Array, "k o i"], x: Float[Array, "k i T"]
 ) -> Float[Array, "k o T"]:
     """Multiplies every frequency's components by its matrix."""
-    return jnp.matmul(transposed, x).astype(x.dtype)
+    return _mix_forward(weights, transposed, x)[0]
+
+
+def _mix_forward(weights, transposed, x):
+    return jnp.matmul(transposed, x).astype(x.dtype), (weights, x)
 
 
 def _mix_backward(stored, dy):
@@ -340,9 +344,7 @@ def _mix_backward(stored, dy):
     return dw, None, jnp.matmul(weights, dy).astype(x.dtype)
 
 
-_mix.defvjp(
-    lambda weights, transposed, x: (_mix(weights, transposed, x), (weights, x)), _mix_backward
-)
+_mix.defvjp(_mix_forward, _mix_backward)
 
 
 def _spectral_matrices(filter: Filter, blocks: Blocks) -> tuple[_Matrices | None, _Matrices | None]:

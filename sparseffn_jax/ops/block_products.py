@@ -64,6 +64,10 @@ def _rows(mask, xs, weights):
 
     The backward pass is written out, because autodiff would pad every slice and add them up.
     """
+    return _rows_forward(mask, xs, weights)[0]
+
+
+def _rows_forward(mask, xs, weights):
     bo = mask.block_shape[1]
     _, columns = mask.coordinates()
     terms = [[] for _ in range(mask.grid[1])]
@@ -72,11 +76,8 @@ def _rows(mask, xs, weights):
         for place, column in enumerate(columns[np.array(stored)]):
             terms[column].append(products[..., place * bo : (place + 1) * bo])
     zeros = jnp.zeros((*xs[0].shape[:-1], bo), xs[0].dtype)
-    return tuple(functools.reduce(jnp.add, some) if some else zeros for some in terms)
-
-
-def _rows_forward(mask, xs, weights):
-    return _rows(mask, xs, weights), (xs, weights)
+    ys = tuple(functools.reduce(jnp.add, some) if some else zeros for some in terms)
+    return ys, (xs, weights)
 
 
 def _rows_backward(mask, kept, dys):

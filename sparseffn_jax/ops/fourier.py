@@ -3,7 +3,6 @@
 Shape letters: T tokens, b block size, n blocks, k pairs of components.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -164,8 +163,21 @@ class Spectrum(NamedTuple):
 # the wide operand of such a product in place.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _transform(basis: np.ndarray, x: Float[Array, "b n T"]) -> Float[Array, "k n T"]:
+def _with_transpose(
+    function: Callable[[np.ndarray, Array], Array], transpose: Callable[[np.ndarray, Array], Array]
+) -> Callable[[np.ndarray, Array], Array]:
+    """Returns a linear function of a basis and an array with its transpose as backward pass."""
+    linear = jax.custom_vjp(function, nondiff_argnums=(0,))
+    # Both rules are plain functions, which are differentiated forwards too: for the products of a
+    # Hessian with vectors.
+    linear.defvjp(
+        lambda basis, x: (function(basis, x), None),
+        lambda basis, _, dy: (transpose(basis.T, dy),),
+    )
+    return linear
+
+
+def _transformed(basis: np.ndarray, x: Float[Array, "b n T"]) -> Float[Array, "k n T"]:
     """Applies ``basis`` (b, k) along the first axis."""
     basis = np.ascontiguousarray(basis).astype(x.dtype)
     b, n, tokens = x.shape
@@ -173,22 +185,14 @@ def _transform(basis: np.ndarray, x: Float[Array, "b n T"]) -> Float[Array, "k n
     return y.reshape(len(y), n, tokens)
 
 
-_transform.defvjp(
-    lambda basis, x: (_transform(basis, x), None),
-    lambda basis, _, dy: (_transform(basis.T, dy),),
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _enter(basis: np.ndarray, x: Float[Array, "T nb"]) -> Float[Array, "k n T"]:
+def _entered(basis: np.ndarray, x: Float[Array, "T nb"]) -> Float[Array, "k n T"]:
     """Applies ``basis`` (b, k) to every block of channels; the tokens come last."""
     tokens, channels = x.shape
     b = len(basis)
-    return _transform(basis, x.reshape(tokens, channels // b, b).transpose(2, 1, 0))
+    return _transformed(basis, x.reshape(tokens, channels // b, b).transpose(2, 1, 0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _leave(basis: np.ndarray, x: Float[Array, "k n T"]) -> Float[Array, "T nb"]:
+def _left(basis: np.ndarray, x: Float[Array, "k n T"]) -> Float[Array, "T nb"]:
     """Applies ``basis`` (k, b) along the first axis; the tokens come first."""
     k, n, tokens = x.shape
     # The product comes last: what a loop writes into its result can then be written as it is.
@@ -196,9 +200,6 @@ def _leave(basis: np.ndarray, x: Float[Array, "k n T"]) -> Float[Array, "T nb"]:
     return (rows @ jnp.asarray(basis, x.dtype)).reshape(tokens, n * basis.shape[1])
 
 
-_enter.defvjp(
-    lambda basis, x: (_enter(basis, x), None), lambda basis, _, dy: (_leave(basis.T, dy),)
-)
-_leave.defvjp(
-    lambda basis, x: (_leave(basis, x), None), lambda basis, _, dy: (_enter(basis.T, dy),)
-)
+_transform = _with_transpose(_transformed, _transformed)
+_enter = _with_transpose(_entered, _left)
+_leave = _with_transpose(_left, _entered)

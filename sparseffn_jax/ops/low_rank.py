@@ -296,4 +296,4 @@ def _project_backward(stored, dy):
     return dy @ kernel.T, dk.astype(kernel.dtype)
 
 
-_project.defvjp(lambda x, kernel: (_project(x, kernel), (x, kernel)), _project_backward)
+_project.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _project_backward)

@@ -75,12 +75,12 @@ def evaluate(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _evaluate(degrees, radius, u, coefficients):
-    kept = dict(zip(degrees, coefficients.astype(jnp.float32), strict=True))
-    return value(u.astype(jnp.float32), kept, radius).astype(u.dtype)
+    return _evaluate_forward(degrees, radius, u, coefficients)[0]
 
 
 def _evaluate_forward(degrees, radius, u, coefficients):
-    return _evaluate(degrees, radius, u, coefficients), (u, coefficients)
+    kept = dict(zip(degrees, coefficients.astype(jnp.float32), strict=True))
+    return value(u.astype(jnp.float32), kept, radius).astype(u.dtype), (u, coefficients)
 
 
 def _evaluate_backward(degrees, radius, stored, dy):

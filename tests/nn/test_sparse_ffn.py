@@ -381,6 +381,36 @@ def test_forced_plans_reach_the_operators_and_agree(name, spectral, micro):
     assert_close(y, reference(config, params64, x64))
 
 
+@pytest.mark.parametrize(
+    ("name", "spectral", "micro"),
+    [
+        ("low rank and polynomial", None, None),
+        ("low rank bypass", "joined", None),
+        ("circulant bypass", "fft", None),
+        ("structured core", None, "slice"),
+        ("all", "dft", "rows"),
+        ("gated all", "split", "columns"),
+    ],
+)
+def test_products_of_the_hessian_forward_over_reverse(name, spectral, micro):
+    config = with_plans(CONFIGS[name], spectral, micro)
+    params, _ = random_params(config)
+    direction, _ = random_params(config, seed=1)
+    (x,), _ = draw(9, (5, config.d_model))
+
+    def loss(params):
+        return jnp.sum(jnp.sin(SparseFFN(config).apply({"params": params}, x)))
+
+    def along(params):
+        products = jax.tree.map(jnp.vdot, jax.grad(loss)(params), direction)
+        return sum(jax.tree.leaves(products))
+
+    forward = jit(lambda params, by: jax.jvp(jax.grad(loss), (params,), (by,))[1])
+    product, wanted = forward(params, direction), jit(jax.grad(along))(params)
+    for leaf, expected in zip(jax.tree.leaves(product), jax.tree.leaves(wanted), strict=True):
+        assert_close(leaf, expected)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("polynomial", [None, PolynomialConfig(3, groups=2)])
 def test_one_kernel_for_a_low_rank_layer_equals_a_plan_for_each_map(gated, polynomial):
