@@ -505,7 +505,7 @@ def _text_hash(windows: TokenWindows) -> str:
     for array in (windows.train, windows.train_counted):
         if array is not None:
             # hashlib reads flat arrays where they are.
-            text.update(np.ascontiguousarray(array).reshape(-1))
+            text.update(np.ascontiguousarray(array).reshape(-1).data)
     return text.hexdigest()
 
 
