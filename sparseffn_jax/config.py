@@ -190,7 +190,7 @@ class CoreConfig:
         keeps every block.
       implementation: Maps with a mask run this plan: ``"slice"``, ``"rows"``, ``"columns"``,
         ``"gather"`` or ``"masked"``, as :func:`block_sparse_matmul` describes them. ``None`` lets
-        the cost model choose.
+        the cost model choose, and is all that a core without a mask may have.
 
     Example:
       No output reads the last four of these eight hidden units.
@@ -209,6 +209,11 @@ class CoreConfig:
         check_fields(self)
         _check_positive("core width", self.width)
         _check_implementation(self.implementation, _BLOCK_SPARSE_PLANS)
+        if self.implementation is not None and self.up_mask is None and self.down_mask is None:
+            raise ValueError(
+                f"implementation={self.implementation!r} has no meaning in a core without a mask: "
+                "leave it out"
+            )
 
     @property
     def runs_in_tiles(self) -> bool:
@@ -244,7 +249,8 @@ class CoreConfig:
             if not blocks.any():
                 return self
             masks[name] = None if blocks.all() else BlockMask.from_array(blocks, mask.block_shape)
-        smaller = dataclasses.replace(self, width=int(units.sum()) * group, **masks)
+        plan = self.implementation if any(masks.values()) else None
+        smaller = CoreConfig(int(units.sum()) * group, **masks, implementation=plan)
         # Without the one mask, the other may allow a finer cut.
         return self if smaller == self else smaller.without_dead_units()
 
@@ -257,8 +263,8 @@ class MicroRefinementConfig:
       core: This FFN of few hidden units, or of few blocks, is added to the spectral branch.
       corrections: Each of these masks over ``(d_model, d_model)`` adds one linear correction of
         the layer's output, ``y + y B``, in which B has the blocks that the mask keeps.
-      implementation: The corrections run this plan; :class:`CoreConfig` lists the names. ``None``
-        lets the cost model choose.
+      implementation: The corrections, if there are any, run this plan; :class:`CoreConfig` lists
+        the names. ``None`` lets the cost model choose.
 
     Example:
       >>> diagonal = BlockMask((4, 4), ((True, False), (False, True)))
@@ -278,6 +284,11 @@ class MicroRefinementConfig:
                 "micro-refinement needs a core or at least one correction: or leave it out"
             )
         _check_implementation(self.implementation, _BLOCK_SPARSE_PLANS)
+        if self.implementation is not None and not self.corrections:
+            raise ValueError(
+                f"implementation={self.implementation!r} is the plan of corrections, but there are "
+                "none: leave it out, or give it to the core"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

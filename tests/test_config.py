@@ -93,14 +93,12 @@ def configs(draw):
     core = None
     if spectral is None or draw(st.booleans()):
         width = draw(st.integers(1, 12))
-        core = CoreConfig(
-            width,
-            draw(some(block_masks((d_model, width)))),
-            draw(some(block_masks((width, d_model)))),
-            draw(plan),
-        )
+        masks = [draw(some(block_masks(shape))) for shape in ((d_model, width), (width, d_model))]
+        core = CoreConfig(width, *masks, draw(plan) if any(masks) else None)
     corrections = tuple(draw(st.lists(block_masks((d_model, d_model)), max_size=2)))
-    micro = MicroRefinementConfig(core, corrections, draw(plan)) if core or corrections else None
+    micro = None
+    if core or corrections:
+        micro = MicroRefinementConfig(core, corrections, draw(plan) if corrections else None)
     return SparseFFNConfig(
         d_model,
         draw(st.integers(1, 64)),
@@ -335,6 +333,14 @@ BAD = {
         {"micro": {"corrections": []}},
         "config.micro: micro-refinement needs a core or",
     ),
+    "plan without corrections": (
+        {"micro__corrections": []},
+        "config.micro: implementation='gather' is the plan of corrections, but there are none",
+    ),
+    "plan of a core without masks": (
+        {"micro__core__up_mask": None, "micro__core__implementation": "rows"},
+        "config.micro.core: implementation='rows' has no meaning in a core without a mask",
+    ),
     "core without width": (
         {"micro__core": {}},
         "config.micro.core lacks width: expected an integer",
@@ -471,6 +477,10 @@ def test_units_that_no_output_reads_are_left_out(up, down, kept):
         entries = (entries if mask is None else alive(mask))[take]
         np.testing.assert_array_equal(entries, True if left is None else alive(left))
     assert smaller.without_dead_units() == smaller
+    if any(masks):
+        forced = dataclasses.replace(core, implementation="masked").without_dead_units()
+        plan = "masked" if smaller.up_mask or smaller.down_mask else None
+        assert forced == dataclasses.replace(smaller, implementation=plan)
 
 
 @pytest.mark.parametrize(
