@@ -1,16 +1,18 @@
 """The command ``sparseffn finetune``."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from sparseffn_jax.checkpoints.adapters import save_adapter
 from sparseffn_jax.checkpoints.cards import adapter_card, model_card, origin_of, table
 from sparseffn_jax.checkpoints.hub import check_push, push_to_hub
-from sparseffn_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from sparseffn_jax.checkpoints.pretrained import Pretrained, load_pretrained, save_pretrained
 from sparseffn_jax.commands.arguments.finetune import FinetuneArguments
 from sparseffn_jax.commands.common import DTYPES, matching_tokenizer, read_windows
 from sparseffn_jax.measure.records import make_folder, versions
+from sparseffn_jax.models.decoder import Decoder
 from sparseffn_jax.progress import stage
 from sparseffn_jax.train.choices import parse_reporters
 from sparseffn_jax.train.config import TrainConfig
@@ -59,39 +61,47 @@ class Finetune(FinetuneArguments):
             remat=self.remat,
         )
         with leaving_together("written"):
-            if not is_first():
-                return
-            origin = origin_of(self.model, pretrained.folder)
-            section = self._card_section(config, counts, result)
-            if result.adapter is not None:
-                save_adapter(
-                    self.adapters,
+            if is_first():
+                section = self._card_section(config, counts, result)
+                self._write(console, pretrained, model, tokenizer, result, section)
+
+    def _write(
+        self,
+        console: Console,
+        pretrained: Pretrained,
+        model: Decoder,
+        tokenizer: Any,
+        result: TrainResult,
+        section: str,
+    ) -> None:
+        origin = origin_of(self.model, pretrained.folder)
+        if result.adapter is not None:
+            save_adapter(
+                self.adapters,
+                model,
+                result.adapter,
+                base_model=self.model,
+                card=adapter_card(self.push or self.adapters.name, model, origin, section),
+                overwrite=True,
+            )
+            console.print(f"wrote {self.adapters}")
+        if self.is_merged:
+            with stage("writing the model"):
+                card = model_card(self.push or self.out.name, model, result.params, origin, section)
+                save_pretrained(
+                    self.result,
                     model,
-                    result.adapter,
-                    base_model=self.model,
-                    card=adapter_card(self.push or self.adapters.name, model, origin, section),
+                    result.params,
+                    tokenizer=tokenizer,
                     overwrite=True,
+                    card=card,
                 )
-                console.print(f"wrote {self.adapters}")
-            if self.is_merged:
-                with stage("writing the model"):
-                    card = model_card(
-                        self.push or self.out.name, model, result.params, origin, section
-                    )
-                    save_pretrained(
-                        self.result,
-                        model,
-                        result.params,
-                        tokenizer=tokenizer,
-                        overwrite=True,
-                        card=card,
-                    )
-                console.print(f"wrote {self.result} (batches {result.data_hash[:12]})")
-            if self.push is not None:
-                pushed = self.result if self.is_merged else self.adapters
-                with stage(f"pushing {pushed}"):
-                    url = push_to_hub(pushed, self.push, private=self.private or None)
-                console.print(f"pushed {pushed} to {self.push}: {url}")
+            console.print(f"wrote {self.result} (batches {result.data_hash[:12]})")
+        if self.push is not None:
+            pushed = self.result if self.is_merged else self.adapters
+            with stage(f"pushing {pushed}"):
+                url = push_to_hub(pushed, self.push, private=self.private or None)
+            console.print(f"pushed {pushed} to {self.push}: {url}")
 
     def _card_section(self, config: TrainConfig, counts: TextCounts, result: TrainResult) -> str:
         # Of the last step, if it was not kept, there is the validation loss alone.

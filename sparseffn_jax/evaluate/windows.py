@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from sparseffn_jax.measure.memory import halves
+
 
 def cut_windows(tokens: Shaped[np.ndarray, " n"], window: int) -> Shaped[np.ndarray, "k w"]:
     """Cuts a row of tokens into windows of ``window + 1``, each sharing one token with the next.
@@ -48,11 +50,8 @@ def smaller_batches(params: Any, batch: Any, *more: Any) -> dict[str, tuple[Any,
       Each by the setting that makes it so, as :class:`~sparseffn_jax.measure.memory.CheckedJit`
       takes them.
     """
-    windows, tokens = len(batch) // 2, (batch.shape[1] - 1) // 2
-    halves = {}
-    if windows:
-        halves[f"batch_size={windows}"] = params, *(part[:windows] for part in (batch, *more))
-    if tokens:
-        parts = (part[:, :tokens] for part in more)
-        halves[f"window={tokens}"] = params, batch[:, : tokens + 1], *parts
-    return halves
+    return halves(
+        len(batch),
+        batch.shape[1] - 1,
+        lambda b, t: (params, batch[:b, : t + 1], *(part[:b, :t] for part in more)),
+    )

@@ -10,19 +10,6 @@ import jax
 import psutil
 
 
-class OutOfMemory(MemoryError):
-    """Some work needs more memory than there is.
-
-    Args:
-      shortage: how much is needed and how much is left.
-      remedies: what the user can do to need less.
-    """
-
-    def __init__(self, shortage: str, remedies: str):
-        super().__init__(f"{shortage}: {remedies}")
-        self.shortage = shortage
-
-
 @dataclasses.dataclass(frozen=True)
 class ProgramMemory:
     """The memory that a compiled program needs on its device, as XLA has assigned its buffers.
@@ -109,22 +96,17 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def check_fits(compiled: Any, what: str, remedies: str) -> None:
-    """Checks, before a program runs, that its device has the memory that it needs.
+def program_shortage(compiled: Any, what: str) -> str | None:
+    """Returns what memory a program lacks, before it runs, or ``None`` if it lacks none.
 
-    The arguments are taken to be in memory already. Devices of one kind are taken to be alike, and
-    those of a CPU to share its memory.
+    The arguments are taken to be in memory already. Devices of one kind are taken to be alike.
 
     Args:
       compiled: the program, as ``jax.jit(...).lower(...).compile()`` returns it.
-      what: what the program does, for the message.
-      remedies: what the user can do to need less, for the message.
-
-    Raises:
-      OutOfMemory: if the memory does not suffice; the message says how much is needed and left.
+      what: what the program does.
     """
     device = compiled.runtime_executable().local_devices()[0]
-    check_free(needed_bytes(compiled), free_bytes(device), what, remedies)
+    return shortage(needed_bytes(compiled), free_bytes(device), what)
 
 
 def needed_bytes(compiled: Any) -> int:
@@ -140,28 +122,24 @@ def needed_bytes(compiled: Any) -> int:
     return copies * (memory.total - memory.arguments)
 
 
-def check_free(needed: int, free: int | None, what: str, remedies: str) -> None:
-    """Checks that some bytes are left, as :func:`check_fits` does.
+def shortage(needed: int, free: int | None, what: str) -> str | None:
+    """Returns how many bytes are needed and how many are free, or ``None`` if they suffice.
 
     Args:
       needed: number of bytes that are needed.
-      free: number of bytes that are left; ``None`` if it is not known.
-      what: what needs them, for the message.
-      remedies: what the user can do to need less, for the message.
-
-    Raises:
-      OutOfMemory: if they are not left.
+      free: number of bytes that are left; ``None``, if it is not known, suffices.
+      what: what needs them.
     """
-    if free is not None and needed > free:
-        raise OutOfMemory(
-            f"{what} needs {needed / 2**30:.2f} GiB beside what is loaded, but "
-            f"{free / 2**30:.2f} GiB are free",
-            remedies,
-        )
+    if free is None or needed <= free:
+        return None
+    return (
+        f"{what} needs {needed / 2**30:.2f} GiB beside what is loaded, but "
+        f"{free / 2**30:.2f} GiB are free"
+    )
 
 
 def less_memory(needed: Mapping[str, int]) -> str:
-    """Says which settings would need how much, as remedies of an :class:`OutOfMemory`.
+    """Says which settings would need how much where there is a :func:`shortage`.
 
     Args:
       needed: bytes that are needed with each setting in place of the one that there is.
@@ -170,6 +148,24 @@ def less_memory(needed: Mapping[str, int]) -> str:
         return "nothing is left to be made smaller"
     figures = [f"{setting} would need {size / 2**30:.2f} GiB" for setting, size in needed.items()]
     return ", ".join(figures)
+
+
+def halves(
+    windows: int, tokens: int, cut: Callable[[int, int], tuple[Any, ...]]
+) -> dict[str, tuple[Any, ...]]:
+    """Returns arguments for half of the batch, and for half of the window, by their settings.
+
+    Args:
+      windows: number of windows in the batch; one cannot be halved.
+      tokens: number of tokens in a window; one cannot be halved.
+      cut: function that returns the arguments for so many windows of so many tokens.
+    """
+    smaller = {}
+    if windows > 1:
+        smaller[f"batch_size={windows // 2}"] = cut(windows // 2, tokens)
+    if tokens > 1:
+        smaller[f"window={tokens // 2}"] = cut(windows, tokens // 2)
+    return smaller
 
 
 class CheckedJit:
@@ -206,14 +202,12 @@ class CheckedJit:
 
     def _checked(self, args: tuple[Any, ...]) -> Any:
         compiled = self._function.lower(*args).compile()
-        try:
-            check_fits(compiled, self._what, "")
-        except OutOfMemory as error:
+        if lacking := program_shortage(compiled, self._what):
             needed = {
                 setting: needed_bytes(self._function.lower(*less).compile())
                 for setting, less in self._smaller(*args).items()
             }
-            raise OutOfMemory(error.shortage, less_memory(needed)) from None
+            raise MemoryError(f"{lacking}: {less_memory(needed)}")
         return compiled
 
 

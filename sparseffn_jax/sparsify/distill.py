@@ -43,7 +43,7 @@ def distill_layer(
     if not steps:
         return params
     training = _training(layer, steps)
-    variance = activations.variance()
+    variance = activations.variance
     trained, state = params, training.optimizer.init(params)
     rng = np.random.default_rng(seed)
     tokens = len(activations.x)

@@ -11,6 +11,7 @@ part of what the prefix did, is sequential layer-wise reconstruction as in Frant
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseffn_jax.measure.memory import CheckedJit, check_free, free_host_bytes
+from sparseffn_jax.measure.memory import CheckedJit, free_host_bytes, halves, shortage
 from sparseffn_jax.models.decoder import Decoder, Dtype, block_module
 
 # Tokens of a layer's activations that are on the device at once.
@@ -41,11 +42,13 @@ class LayerActivations:
     target: Float[np.ndarray, "n d"]
     place: Place = jnp.asarray
 
+    @functools.cached_property
     def variance(self) -> float:
-        """Returns the variance of the targets, summed over channels; never zero."""
-        mean = self.target.mean(0, dtype=np.float32)
-        squares = (float(jnp.sum(jnp.square(target - mean))) for _, target in self.chunks())
-        return max(sum(squares) / len(self.target), float(np.finfo(np.float32).tiny))
+        """Variance of the targets, summed over channels; never zero."""
+        mean, squares = self.target.mean(0, dtype=np.float32), 0.0
+        for start in range(0, len(self.target), CHUNK):
+            squares += float(np.sum(np.square(self.target[start : start + CHUNK] - mean)))
+        return max(squares / len(self.target), float(np.finfo(np.float32).tiny))
 
     def chunks(self) -> Iterator[tuple[Float[Array, "c d"], Float[Array, "c d"]]]:
         """Yields inputs and targets of some tokens at a time, in float32 on the devices."""
@@ -96,12 +99,9 @@ class Streams:
         """
         # Both streams, and a layer's inputs and targets.
         needed = 4 * tokens.size * model.spec.d_model * np.dtype(dtype).itemsize
-        check_free(
-            needed,
-            free_host_bytes(),
-            f"a conversion on {tokens.size:,} tokens",
-            "lower the number of calibration tokens",
-        )
+        what = f"a conversion on {tokens.size:,} tokens"
+        if lacking := shortage(needed, free_host_bytes(), what):
+            raise MemoryError(f"{lacking}: lower the number of calibration tokens")
         self.model, self._place = model, place
         self._batches = [
             slice(start, start + batch_size) for start in range(0, len(tokens), batch_size)
@@ -210,7 +210,7 @@ class Streams:
             added = np.asarray(self._behind_ffn(params, y), np.float32)
             stream[rows] = np.asarray(stream[rows], np.float32) + added
             error += float(jnp.sum(jnp.square(y - target)))
-        return error / len(activations.x) / activations.variance()
+        return error / len(activations.x) / activations.variance
 
     def skip(self, layer: int, params: Any) -> None:
         """Takes both streams through a layer that stays dense."""
@@ -241,11 +241,8 @@ class Streams:
 
 def _smaller(params: Any, x: Array, table: Any) -> dict[str, tuple[Any, ...]]:
     """Returns the arguments of a layer with half of the batch, and with half of the window."""
-    windows, tokens = (size // 2 for size in x.shape[:2])
-    halves = {}
-    if windows:
-        halves[f"batch_size={windows}"] = params, x[:windows], table
-    if tokens:
-        part = jax.tree.map(lambda leaf: leaf[:, :tokens], table)
-        halves[f"window={tokens}"] = params, x[:, :tokens], part
-    return halves
+    return halves(
+        x.shape[0],
+        x.shape[1],
+        lambda b, t: (params, x[:b, :t], jax.tree.map(lambda leaf: leaf[:, :t], table)),
+    )

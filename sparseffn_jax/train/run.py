@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from sparseffn_jax.evaluate.losses import make_evaluator
-from sparseffn_jax.measure.memory import OutOfMemory, check_fits, less_memory, needed_bytes
+from sparseffn_jax.measure.memory import less_memory, needed_bytes, program_shortage
 from sparseffn_jax.nn.lora import LoraAdapter
 from sparseffn_jax.progress import say, stage
 from sparseffn_jax.train import guard, processes
@@ -317,13 +317,7 @@ class Run:
 
     def _compile(self) -> None:
         # Compiled ahead of time, so that neither the pace nor the time left counts it.
-        try:
-            shortage = ""
-            self._compile_step()
-        except OutOfMemory as error:
-            if not self._may_remat:
-                raise
-            shortage = error.shortage
+        shortage = self._compile_step()
         # All processes must run one program.
         if self._may_remat and processes.agree_on_largest(bool(shortage)):
             self._say(
@@ -331,9 +325,12 @@ class Run:
                 "computes each block again in the backward pass"
             )
             self._model, self._may_remat = _with_remat(self._model, True), False
-            self._compile_step()
+            shortage = self._compile_step()
+        if shortage:
+            raise MemoryError(f"{shortage}: {self._less_memory()}")
 
-    def _compile_step(self) -> None:
+    def _compile_step(self) -> str | None:
+        """Compiles the step, and returns what memory it lacks, if it lacks any."""
         config, (batch_size, width) = self._config, self._batch_shape
         stages = len(self._stage_ends)
         of = f" of stage {self.position.stage + 1} of {stages}" if stages > 1 else ""
@@ -341,12 +338,7 @@ class Run:
             f"compiling the training step{of} ({config.recipe}, {batch_size} x {width - 1} tokens)"
         ):
             self._step = self._compiled(self._model, config, self._batch_shape)
-        try:
-            check_fits(self._step, "a training step", "")
-        except OutOfMemory as error:
-            if self._may_remat:
-                raise
-            raise OutOfMemory(error.shortage, self._less_memory()) from None
+        return program_shortage(self._step, "a training step")
 
     def _compiled(self, model: nn.Module, config: TrainConfig, batch_shape: tuple[int, int]) -> Any:
         update = make_update(

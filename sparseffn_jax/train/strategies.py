@@ -90,8 +90,8 @@ class SingleDevice:
     ) -> Callable:
         """Compiles an :class:`~sparseffn_jax.train.step.Update` for placed arguments.
 
-        Nothing is allocated; :func:`~sparseffn_jax.measure.memory.check_fits` says whether what is
-        returned can run.
+        Nothing is allocated; :func:`~sparseffn_jax.measure.memory.program_shortage` says whether
+        what is returned can run.
 
         Args:
           update: the update.

@@ -57,6 +57,7 @@ USES = [
     ("generate --prompt-file {dir}/nothing.txt", "there is no file {dir}/nothing.txt"),
     ("inspect --tokens 0", "--tokens 0 must be at least 1"),
     ("inspect --autotune", "--autotune needs --plans"),
+    ("inspect --json --device h100", "--json prints configurations alone"),
     ("demo --flops 1.5 --out {dir}/o", "FLOPs ratio of 1.5"),
     ("bench ffn --d-model 100", "--d-model 100 and --d-ff 3072 must be multiples"),
     ("bench model --layers 99", "--layers 99 must lie between 1 and 12"),

@@ -179,16 +179,16 @@ def deep():
 
 def test_remat_where_memory_demands_it(deep, tokens, tmp_path, monkeypatch, capsys):
     needed = []
-    usual = memory.check_free
+    usual = memory.shortage
 
     def free(share):
         """Lets a share of what the first program needs be free."""
 
-        def check(bytes_needed, _, what, remedies):
+        def check(bytes_needed, _, what):
             needed.append(bytes_needed)
-            usual(bytes_needed, int(share * needed[0]), what, remedies)
+            return usual(bytes_needed, int(share * needed[0]), what)
 
-        monkeypatch.setattr(memory, "check_free", check)
+        monkeypatch.setattr(memory, "shortage", check)
 
     ids = np.resize(tokens, (40, 65))
     config = dataclasses.replace(CONFIG, batch_size=8, eval_every=0)

@@ -52,6 +52,8 @@ class InspectArguments(Arguments):
             raise ValueError("--autotune needs --plans, the file to write the table to")
         if self.device is not None and self.plans is not None:
             raise ValueError("--plans are of this machine: nothing runs here with --device")
+        if self.json and self.device is not None:
+            raise ValueError("--json prints configurations alone: it takes no --device")
         check_models(self.model)
         if self.plans is not None:
             if self.autotune:
