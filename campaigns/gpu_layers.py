@@ -57,6 +57,10 @@ def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig
     def low_rank(plan: str | None = None) -> sf.SparseFFNConfig:
         return layer(spectral=sf.SpectralConfig("low_rank", d_ff, rank, implementation=plan))
 
+    def circulant(plan: str) -> sf.SparseFFNConfig:
+        branch = sf.SpectralConfig("block_circulant", d_ff, block_size=16, implementation=plan)
+        return layer(spectral=branch)
+
     rank = d_model // 5 // 16 * 16
     ranks, bfloat16 = [rank] * (3 if gated else 2), jnp.dtype(jnp.bfloat16)
     fits = fused_hidden.refusal(ranks, Activate(activation), bfloat16) is None
@@ -68,7 +72,9 @@ def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig
         "narrow-0.25": narrow(0.25),
         f"low-rank-{rank}": low_rank("two_gemms"),
         **({f"low-rank-{rank} fused": low_rank()} if fits else {}),
-        "dft-16": layer(spectral=sf.SpectralConfig("block_circulant", d_ff, block_size=16)),
+        # The better of XLA's plans at each size.
+        "dft-16": circulant("dense" if d_model < 1024 else "dft"),
+        "dft-16 fused": circulant("fused"),
     }
 
 

@@ -42,10 +42,10 @@ class SpectralConfig:
         ``d_model`` and ``width``.
       frequency_mask: Each of ``block_size // 2 + 1`` booleans says whether the block-circulant
         maps keep that frequency; ``None`` keeps all.
-      implementation: The layer runs this plan: ``"two_gemms"`` or ``"merged"`` for low rank, with
-        hidden units also ``"fused"``, one kernel for Hopper GPUs, and without them ``"joined"``, in
-        which a bypass shares its products with a dense core; ``"fft"``, ``"dft"``, ``"split"`` or
-        ``"dense"`` for block-circulant maps. ``None`` lets the cost model choose.
+      implementation: The layer runs this plan: ``"two_gemms"`` or ``"merged"`` for low rank, and
+        without hidden units also ``"joined"``, in which a bypass shares its products with a dense
+        core; ``"fft"``, ``"dft"``, ``"split"`` or ``"dense"`` for block-circulant maps; with hidden
+        units also ``"fused"``, kernels for Hopper GPUs. ``None`` lets the cost model choose.
 
     Example:
       >>> low_rank = SpectralConfig("low_rank", width=3072, rank=128)
@@ -91,7 +91,7 @@ class SpectralConfig:
             plans = ("two_gemms", "merged", "joined" if self.is_bypass else "fused")
         else:
             self._check_blocks()
-            plans = ("fft", "dft", "split", "dense")
+            plans = ("fft", "dft", "split", "dense", *(() if self.is_bypass else ("fused",)))
         _check_implementation(self.implementation, plans)
 
     def _check_blocks(self):

@@ -82,12 +82,44 @@ def circulant(x, real, imag, b, frequencies):
     return y.reshape(*x.shape[:-1], q * b)
 
 
+def circulant_reference(x, real, imag, b, frequencies, cotangent):
+    """Value and VJP of the block-circulant map, from its definition: it is bilinear."""
+    _, p, q = real.shape
+    blocks, cotangents = x.reshape(-1, p, b), cotangent.reshape(-1, q, b)
+
+    def gradient(f, value):
+        unit = np.zeros(b // 2 + 1, complex)
+        unit[f] = value
+        through = np.fft.irfft(unit * np.fft.rfft(blocks), n=b)
+        return np.einsum("tpn,tqn->pq", through, cotangents)
+
+    matrix = circulant(np.eye(p * b), real, imag, b, frequencies)
+    real_bar = np.array([gradient(f, 1.0) for f in frequencies])
+    imag_bar = np.array([gradient(f, 1.0j) for f in has_imag(b, frequencies)])
+    bars = cotangent @ matrix.T, real_bar, imag_bar.reshape(imag.shape)
+    return circulant(x, real, imag, b, frequencies), bars
+
+
 def tangent_chebyshev(u, k, radius):
     """``T_k(u / radius)`` continued by its tangents, and its derivative."""
     unit = np.eye(k + 1)[k]
     inside = np.clip(u, -radius, radius)
     slope = npc.chebval(inside / radius, npc.chebder(unit)) / radius
     return npc.chebval(inside / radius, unit) + slope * (u - inside), slope
+
+
+def phi_of(activate, u, coefficients):
+    """The elementwise function, its derivative and its terms, in float64."""
+    if activate.degrees:
+        terms = [tangent_chebyshev(u, k, activate.radius) for k in activate.degrees]
+        phi, slope = (
+            sum(c * term[i] for c, term in zip(coefficients, terms, strict=True)) for i in (0, 1)
+        )
+        return phi, slope, [value for value, _ in terms]
+    if activate.activation == "tanh":
+        return np.tanh(u), 1.0 - np.tanh(u) ** 2, []
+    s = 1.0 / (1.0 + np.exp(-u))
+    return u * s, s + u * s * (1.0 - s), []
 
 
 def alive(mask):

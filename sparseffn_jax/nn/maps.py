@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from sparseffn_jax.ops import block_circulant, low_rank
+from sparseffn_jax.ops import filters, low_rank
 from sparseffn_jax.ops.fourier import complex_frequencies
 from sparseffn_jax.ops.masks import BlockMask
 
@@ -66,7 +66,7 @@ class CirculantMap(nn.Module):
 
     channels: int
     features: int
-    blocks: block_circulant.Blocks
+    blocks: filters.Blocks
     band_limited: bool = False
     use_bias: bool = False
     dtype: Dtype = jnp.float32
@@ -93,9 +93,9 @@ class CirculantMap(nn.Module):
         if self.use_bias:
             self.bias = bias_of(self, self.features)
 
-    def weights(self) -> block_circulant.Filter:
+    def weights(self) -> filters.Filter:
         """Returns the filter in ``dtype``."""
-        return block_circulant.Filter(*promote_dtype(self.real, self.imag, dtype=self.dtype))
+        return filters.Filter(*promote_dtype(self.real, self.imag, dtype=self.dtype))
 
 
 class BlockSparseMap(nn.Module):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from sparseffn_jax.config import CoreConfig, PolynomialConfig, SparseFFNConfig, SpectralConfig
 from sparseffn_jax.nn.maps import BlockSparseMap, CirculantMap, LowRankMap, bias_of
 from sparseffn_jax.nn.padding import warn_of_padding
-from sparseffn_jax.ops import block_circulant, block_sparse, core_and_bypass, low_rank
+from sparseffn_jax.ops import block_circulant, block_sparse, core_and_bypass, filters, low_rank
 from sparseffn_jax.ops.hidden import Activate, Channels, HiddenMaps, Packed
 from sparseffn_jax.ops.masks import BlockMask
 from sparseffn_jax.ops.plans.choice import platform_of
@@ -81,9 +81,9 @@ class _Spectral(_Part):
         return self.config.spectral
 
     @property
-    def blocks(self) -> block_circulant.Blocks:
+    def blocks(self) -> filters.Blocks:
         """Block size and kept frequencies of the branch's block-circulant maps."""
-        return block_circulant.Blocks(self.branch.block_size, self.branch.frequencies)
+        return filters.Blocks(self.branch.block_size, self.branch.frequencies)
 
 
 class SpectralBranch(_Spectral, _Branch):
@@ -134,7 +134,9 @@ class SpectralBranch(_Spectral, _Branch):
         if self.branch.transform == "low_rank":
             plan = low_rank.choose(tokens, weights, self.activate(), platform, forced)
             return {plan.layout: low_rank.pack(weights, plan)}
-        plan = block_circulant.choose(tokens, weights, self.blocks, platform, forced)
+        plan = block_circulant.choose(
+            tokens, weights, self.blocks, self.activate(), platform, forced
+        )
         return {plan.layout: block_circulant.pack(weights, plan, self.blocks)}
 
     def _coefficients(self, polynomial: PolynomialConfig) -> Any:

@@ -12,6 +12,7 @@ Shape letters: T tokens, b block size, p and q input and output blocks, f kept f
 of them that are complex.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -22,13 +23,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparseffn_jax.ops import fused_circulant
+from sparseffn_jax.ops.filters import (
+    Blocks,
+    Filter,
+    MatricesByKind,
+    in_a_row,
+    in_pairs,
+    mix_all,
+    spectral_matrices,
+)
 from sparseffn_jax.ops.fourier import (
     Spectrum,
     circulant_matrix,
     circulant_products,
     complex_frequencies,
     dft_basis,
-    split_by_kind,
 )
 from sparseffn_jax.ops.hidden import (
     Activate,
@@ -43,35 +53,9 @@ from sparseffn_jax.ops.hidden import (
 from sparseffn_jax.ops.plans import costs
 from sparseffn_jax.ops.plans.choice import pick
 from sparseffn_jax.ops.plans.costs import Platform
+from sparseffn_jax.ops.plans.kernels import devices
 
-
-class Filter(NamedTuple):
-    """The weights of one map: its transfer function H at the kept frequencies, as real arrays.
-
-    Output block j is ``sum_i irfft(H[:, i, j] * rfft(x_i))`` with ``H = real + 1j imag`` at the
-    kept frequencies and zero elsewhere.
-
-    Attributes:
-      real: (f, p, q); the real part at every kept frequency.
-      imag: (c, p, q); the imaginary part at the kept frequencies that have one: DC and, for even
-        b, Nyquist have none.
-    """
-
-    real: Float[Array, "f p q"]
-    imag: Float[Array, "c p q"]
-
-
-class Blocks(NamedTuple):
-    """The static description of a block-circulant map.
-
-    Attributes:
-      size: side b of a block; any positive integer that divides the channels.
-      frequencies: the kept frequencies of the b-point real FFT, ascending, each from 0 to
-        ``b // 2``.
-    """
-
-    size: int
-    frequencies: tuple[int, ...]
+_FUSED = "fused"
 
 
 def hidden_layer(
@@ -108,8 +92,9 @@ def hidden_layer(
         ready = (packed or {}).get(plan.layout)
         return apply(x, ready or pack(weights, plan, blocks), plan, blocks, activate, channels)
 
+    tokens = math.prod(x.shape[:-1])
     return by_platform(
-        lambda platform: choose(math.prod(x.shape[:-1]), weights, blocks, platform, implementation),
+        lambda platform: choose(tokens, weights, blocks, activate, platform, implementation),
         run,
         *(x, weights, channels),
     )
@@ -119,6 +104,7 @@ def choose(
     tokens: int,
     weights: HiddenMaps,
     blocks: Blocks,
+    activate: Activate,
     platform: Platform,
     implementation: str | None = None,
 ) -> HiddenPlan:
@@ -131,12 +117,15 @@ def choose(
       ``2q x 2p`` GEMM for each frequency;
     - ``"split"`` does the same, but multiplies by the real and the imaginary part of the filter
       separately, as they are stored, which suits few tokens;
-    - ``"dense"`` builds the whole matrix and runs one GEMM; it is the reference.
+    - ``"dense"`` builds the whole matrix and runs one GEMM; it is the reference;
+    - ``"fused"`` goes from the components of the inputs to those of the hidden units in a kernel of
+      its own, on Hopper GPUs and in half precision; on CPU it is interpreted.
 
     Args:
       tokens: number of rows of the input.
       weights: the :class:`Filter` of each map, or arrays of the same shapes and dtype.
       blocks: block size and kept frequencies.
+      activate: the elementwise function of the hidden units.
       platform: the platform that the program is compiled for.
       implementation: name of the plan to force, or ``None`` to take the cheapest.
 
@@ -144,10 +133,13 @@ def choose(
       The plan, with the tile of tokens that suits the platform.
 
     Raises:
-      ValueError: if filters, block size and frequencies do not fit together, or there is no such
-        plan.
+      ValueError: if filters, block size and frequencies do not fit together, there is no such plan,
+        or it cannot run here.
     """
-    plan = _pick(tokens, (*weights.up, weights.down), blocks, platform, implementation)
+    maps = (*weights.up, weights.down)
+    plan = _pick(tokens, maps, blocks, platform, implementation, activate)
+    if plan.name == _FUSED:
+        return HiddenPlan(("split",) * len(weights.up), "dft", is_fused=True)
     return HiddenPlan((plan.name,) * len(weights.up), plan.name, plan.tile)
 
 
@@ -168,20 +160,30 @@ def _pick(
     blocks: Blocks,
     platform: Platform,
     implementation: str | None,
+    activate: Activate | None = None,
 ) -> MapPlan:
-    """Picks the plan that all maps share; the last map's inputs are what a tile has to hold."""
+    """Picks the plan that all maps share; the last map's inputs are what a tile has to hold.
+
+    Maps with a function between them may have a kernel for all that is as wide as the hidden units.
+    """
     for filter in maps:
         _check(filter, blocks)
     size, frequencies = blocks
     products = circulant_products(frequencies, size)
     components = len(frequencies) + len(complex_frequencies(frequencies, size))
-    sides = [filter.real.shape[1:] for filter in maps]
+    sides = [(filter.real.shape[1], filter.real.shape[2]) for filter in maps]
     each = [
         costs.block_circulant_costs(tokens, p, q, size, components, products, platform)
         for p, q in sides
     ]
     estimates = {plan: sum(cost[plan] for cost in each) for plan in each[0]}
-    dtype = maps[-1].real.dtype
+    dtype, refused = maps[-1].real.dtype, {}
+    if activate is not None and (platform == "gpu" or implementation == _FUSED):
+        estimates |= costs.fused_circulant_costs(
+            tokens, sides, size, components, products, estimates, devices()
+        )
+        if reason := fused_circulant.refusal(blocks, activate, dtype):
+            refused[_FUSED] = reason
     problem = (
         tokens,
         size,
@@ -189,7 +191,7 @@ def _pick(
         *itertools.chain.from_iterable(sides),
         dtype.name,
     )
-    plan = pick("block_circulant", implementation, estimates, None, problem, platform)
+    plan = pick("block_circulant", implementation, estimates, refused, problem, platform)
     tile = None
     if plan == "dft":
         token_bytes = maps[-1].real.shape[1] * size * dtype.itemsize
@@ -208,7 +210,9 @@ def pack(weights: HiddenMaps, plan: HiddenPlan, blocks: Blocks) -> HiddenMaps:
       blocks: block size and kept frequencies.
     """
     return HiddenMaps(
-        tuple(pack_map(filter, plan.down, blocks) for filter in weights.up),
+        tuple(
+            pack_map(filter, name, blocks) for filter, name in zip(weights.up, plan.up, strict=True)
+        ),
         pack_map(weights.down, plan.down, blocks),
     )
 
@@ -226,7 +230,8 @@ def apply(
     The ``"dft"`` plan keeps the hidden activations channel-major, ``(b, q, T)``: the frequencies
     of a block come first and the tokens last, so that both transforms are one thin GEMM, every
     frequency is one plain GEMM, and nothing is transposed but the narrow ends. It works in tiles
-    of tokens that the backward pass recomputes.
+    of tokens that the backward pass recomputes. The ``"fused"`` plan has the same order, and a
+    kernel between both products that keeps the hidden activations on the chip.
 
     Args:
       x: inputs (..., p * b).
@@ -239,16 +244,39 @@ def apply(
     Returns:
       The outputs (..., r * b), in the dtype of ``x``.
     """
+
+    def apart(x: Array, packed: HiddenMaps, channels: Channels) -> Array:
+        with jax.named_scope("spectral_up"):
+            maps = zip(packed.up, plan.up, strict=True)
+            us = [multiply(x, weights, name, blocks) for weights, name in maps]
+        with jax.named_scope("polynomial"):
+            hidden = activate(us, channels)
+        with jax.named_scope("spectral_down"):
+            return multiply(hidden, packed.down, plan.down, blocks)
+
+    def fused(interpret: bool, x: Array, packed: HiddenMaps, channels: Channels) -> Array:
+        with jax.named_scope("spectral_up"):
+            components: Any = fused_circulant.enter(blocks, interpret, x)
+            z = fused_circulant.hidden_components(
+                components, packed.up, blocks, activate, channels, interpret=interpret
+            )
+        with jax.named_scope("spectral_down"):
+            y = in_a_row(mix_all(packed.down, in_pairs(z, blocks)))
+            return fused_circulant.leave(blocks, interpret, y)
+
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if plan.down == "dft":
+    if plan.is_fused:
+        # Other platforms have no compiler for the kernel.
+        y = jax.lax.platform_dependent(
+            *(rows, packed, channels),
+            cpu=functools.partial(fused, True),
+            cuda=functools.partial(fused, False),
+            default=apart,
+        )
+    elif plan.down == "dft":
         y = over_tokens(_channel_major(packed, blocks, activate, channels), rows, plan.tile)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-    with jax.named_scope("spectral_up"):
-        us = [multiply(rows, weights, plan.down, blocks) for weights in packed.up]
-    with jax.named_scope("polynomial"):
-        hidden = activate(us, channels)
-    with jax.named_scope("spectral_down"):
-        y = multiply(hidden, packed.down, plan.down, blocks)
+    else:
+        y = apart(rows, packed, channels)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -312,65 +340,6 @@ def multiply(x: Float[Array, "t pb"], packed: Any, plan: str, blocks: Blocks) ->
     return _PLANS[plan].multiply(x, packed, blocks)
 
 
-class _Matrices(NamedTuple):
-    """One matrix for each frequency, in both orders.
-
-    The forward and the backward pass then both read the rows of a matrix as they lie in memory.
-    """
-
-    weights: Float[Array, "k i o"]
-    transposed: Float[Array, "k o i"]
-
-    @classmethod
-    def of(cls, weights: Float[Array, "k i o"]) -> "_Matrices":
-        return cls(weights, weights.mT)
-
-
-@jax.custom_vjp
-def _mix(
-    weights: Float[Array, "k i o"], transposed: Float[Array, "k o i"], x: Float[Array, "k i T"]
-) -> Float[Array, "k o T"]:
-    """Multiplies every frequency's components by its matrix."""
-    return _mix_forward(weights, transposed, x)[0]
-
-
-def _mix_forward(weights, transposed, x):
-    return jnp.matmul(transposed, x).astype(x.dtype), (weights, x)
-
-
-def _mix_backward(stored, dy):
-    weights, x = stored
-    dw = jnp.einsum("kit,kot->kio", x, dy).astype(weights.dtype)
-    return dw, None, jnp.matmul(weights, dy).astype(x.dtype)
-
-
-_mix.defvjp(_mix_forward, _mix_backward)
-
-
-def _spectral_matrices(filter: Filter, blocks: Blocks) -> tuple[_Matrices | None, _Matrices | None]:
-    """Returns the real matrices of the pairs (2q x 2p) and of the single component (q x p)."""
-    real, at_real = split_by_kind(filter.real, *blocks)
-    imag = filter.imag
-    # As filters are stored: this copies rows, and transposes nothing.
-    pairs = jnp.block([[real, imag], [-imag, real]])
-    if len(at_real) == 2:
-        zero = jnp.zeros_like(at_real[:1])
-        ends = jnp.block([[at_real[:1], zero], [zero, at_real[1:]]])
-        return _Matrices.of(jnp.concatenate([ends, pairs])), None
-    return _Matrices.of(pairs), _Matrices.of(at_real) if len(at_real) else None
-
-
-def _mix_all(
-    weights: tuple[_Matrices | None, _Matrices | None],
-    components: tuple[Array | None, Array | None],
-) -> tuple[Array | None, Array | None]:
-    pairs, single = (
-        None if w is None or x is None else _mix(*w, x)
-        for w, x in zip(weights, components, strict=True)
-    )
-    return pairs, single
-
-
 def _channel_major(
     packed: HiddenMaps, blocks: Blocks, activate: Activate, channels: Channels
 ) -> Callable[[Float[Array, "t pb"]], Float[Array, "t rb"]]:
@@ -380,11 +349,11 @@ def _channel_major(
     def rows(x):
         with jax.named_scope("spectral_up"):
             components = spectrum.enter(x)
-            us = [spectrum.synthesise(_mix_all(weights, components)) for weights in packed.up]
+            us = [spectrum.synthesise(mix_all(weights, components)) for weights in packed.up]
         with jax.named_scope("polynomial"):
             hidden = activate(us, channels)
         with jax.named_scope("spectral_down"):
-            return spectrum.leave(_mix_all(packed.down, spectrum.analyse(hidden)))
+            return spectrum.leave(mix_all(packed.down, spectrum.analyse(hidden)))
 
     return rows
 
@@ -452,9 +421,9 @@ def _fft(x: Array, h: Array, blocks: Blocks) -> Array:
     return y.reshape(len(x), q * block_size).astype(x.dtype)
 
 
-def _dft(x: Array, weights: tuple[_Matrices | None, _Matrices | None], blocks: Blocks) -> Array:
+def _dft(x: Array, weights: MatricesByKind, blocks: Blocks) -> Array:
     spectrum = Spectrum.of(*blocks)
-    return spectrum.leave(_mix_all(weights, spectrum.enter(x)))
+    return spectrum.leave(mix_all(weights, spectrum.enter(x)))
 
 
 def _materialised(filter: Filter, blocks: Blocks) -> Array:
@@ -481,7 +450,7 @@ class _Plan(NamedTuple):
 
 _PLANS = {
     "fft": _Plan(_transfer_function, _fft),
-    "dft": _Plan(_spectral_matrices, _dft),
+    "dft": _Plan(spectral_matrices, _dft),
     "split": _Plan(_as_stored, _split),
     "dense": _Plan(_materialised, _dense),
 }

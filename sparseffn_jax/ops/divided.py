@@ -15,7 +15,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from sparseffn_jax.ops.plans.kernels import parts
+from sparseffn_jax.ops.plans.kernels import devices, parts
 
 
 def divided(
@@ -24,7 +24,7 @@ def divided(
     may_divide: Collection[str],
     *operands: Array,
 ) -> Sequence[Array]:
-    """Runs a kernel in a program that several devices may share.
+    """Runs a kernel, which several devices share if the program is for several.
 
     Args:
       kernel: function of arrays that returns a sequence of arrays. It sees the part of its operands
@@ -37,6 +37,8 @@ def divided(
     Returns:
       What ``kernel`` returns.
     """
+    if devices() == 1:
+        return kernel(*operands)
     inputs, outputs = (
         [each.split() for each in side.split(",")] for side in rule.split("->", maxsplit=1)
     )

@@ -16,19 +16,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from sparseffn_jax.ops.divided import divided
+from sparseffn_jax.ops.fused import Tile, call, pad, round_up
 from sparseffn_jax.ops.fused_kernels import (
     Operands,
-    Tile,
     components_kernel,
     forward_kernel,
     weights_kernel,
 )
 from sparseffn_jax.ops.hidden import Activate, Channels
-from sparseffn_jax.ops.plans.kernels import devices, triton, triton_refusal
+from sparseffn_jax.ops.plans.kernels import triton_refusal
 
 # The narrowest operand of a matrix product.
 _NARROWEST = 16
@@ -61,7 +60,7 @@ def refusal(ranks: Sequence[int], activate: Activate, dtype: Any) -> str | None:
       activate: the elementwise function of the hidden units.
       dtype: dtype of the operands.
     """
-    components, is_gated = sum(_up(rank, _NARROWEST) for rank in ranks), len(ranks) > 2
+    components, is_gated = sum(round_up(rank, _NARROWEST) for rank in ranks), len(ranks) > 2
     # As many as can be added up in registers, as the compiler says for an H100.
     most = (192 if is_gated else 256) if activate.degrees else 512
     if components > most:
@@ -99,10 +98,6 @@ def hidden_layer(
     coefficients = () if channels.coefficients is None else (channels.coefficients,)
     operands = Operands(tuple(components), tuple(filters), axes, channels.biases, coefficients)
     return _layer(activate, interpret, operands)
-
-
-def _up(side: int, multiple: int) -> int:
-    return multiple * -(-side // multiple)
 
 
 def _tiles(
@@ -144,7 +139,7 @@ def _tiles(
         return -(-(units // weights.units) * shares // _CORES) * -(-count // shares)
 
     shares = min(range(1, _MOST_SHARES + 1), key=turns)
-    return _Tiles(forward, of_components, weights, shares), rows * _up(count, shares)
+    return _Tiles(forward, of_components, weights, shares), rows * round_up(count, shares)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -209,8 +204,6 @@ def _run(
     def kernel(*arrays: Array) -> Sequence[Array]:
         return run(jax.tree.unflatten(structure, arrays[: len(leaves)]), *arrays[len(leaves) :])
 
-    if devices() == 1:
-        return kernel(*leaves, *others)
     given = [*jax.tree.leaves(_axes_of(operands)), *("t s" for _ in others)]
     rule = f"{', '.join(given)} -> {', '.join(results)}"
     return divided(kernel, rule, ("t", "u"), *leaves, *others)
@@ -219,31 +212,28 @@ def _run(
 def _padded(activate: Activate, given: Operands) -> tuple[Operands, _Tiles]:
     """Returns the operands with sides that tiles divide, and the tiles."""
     tokens, units = len(given.components[0]), len(given.axes)
-    ranks = [_up(len(filter), _NARROWEST) for filter in given.filters]
-    into, out_of = sum(ranks), _up(given.axes.shape[1], _NARROWEST)
-    columns = _up(units, _UNITS)
+    ranks = [round_up(len(filter), _NARROWEST) for filter in given.filters]
+    into, out_of = sum(ranks), round_up(given.axes.shape[1], _NARROWEST)
+    columns = round_up(units, _UNITS)
     tiles, rows = _tiles(tokens, columns, into, out_of, len(ranks) > 1, activate.degrees)
     padded = Operands(
-        tuple(_pad(c, rows, rank) for c, rank in zip(given.components, ranks, strict=True)),
-        tuple(_pad(f, rank, columns) for f, rank in zip(given.filters, ranks, strict=True)),
-        _pad(given.axes, columns, out_of),
-        tuple(_pad(bias, columns) for bias in given.biases),
-        tuple(_pad(c, len(c), columns if c.shape[1] > 1 else 1) for c in given.coefficients),
+        tuple(pad(c, rows, rank) for c, rank in zip(given.components, ranks, strict=True)),
+        tuple(pad(f, rank, columns) for f, rank in zip(given.filters, ranks, strict=True)),
+        pad(given.axes, columns, out_of),
+        tuple(pad(bias, columns) for bias in given.biases),
+        tuple(pad(c, len(c), columns if c.shape[1] > 1 else 1) for c in given.coefficients),
     )
     return padded, tiles
-
-
-def _pad(array: Array, *sides: int) -> Array:
-    return jnp.pad(array, [(0, to - side) for to, side in zip(sides, array.shape, strict=True)])
 
 
 def _forward(activate: Activate, interpret: bool, given: Operands) -> list[Array]:
     """Returns the components (T, rank) of the outputs."""
     operands, tiles = _padded(activate, given)
     rows, rank = len(operands.components[0]), operands.axes.shape[1]
-    kernel = functools.partial(forward_kernel, activate, tiles.forward)
+    tile = tiles.forward
+    kernel = functools.partial(forward_kernel, activate, tile)
     out = jax.ShapeDtypeStruct((rows, rank), operands.axes.dtype)
-    z = _call(kernel, tiles.forward, (rows // tiles.forward.rows,), operands, (), out, interpret)
+    z = call(kernel, tile, (rows // tile.rows,), (operands,), out, interpret=interpret)
     return [z[: len(given.components[0]), : given.axes.shape[1]]]
 
 
@@ -255,8 +245,8 @@ def _components_gradient(
     rows, tile = len(operands.components[0]), tiles.components
     kernel = functools.partial(components_kernel, activate, tile)
     out = [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in operands.components]
-    others = (_pad(dz, rows, operands.axes.shape[1]),)
-    gradients = _call(kernel, tile, (rows // tile.rows,), operands, others, out, interpret)
+    dz = pad(dz, rows, operands.axes.shape[1])
+    gradients = call(kernel, tile, (rows // tile.rows,), (operands, dz), out, interpret=interpret)
     return [d[: len(c), : c.shape[1]] for d, c in zip(gradients, given.components, strict=True)]
 
 
@@ -284,37 +274,9 @@ def _weights_gradients(
     out = [jax.ShapeDtypeStruct((tiles.shares, *shape), jnp.float32) for shape in full]
     tile, turns = tiles.weights, rows // tiles.weights.rows // tiles.shares
     kernel = functools.partial(weights_kernel, activate, tile, turns)
-    others, grid = (_pad(dz, rows, operands.axes.shape[1]),), (units // tile.units, tiles.shares)
-    leaves = _call(kernel, tile, grid, operands, others, out, interpret)
+    dz, grid = pad(dz, rows, operands.axes.shape[1]), (units // tile.units, tiles.shares)
+    leaves = call(kernel, tile, grid, (operands, dz), out, interpret=interpret)
     return [
         leaf.sum(axis=0)[tuple(map(slice, shape))]
         for leaf, shape in zip(leaves, wanted, strict=True)
     ]
-
-
-def _call(
-    kernel: Any,
-    tile: Tile,
-    grid: tuple[int, ...],
-    operands: Operands,
-    others: tuple[Array, ...],
-    out: Any,
-    interpret: bool,
-) -> Any:
-    """Runs a kernel, which gets references to the operands, the other inputs and the outputs."""
-    leaves, structure = jax.tree.flatten(operands)
-
-    def body(*refs: Any) -> None:
-        given = jax.tree.unflatten(structure, refs[: len(leaves)])
-        kernel(given, *refs[len(leaves) :])
-
-    # Profiles, and what reads compiled programs, find the kernel by this name.
-    body.__name__ = body.__qualname__ = kernel.func.__name__
-    return pl.pallas_call(
-        body,
-        out_shape=out,
-        grid=grid,
-        interpret=interpret,
-        name=body.__name__,
-        compiler_params=triton().CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-    )(*leaves, *others)

@@ -5,7 +5,7 @@ Triton wants powers of two: ranks are cut into pieces of such widths.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.fused import Tile, derivatives, dot, hidden_units
 from sparseffn_jax.ops.hidden import Activate
-from sparseffn_jax.ops.polynomial import slope, value, weighted_terms
 
 # The widest piece that a rank is cut into.
 _WIDEST = 128
@@ -39,22 +38,6 @@ class Operands(NamedTuple):
     coefficients: tuple[Any, ...]
 
 
-class Tile(NamedTuple):
-    """What a kernel takes at a time, and how.
-
-    Attributes:
-      rows: number of tokens.
-      units: number of hidden units.
-      warps: groups of 32 threads that share the work.
-      stages: how many tiles are loaded ahead.
-    """
-
-    rows: int
-    units: int
-    warps: int
-    stages: int
-
-
 class _Gradients(NamedTuple):
     """The gradients of some hidden units' weights, in pieces along the ranks, units first."""
 
@@ -72,7 +55,7 @@ def forward_kernel(activate: Activate, tile: Tile, given: Operands, z_ref: Any) 
     def turn(j: Array, sums: list[Array]) -> list[Array]:
         units = pl.ds(j * tile.units, tile.units)
         us = _pre_activations(components, given, units, axis=1)
-        hidden = _hidden(activate, us, _coefficients(activate, given, units, axis=1))
+        hidden = hidden_units(activate, us, _coefficients(activate, given, units, axis=1))
         return _added(sums, hidden.astype(z_ref.dtype), _pieces(given.axes, units))
 
     pieces = _cut(z_ref.shape[1])
@@ -95,10 +78,10 @@ def components_kernel(
         us = _pre_activations(components, given, units, axis=1)
         dh = _sum_of_products(dz, _pieces(given.axes, units))
         coefficients = _coefficients(activate, given, units, axis=1)
-        _, dus, _ = _derivatives(activate, us, coefficients, dh)
+        _, dus, _ = derivatives(activate, us, coefficients, dh)
         return [
             [
-                total + _dot(du.astype(dz_ref.dtype), filter[piece, units], (1, 1))
+                total + dot(du.astype(dz_ref.dtype), filter[piece, units], (1, 1))
                 for total, piece in zip(totals, _cut(len(filter)), strict=True)
             ]
             for totals, du, filter in zip(sums, dus, given.filters, strict=True)
@@ -132,7 +115,7 @@ def weights_kernel(
         components, dz = [_pieces(ref, rows) for ref in given.components], _pieces(dz_ref, rows)
         us = _pre_activations(components, given, units, axis=0)
         dh = _sum_of_products(_pieces(given.axes, units), dz)
-        hidden, dus, terms = _derivatives(activate, us, coefficients, dh)
+        hidden, dus, terms = derivatives(activate, us, coefficients, dh)
         return _Gradients(
             [
                 _added(totals, du.astype(dtype), parts)
@@ -179,23 +162,14 @@ def _pieces(ref: Any, rows: Any) -> list[Array]:
     return [ref[rows, piece] for piece in _cut(ref.shape[1])]
 
 
-def _dot(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:
-    """Multiplies matrices, summing over an axis of each; the result is in float32."""
-    axes = (((over[0],), (over[1],)), ((), ()))
-    # Whatever precision the user asks of products in float32, these are in half precision.
-    return jax.lax.dot_general(
-        a, b, axes, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32
-    )
-
-
 def _sum_of_products(left: Sequence[Array], right: Sequence[Array], over=(1, 1)) -> Any:
     """Returns one product of matrices that are cut into pieces along the axis it sums over."""
-    return sum(_dot(a, b, over) for a, b in zip(left, right, strict=True))
+    return sum(dot(a, b, over) for a, b in zip(left, right, strict=True))
 
 
 def _added(totals: Sequence[Array], left: Array, right: Sequence[Array]) -> list[Array]:
     """Adds a product to its sums, which are in pieces as the right operand is."""
-    return [total + _dot(left, piece) for total, piece in zip(totals, right, strict=True)]
+    return [total + dot(left, piece) for total, piece in zip(totals, right, strict=True)]
 
 
 def _pre_activations(
@@ -233,35 +207,3 @@ def _beside(numbers: Array, axis: int) -> Array:
     """Returns numbers, one a hidden unit, in float32 and so that they broadcast against units."""
     numbers = numbers.astype(jnp.float32)
     return numbers[None, :] if axis == 1 else numbers[:, None]
-
-
-def _hidden(
-    activate: Activate, us: Sequence[Array], coefficients: Mapping[int, Array] | None
-) -> Array:
-    """Returns the hidden units, in float32."""
-    if coefficients is None:
-        phi = get_activation(activate.activation)(us[0])
-    else:
-        phi = value(us[0], coefficients, activate.radius)
-    return phi if len(us) == 1 else phi * us[1]
-
-
-def _derivatives(
-    activate: Activate,
-    us: Sequence[Array],
-    coefficients: Mapping[int, Array] | None,
-    dh: Array,
-) -> tuple[Array, list[Array], list[Array]]:
-    """Returns hidden units, gradients of pre-activations, and those of coefficients by token."""
-    d_phi = dh if len(us) == 1 else dh * us[1]
-    terms: list[Array] = []
-    if coefficients is None:
-        phi, pullback = jax.vjp(get_activation(activate.activation), us[0])
-        (du,) = pullback(d_phi)
-    else:
-        phi = value(us[0], coefficients, activate.radius)
-        du = d_phi * slope(us[0], coefficients, activate.radius)
-        terms = weighted_terms(activate.degrees, activate.radius, d_phi, us[0])
-    if len(us) == 1:
-        return phi, [du], terms
-    return phi * us[1], [du, dh * phi], terms

@@ -16,6 +16,8 @@ def main():
         for place in PLACES:
             divided(layer, *place)
         mapped(layer)
+    for place in PLACES:
+        circulant(*place)
 
 
 def both(activate):
@@ -67,6 +69,46 @@ def divided(name, tokens, units):
     where = f"{name}, tokens over {tokens}, units over {units}"
     assert_close(z, expected, what=where)
     assert z.sharding.is_equivalent_to(of_tokens, 2), where
+    pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True)
+    for i, (one, other) in enumerate(pairs):
+        assert_close(one, other, what=f"{where}, gradient {i}")
+    print(where)
+
+
+def circulant(tokens, units):
+    """Compares a block-circulant layer with float64 where it lies over these axes of the mesh."""
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from numerics import assert_close
+    from test_fused_circulant import layer_of, operands_of, reference
+
+    from sparseffn_jax.train.sharding import make_mesh, parse_mesh
+
+    mesh = make_mesh(parse_mesh("data=2,fsdp=2,tensor=2"))
+    blocks, activate, (x, filters, biases, _, dy), exact = operands_of(
+        "gated with biases", "float32"
+    )
+
+    @jax.jit
+    def both(dy, *given):
+        y, pullback = jax.vjp(layer_of(blocks, activate, interpret=True), *given)
+        return y, pullback(dy)
+
+    of_tokens, to_units, of_units = (
+        NamedSharding(mesh, P(*axes)) for axes in ((tokens,), (None, None, units), (units,))
+    )
+    y, gradients = both(
+        jax.device_put(dy, of_tokens),
+        jax.device_put(x, of_tokens),
+        jax.device_put(filters, to_units),
+        jax.device_put(biases, of_units),
+        None,
+    )
+    expected, wanted = reference(blocks, activate, *exact)
+    where = f"circulant, tokens over {tokens}, units over {units}"
+    assert_close(y, expected, what=where)
+    assert (*y.sharding.spec, None)[0] == tokens, where
     pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True)
     for i, (one, other) in enumerate(pairs):
         assert_close(one, other, what=f"{where}, gradient {i}")

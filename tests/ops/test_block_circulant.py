@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import (
     assert_close,
-    circulant,
+    circulant_reference,
     dot_generals,
     draw,
     has_imag,
@@ -17,8 +17,9 @@ from numerics import (
 
 from sparseffn_jax.ops import block_circulant as operator
 from sparseffn_jax.ops import fourier
+from sparseffn_jax.ops.filters import Blocks, Filter
 from sparseffn_jax.ops.fourier import circulant_matrix, dft_basis
-from sparseffn_jax.ops.hidden import HiddenMaps
+from sparseffn_jax.ops.hidden import Activate, HiddenMaps
 
 PLANS = ("fft", "dft", "split", "dense")
 
@@ -40,34 +41,16 @@ FILTERS = (
 )
 
 
-def circulant_reference(x, real, imag, b, frequencies, cotangent):
-    """Value and VJP by np.fft in float64, from the definition: the map is bilinear."""
-    _, p, q = real.shape
-    blocks, cotangents = x.reshape(-1, p, b), cotangent.reshape(-1, q, b)
-
-    def gradient(f, value):
-        unit = np.zeros(b // 2 + 1, complex)
-        unit[f] = value
-        through = np.fft.irfft(unit * np.fft.rfft(blocks), n=b)
-        return np.einsum("tpn,tqn->pq", through, cotangents)
-
-    matrix = circulant(np.eye(p * b), real, imag, b, frequencies)
-    real_bar = np.array([gradient(f, 1.0) for f in frequencies])
-    imag_bar = np.array([gradient(f, 1.0j) for f in has_imag(b, frequencies)])
-    bars = cotangent @ matrix.T, real_bar, imag_bar.reshape(imag.shape)
-    return circulant(x, real, imag, b, frequencies), bars
-
-
 def circulant_arguments(b, frequencies, batch=(2, 3), p=3, q=2, dtype="float32"):
     real, imag = (len(frequencies), p, q), (len(has_imag(b, frequencies)), p, q)
     return draw(b, (*batch, p * b), real, imag, (*batch, q * b), dtype=dtype)
 
 
 def block_circulant(b, frequencies, plan):
-    blocks = operator.Blocks(b, tuple(frequencies))
+    blocks = Blocks(b, tuple(frequencies))
 
     def run(x, real, imag):
-        packed = operator.pack_map(operator.Filter(real, imag), plan, blocks)
+        packed = operator.pack_map(Filter(real, imag), plan, blocks)
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         return operator.multiply(rows, packed, plan, blocks).reshape(
             *x.shape[:-1], b * real.shape[2]
@@ -187,8 +170,8 @@ def test_a_large_block_needs_no_constant_of_its_side_cubed():
 def test_refuses(change, message):
     (_, real, imag, _), _ = circulant_arguments(8, (0, 1))
     settings = {"frequencies": (0, 1), "implementation": None} | change
-    back = operator.Filter(real.mT, imag.mT)
-    weights = HiddenMaps((operator.Filter(real, imag),), back)
-    blocks = operator.Blocks(8, settings["frequencies"])
+    back = Filter(real.mT, imag.mT)
+    weights = HiddenMaps((Filter(real, imag),), back)
+    blocks = Blocks(8, settings["frequencies"])
     with pytest.raises(ValueError, match=message):
-        operator.choose(2, weights, blocks, "cpu", settings["implementation"])
+        operator.choose(2, weights, blocks, Activate("silu"), "cpu", settings["implementation"])

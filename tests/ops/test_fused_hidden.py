@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import DTYPES, assert_close, draw, tangent_chebyshev
+from numerics import DTYPES, assert_close, draw, phi_of
 
 from sparseffn_jax.measure.flops import count_kernels
 from sparseffn_jax.measure.gpus import gpus
@@ -25,20 +25,6 @@ LAYERS = {
     "gated polynomial": (600, (16, 16), 72, 16, POLYNOMIAL, False, 72),
     "wide": (64, (300,), 64, 150, PLAIN, False, 0),
 }
-
-
-def phi_of(activate, u, coefficients):
-    """The elementwise function, its derivative and its terms, in float64."""
-    if activate.degrees:
-        terms = [tangent_chebyshev(u, k, activate.radius) for k in activate.degrees]
-        phi, slope = (
-            sum(c * term[i] for c, term in zip(coefficients, terms, strict=True)) for i in (0, 1)
-        )
-        return phi, slope, [value for value, _ in terms]
-    if activate.activation == "tanh":
-        return np.tanh(u), 1.0 - np.tanh(u) ** 2, []
-    s = 1.0 / (1.0 + np.exp(-u))
-    return u * s, s + u * s * (1.0 - s), []
 
 
 def reference(activate, components, filters, axes, biases, coefficients, dz):

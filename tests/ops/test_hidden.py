@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numerics import assert_close, dot_generals, draw, value_and_vjp
 
-from sparseffn_jax.ops import block_circulant, low_rank
+from sparseffn_jax.ops import block_circulant, filters, low_rank
 from sparseffn_jax.ops.hidden import Activate, Channels, HiddenMaps, kept, over_tokens
 from sparseffn_jax.ops.plans import costs
 
@@ -51,14 +51,14 @@ def test_spectral_branches_are_the_same_in_tiles(operator, monkeypatch):
     }[operator]
     (x, cotangent, bias, *factors), _ = draw(0, (100, 8), (100, 8), (16,), *shapes)
 
-    blocks = block_circulant.Blocks(4, (0, 1, 2))
+    blocks = filters.Blocks(4, (0, 1, 2))
 
     def layer(x, bias, *factors):
         activate, channels = Activate("tanh"), Channels((bias,))
         if operator == "block_circulant":
-            first, last = (block_circulant.Filter(*part) for part in (factors[:2], factors[2:]))
+            first, last = (filters.Filter(*part) for part in (factors[:2], factors[2:]))
             weights = HiddenMaps((first,), last)
-            plan = block_circulant.choose(len(x), weights, blocks, "cpu", "dft")
+            plan = block_circulant.choose(len(x), weights, blocks, activate, "cpu", "dft")
             packed = block_circulant.pack(weights, plan, blocks)
             return block_circulant.apply(x, packed, plan, blocks, activate, channels)
         first, last = (low_rank.Factors(*part) for part in (factors[:2], factors[2:]))

@@ -4,7 +4,7 @@ A cost is counted in multiply-adds of a large GEMM. The constants are the handic
 of work carry, as measured on CPU; only their order of magnitude matters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Platform = Literal["cpu", "gpu"]
@@ -37,6 +37,8 @@ _CALL = {"cpu": 2.4e5, "gpu": 1e9}
 # What products cost in the kernel that keeps hidden units on the chip, what each hidden unit costs
 # there besides, as an H200 measured, and how many tokens a GPU needs to be busy with it.
 _FUSED_GEMM, _FUSED_UNIT, _FUSED_TOKENS = 1.7, 360.0, 8192
+# Rows that keep a GPU busy with the kernels of block-circulant layers.
+_FUSED_ROWS = 4096
 # Bytes of hidden activations that a tile of tokens may have on CPU: what the cores' own caches hold
 # while the operations on them are still large enough to spread over the cores.
 _TILE_BYTES = {"low_rank": 6 << 20, "block_circulant": 3 << 20, "block_sparse": 3 << 20}
@@ -154,6 +156,44 @@ def block_circulant_costs(
         "split": _SPLIT_GEMM * product + 2 * transforms + 2 * calls,
         "fft": _COMPLEX_GEMM * product + fft + calls,
         "dense": (rows + components + _EXPANDED[platform]) * d_in * d_out,
+    }
+
+
+def fused_circulant_costs(
+    tokens: int,
+    sides: Sequence[tuple[int, int]],
+    block_size: int,
+    components: int,
+    products: int,
+    others: Mapping[str, float],
+    devices: int = 1,
+) -> dict[str, float]:
+    """Estimates the cost on GPUs of all plans of a hidden layer between block-circulant maps.
+
+    Args:
+      tokens: number of rows of the input, on all devices together.
+      sides: numbers of input and output blocks of each map; the map out of the hidden units last.
+      block_size: side b of a block.
+      components: number of real components, out of b, that are kept of a block.
+      products: number of real products for one entry of a filter, as for
+        :func:`block_circulant_costs`.
+      others: cost of the maps alone under each of the other plans.
+      devices: number of GPUs that may share the tokens.
+    """
+    *up, (width, d_out) = sides
+    d_in = up[0][0]
+    moved = _MOVED["gpu"]
+    # Hidden units are written and read before their function, and behind it.
+    between = 4 * moved * tokens * width * block_size * len(up)
+    rows = max(tokens, _FUSED_ROWS * devices)
+    # Both ends go through a transform, and are read or written once more as components.
+    ends = (d_in + d_out) * (block_size + 2 * components)
+    traffic = moved * rows * (ends + 2 * width * components)
+    into = _FUSED_GEMM * products * sum(p * q for p, q in up)
+    fused = rows * (into + _SMALL_GEMM * products * width * d_out)
+    return {
+        **{plan: cost + between for plan, cost in others.items()},
+        "fused": traffic + fused + (len(sides) + 3) * _CALL["gpu"],
     }
 
 

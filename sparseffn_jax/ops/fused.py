@@ -1,0 +1,137 @@
+"""What kernels that are written by hand share: how they are called, and what they compute.
+
+They are written in Pallas and compiled by Triton.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from sparseffn_jax.ops.activations import get_activation
+from sparseffn_jax.ops.hidden import Activate
+from sparseffn_jax.ops.plans.kernels import triton
+from sparseffn_jax.ops.polynomial import slope, value, weighted_terms
+
+
+class Tile(NamedTuple):
+    """What a kernel takes at a time, and how.
+
+    Attributes:
+      rows: number of tokens.
+      units: number of hidden units.
+      warps: groups of 32 threads that share the work.
+      stages: how many tiles are loaded ahead.
+    """
+
+    rows: int
+    units: int
+    warps: int
+    stages: int
+
+
+def call(
+    kernel: Callable[..., None],
+    tile: Tile,
+    grid: tuple[int, ...],
+    operands: Any,
+    out: Any,
+    *,
+    interpret: bool,
+) -> Any:
+    """Runs a kernel.
+
+    Args:
+      kernel: function of the operands, with references in the place of arrays, and of references to
+        each of the outputs. Profiles, and what reads compiled programs, find it by its name.
+      tile: what it takes at a time, and how.
+      grid: number of programs along each axis.
+      operands: tuple of trees of arrays.
+      out: shape and dtype of the output, or a sequence of them.
+      interpret: whether to run in Pallas's interpreter, which needs no GPU.
+
+    Returns:
+      The output, or a sequence of them.
+    """
+    leaves, structure = jax.tree.flatten(operands)
+
+    def body(*refs: Any) -> None:
+        kernel(*jax.tree.unflatten(structure, refs[: len(leaves)]), *refs[len(leaves) :])
+
+    body.__name__ = body.__qualname__ = getattr(kernel, "func", kernel).__name__
+    return pl.pallas_call(
+        body,
+        out_shape=out,
+        grid=grid,
+        interpret=interpret,
+        name=body.__name__,
+        compiler_params=triton().CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+    )(*leaves)
+
+
+def round_up(side: int, multiple: int) -> int:
+    """Returns the smallest multiple that is no smaller than a side."""
+    return multiple * -(-side // multiple)
+
+
+def pad(array: Array, *sides: int) -> Array:
+    """Returns the array with zeros behind it, up to the given length of each side."""
+    return jnp.pad(array, [(0, to - side) for to, side in zip(sides, array.shape, strict=True)])
+
+
+def dot(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:
+    """Multiplies matrices, summing over an axis of each; the result is in float32."""
+    axes = (((over[0],), (over[1],)), ((), ()))
+    # Whatever precision the user asks of products in float32, these are in half precision.
+    return jax.lax.dot_general(
+        a, b, axes, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32
+    )
+
+
+def hidden_units(
+    activate: Activate, us: Sequence[Array], coefficients: Mapping[int, Array] | None
+) -> Array:
+    """Returns hidden units from their pre-activations by each map, all in float32.
+
+    Args:
+      activate: the elementwise function.
+      us: pre-activations by each map into the hidden units, with their biases.
+      coefficients: those of a polynomial, by their degrees, which broadcast against the
+        pre-activations; ``None`` for a plain activation.
+    """
+    if coefficients is None:
+        phi = get_activation(activate.activation)(us[0])
+    else:
+        phi = value(us[0], coefficients, activate.radius)
+    return phi if len(us) == 1 else phi * us[1]
+
+
+def derivatives(
+    activate: Activate,
+    us: Sequence[Array],
+    coefficients: Mapping[int, Array] | None,
+    dh: Array,
+) -> tuple[Array, list[Array], list[Array]]:
+    """Returns hidden units, gradients of pre-activations, and those of coefficients by token.
+
+    Args:
+      activate: the elementwise function.
+      us: pre-activations by each map into the hidden units, with their biases.
+      coefficients: those of a polynomial, by their degrees; ``None`` for a plain activation.
+      dh: gradient of the hidden units, in float32.
+    """
+    d_phi = dh if len(us) == 1 else dh * us[1]
+    terms: list[Array] = []
+    if coefficients is None:
+        phi, pullback = jax.vjp(get_activation(activate.activation), us[0])
+        (du,) = pullback(d_phi)
+    else:
+        phi = value(us[0], coefficients, activate.radius)
+        du = d_phi * slope(us[0], coefficients, activate.radius)
+        terms = weighted_terms(activate.degrees, activate.radius, d_phi, us[0])
+    if len(us) == 1:
+        return phi, [du], terms
+    return phi * us[1], [du, dh * phi], terms
