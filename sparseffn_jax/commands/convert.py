@@ -67,16 +67,17 @@ class Convert(ConvertArguments):
                 work_dir=self._work_dir,
                 on_layer=on_layer,
             )
-        card = model_card(
-            self.push or self.out.name,
-            model,
-            params,
-            origin_of(self.model, dense.folder),
-            self._card_section(len(chosen) * window, dense.spec.n_layer, errors),
-        )
-        save_pretrained(
-            self.out, model, params, tokenizer=tokenizer, overwrite=self.overwrite, card=card
-        )
+        with stage(f"writing {self.out}", console):
+            card = model_card(
+                self.push or self.out.name,
+                model,
+                params,
+                origin_of(self.model, dense.folder),
+                self._card_section(len(chosen) * window, dense.spec.n_layer, errors),
+            )
+            save_pretrained(
+                self.out, model, params, tokenizer=tokenizer, overwrite=self.overwrite, card=card
+            )
         shutil.rmtree(self._work_dir)
         console.print(f"wrote {self.out}; recover its quality with: sparseffn finetune")
         if self.push is not None:

@@ -219,7 +219,7 @@ def _run(
         "k p t",
         *(axes for filter in filters for axes in ("f p u", "c p u")[: len(filter)]),
         *("b u" for _ in operands.biases),
-        *("d one one" if c.shape[1:] == (1, 1) else "d b u" for c in operands.coefficients),
+        *("d one two" if c.shape[1:] == (1, 1) else "d b u" for c in operands.coefficients),
         *("k u t" for _ in others),
     ]
     rule = f"{', '.join(given)} -> {', '.join(results)}"
@@ -294,7 +294,6 @@ def _forward(layer: _Layer, given: Operands) -> list[Array]:
 
     def forward_kernel(given: Operands, z_ref: Any) -> None:
         n, t = _here()
-
         us = [_synthesise(basis, each) for each in _filtered(layer.blocks, given, n, t)]
         hidden = [
             hidden_units(layer.activate, *_of_units(layer, given, place, n, at))

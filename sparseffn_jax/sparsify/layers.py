@@ -95,6 +95,13 @@ def convert_layers(
     )
     ffns, replaced = list(model.ffns or (None,) * model.spec.n_layer), {}
 
+    def use(i: int, mlp: Any, ffn: Any, leaves: Any) -> Any:
+        # Where the dense ones lay, so that what is called with them does not send them each time.
+        if isinstance(jax.tree.leaves(mlp)[0], jax.Array):
+            leaves = jax.tree.map(jnp.asarray, leaves)
+        ffns[i], replaced[i] = ffn, leaves
+        return leaves
+
     def convert(i: int, layer: Any) -> float:
         # Each stage needs blocks of other sizes than the one before.
         trim_heap()
@@ -108,28 +115,40 @@ def convert_layers(
             found = ffn, _cast_like(leaves, mlp, i)
             if partial is not None:
                 partial.save(i, mlp, *found)
-        ffns[i], leaves = found
-        # Where the dense ones lay, so that what is called with them does not send them each time.
-        if isinstance(jax.tree.leaves(mlp)[0], jax.Array):
-            leaves = jax.tree.map(jnp.asarray, leaves)
-        replaced[i] = leaves
+        leaves = use(i, mlp, *found)
         module = ffn_module(model.clone(ffns=tuple(ffns)), i).clone(name=None)
         return streams.leave(
             activations, layer, functools.partial(compiled_ffn(module), {"params": leaves})
         )
 
+    behind = -1
+    if partial is not None and (kept := partial.load_streams(layers, *streams.kind)):
+        behind, state = kept
+        streams.restore(state)
     for i, unread in enumerate(layers_of(model, params)):
         started = time.perf_counter()
-        # What a call has read and computed is let go before the next layer is read: weights that
-        # are loaded on demand need not fit into memory.
         if i not in layers:
-            streams.skip(i, read_leaves(unread))
+            if i > behind:
+                streams.skip(i, read_leaves(unread))
             continue
-        error = convert(i, read_leaves(unread))
-        if partial is not None and any(isinstance(x, Tensor) for x in jax.tree.leaves(unread)):
-            # What need not fit into memory before need not after.
-            replaced[i] = partial.on_demand(i)
-        if on_layer is not None:
+        error = None
+        if i > behind:
+            # What a call has read and computed is let go before the next layer is read: weights
+            # that are loaded on demand need not fit into memory.
+            error = convert(i, read_leaves(unread))
+        elif partial is not None:
+            mlp = read_leaves(unread[FFN_NAME])
+            found = partial.load(i, mlp)
+            assert found is not None
+            use(i, mlp, *found)
+            del mlp, found
+        if partial is not None:
+            if i > behind:
+                partial.save_streams(i, streams.state())
+            if any(isinstance(x, Tensor) for x in jax.tree.leaves(unread)):
+                # What need not fit into memory before need not after.
+                replaced[i] = partial.on_demand(i)
+        if on_layer is not None and error is not None:
             on_layer(ConvertedLayer(i, error, time.perf_counter() - started))
     return model.clone(ffns=tuple(ffns)), replace_ffns(model, params, replaced)
 

@@ -1,12 +1,14 @@
 """The layers of a conversion so far, kept in a folder, so that a stopped one goes on.
 
 Each converted layer is one safetensors file, which appears under its name only when it is complete.
+Beside them lie the streams behind the last one, from which the next goes on.
 """
 
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from sparseffn_jax.checkpoints.weights import open_file
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.measure.records import make_folder, write_json
 
-_SETTINGS = "settings.json"
+_SETTINGS, _STREAMS = "settings.json", "streams-"
 
 
 class PartialConversion:
@@ -117,6 +119,73 @@ class PartialConversion:
         unfinished = file.with_suffix(".unfinished")
         save_file(arrays, unfinished, metadata=metadata)
         os.replace(unfinished, file)
+
+    def save_streams(self, layer: int, streams: Sequence[np.ndarray]) -> None:
+        """Keeps the streams behind a layer, in the place of those behind an earlier one.
+
+        Without room for them on the disk the earlier ones stay: a conversion that goes on then
+        takes the text through more layers again.
+
+        Args:
+          layer: the layer's number.
+          streams: arrays of any dtype.
+        """
+        unfinished = self.folder / f"{_STREAMS}unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            unfinished.mkdir()
+            for i, stream in enumerate(streams):
+                # NumPy's files do not know bfloat16.
+                np.save(unfinished / f"{i}.npy", stream.view(np.uint8), allow_pickle=False)
+            # What a stop leaves behind would stand in the way.
+            shutil.rmtree(self._streams_of(layer), ignore_errors=True)
+            unfinished.rename(self._streams_of(layer))
+        except OSError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            return
+        for other in self.folder.glob(f"{_STREAMS}*"):
+            if other != self._streams_of(layer):
+                shutil.rmtree(other, ignore_errors=True)
+
+    def load_streams(
+        self, layers: Collection[int], shape: tuple[int, ...], dtype: Any
+    ) -> tuple[int, list[np.ndarray]] | None:
+        """Returns the streams behind the last layer that has them, and its number.
+
+        Args:
+          layers: numbers of the layers that the conversion replaces.
+          shape: shape of each stream.
+          dtype: dtype of each.
+
+        Returns:
+          ``None`` if there are none, they are damaged, or a layer before them is not there.
+        """
+        numbers = [
+            int(number)
+            for folder in self.folder.glob(f"{_STREAMS}*")
+            if (number := folder.name.removeprefix(_STREAMS)).isdigit()
+        ]
+        for layer in sorted(numbers, reverse=True):
+            if not all(self._is_whole(each) for each in layers if each <= layer):
+                continue
+            try:
+                files = sorted(self._streams_of(layer).glob("*.npy"))
+                streams = [np.load(file, allow_pickle=False).view(dtype) for file in files]
+            except (OSError, ValueError):
+                continue
+            if len(streams) == 2 and all(stream.shape == shape for stream in streams):
+                return layer, streams
+        return None
+
+    def _is_whole(self, layer: int) -> bool:
+        try:
+            with safe_open(self._file(layer), framework="numpy"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def _streams_of(self, layer: int) -> Path:
+        return self.folder / f"{_STREAMS}{layer:04d}"
 
     def _file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:04d}.safetensors"

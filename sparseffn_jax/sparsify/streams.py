@@ -12,7 +12,7 @@ part of what the prefix did, is sequential layer-wise reconstruction as in Frant
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -129,6 +129,20 @@ class Streams:
         self._behind_ffn = jax.jit(
             lambda params, y: block.apply({"params": params}, y, method="behind_ffn")
         )
+
+    @property
+    def kind(self) -> tuple[tuple[int, ...], Any]:
+        """Shape and dtype of each stream."""
+        return self._dense.shape, self._dense.dtype
+
+    def state(self) -> tuple[np.ndarray, ...]:
+        """Returns both streams as they are; a step further changes these arrays."""
+        assert self._converted is not None
+        return self._dense, self._converted
+
+    def restore(self, state: Sequence[np.ndarray]) -> None:
+        """Puts both streams where they were when :meth:`state` returned them."""
+        self._dense, self._converted = state
 
     def reach(self, layer: int, params: Any, repair: float) -> LayerActivations:
         """Takes both streams to where the layer's FFN adds to them, and the dense one past it.

@@ -17,7 +17,8 @@ def main():
             divided(layer, *place)
         mapped(layer)
     for place in PLACES:
-        circulant(*place)
+        circulant("gated with biases", *place)
+    circulant("polynomial", *PLACES[0])
 
 
 def both(activate):
@@ -75,7 +76,7 @@ def divided(name, tokens, units):
     print(where)
 
 
-def circulant(tokens, units):
+def circulant(name, tokens, units):
     """Compares a block-circulant layer with float64 where it lies over these axes of the mesh."""
     import jax
     from jax.sharding import NamedSharding
@@ -86,9 +87,7 @@ def circulant(tokens, units):
     from sparseffn_jax.train.sharding import make_mesh, parse_mesh
 
     mesh = make_mesh(parse_mesh("data=2,fsdp=2,tensor=2"))
-    blocks, activate, (x, filters, biases, _, dy), exact = operands_of(
-        "gated with biases", "float32"
-    )
+    blocks, activate, (x, filters, biases, coefficients, dy), exact = operands_of(name, "float32")
 
     @jax.jit
     def both(dy, *given):
@@ -103,10 +102,10 @@ def circulant(tokens, units):
         jax.device_put(x, of_tokens),
         jax.device_put(filters, to_units),
         jax.device_put(biases, of_units),
-        None,
+        coefficients,
     )
     expected, wanted = reference(blocks, activate, *exact)
-    where = f"circulant, tokens over {tokens}, units over {units}"
+    where = f"circulant, {name}, tokens over {tokens}, units over {units}"
     assert_close(y, expected, what=where)
     assert (*y.sharding.spec, None)[0] == tokens, where
     pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from sparseffn_jax.nn.sparse_ffn import SparseFFN
 from sparseffn_jax.sparsify.convert import sparsify
 from sparseffn_jax.sparsify.fit import fit_layer
 from sparseffn_jax.sparsify.sizing import size_model
+from sparseffn_jax.sparsify.streams import Streams
 
 WINDOWS, WINDOW = 48, 12
 
@@ -264,11 +267,58 @@ def test_a_stopped_conversion_goes_on_to_the_same_bits(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed[1], whole[1])
 
 
+@pytest.mark.parametrize(
+    ("harm", "dtype"),
+    [
+        *(("none", dtype) for dtype in ("float32", "bfloat16")),
+        *((harm, "float32") for harm in ("cut", "gone", "no room")),
+    ],
+)
+def test_a_stopped_conversion_takes_the_text_through_no_layer_twice(
+    tmp_path, monkeypatch, harm, dtype
+):
+    model, params = make_model("gpt2")
+    tokens, folder = tokens_for(model), tmp_path / "partial"
+    options = {"distill_steps": 0, "stream_dtype": jnp.dtype(dtype)}
+    whole = sparsify(model, params, narrow(model), tokens, **options)
+    with monkeypatch.context() as patch:
+        if harm == "no room":
+
+            def full(file, array, **_):
+                Path(file).write_bytes(b"")
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(np, "save", full)
+        stopped(model, params, tokens, folder, **options)
+    (streams,) = list(folder.glob("streams-*")) or [None]
+    assert (streams is None) == (harm == "no room")
+    if harm == "cut":
+        file = streams / "1.npy"
+        file.write_bytes(file.read_bytes()[:-1])
+    if harm == "gone":
+        shutil.rmtree(streams)
+    reached, reach = [], Streams.reach
+    monkeypatch.setattr(
+        Streams, "reach", lambda self, i, *rest: reached.append(i) or reach(self, i, *rest)
+    )
+    resumed = sparsify(model, params, narrow(model), tokens, work_dir=folder, **options)
+    assert reached == list(range(harm == "none", model.spec.n_layer))
+    jax.tree.map(np.testing.assert_array_equal, resumed[1], whole[1])
+    # Those behind the last layer alone are kept.
+    assert [path.name for path in folder.glob("streams-*")] == [
+        f"streams-{model.spec.n_layer - 1:04d}"
+    ]
+
+
 def test_what_another_conversion_left_is_refused_and_kept(tmp_path):
     model, params = make_model("gpt2")
     tokens, folder = tokens_for(model), tmp_path / "partial"
     stopped(model, params, tokens, folder, distill_steps=0)
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def files():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    before = files()
     again = functools.partial(sparsify, model, config=narrow(model), work_dir=folder)
     with pytest.raises(ValueError, match=r"other settings \(distill_steps, seed\)"):
         again(params, calibration=tokens, distill_steps=1, seed=3)
@@ -277,7 +327,7 @@ def test_what_another_conversion_left_is_refused_and_kept(tmp_path):
     other = jax.tree.map(lambda x: x + 1e-3, params)
     with pytest.raises(ValueError, match=r"of other weights \(layer 0 differs\)"):
         again(other, calibration=tokens, distill_steps=0)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert files() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds files but no settings"):
