@@ -73,7 +73,7 @@ class Convert(ConvertArguments):
                 model,
                 params,
                 origin_of(self.model, dense.folder),
-                self._card_section(len(chosen) * window, dense.spec.n_layer, errors),
+                self._card_section(len(chosen) * window, errors),
             )
             save_pretrained(
                 self.out, model, params, tokenizer=tokenizer, overwrite=self.overwrite, card=card
@@ -85,14 +85,13 @@ class Convert(ConvertArguments):
                 url = push_to_hub(self.out, self.push, private=self.private or None)
             console.print(f"pushed {self.out} to {self.push}: {url}")
 
-    def _card_section(self, tokens: int, n_layer: int, errors: list[float]) -> str:
+    def _card_section(self, tokens: int, errors: list[float]) -> str:
         rows = [
             ("calibration", f"{tokens:,} tokens of {Path(self.text).name}"),
             ("distillation, layer by layer", f"{self.distill_steps} steps a layer"),
             ("repair", f"{self.repair:g} of what the layers before have lost"),
         ]
-        # A conversion that went on where it stopped knows the errors of its last layers alone.
-        if len(errors) == n_layer:
+        if errors:
             worst = f"{max(errors):.4f} in the worst layer"
             rows.append(
                 ("error", f"{np.mean(errors):.4f} of the targets' variance on average, {worst}")

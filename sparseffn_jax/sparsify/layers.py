@@ -121,9 +121,14 @@ def convert_layers(
             activations, layer, functools.partial(compiled_ffn(module), {"params": leaves})
         )
 
-    behind = -1
+    def take_over(i: int, mlp: Any) -> None:
+        found = None if partial is None else partial.load(i, mlp)
+        assert found is not None
+        use(i, mlp, *found)
+
+    behind, errors = -1, {}
     if partial is not None and (kept := partial.load_streams(layers, *streams.kind)):
-        behind, state = kept
+        behind, state, errors = kept
         streams.restore(state)
     for i, unread in enumerate(layers_of(model, params)):
         started = time.perf_counter()
@@ -131,25 +136,19 @@ def convert_layers(
             if i > behind:
                 streams.skip(i, read_leaves(unread))
             continue
-        error = None
         if i > behind:
             # What a call has read and computed is let go before the next layer is read: weights
             # that are loaded on demand need not fit into memory.
-            error = convert(i, read_leaves(unread))
-        elif partial is not None:
-            mlp = read_leaves(unread[FFN_NAME])
-            found = partial.load(i, mlp)
-            assert found is not None
-            use(i, mlp, *found)
-            del mlp, found
-        if partial is not None:
-            if i > behind:
-                partial.save_streams(i, streams.state())
-            if any(isinstance(x, Tensor) for x in jax.tree.leaves(unread)):
-                # What need not fit into memory before need not after.
-                replaced[i] = partial.on_demand(i)
-        if on_layer is not None and error is not None:
-            on_layer(ConvertedLayer(i, error, time.perf_counter() - started))
+            errors[i] = convert(i, read_leaves(unread))
+            if partial is not None:
+                partial.save_streams(i, streams.state(), errors)
+        else:
+            take_over(i, read_leaves(unread[FFN_NAME]))
+        if partial is not None and any(isinstance(x, Tensor) for x in jax.tree.leaves(unread)):
+            # What need not fit into memory before need not after.
+            replaced[i] = partial.on_demand(i)
+        if on_layer is not None:
+            on_layer(ConvertedLayer(i, errors[i], time.perf_counter() - started))
     return model.clone(ffns=tuple(ffns)), replace_ffns(model, params, replaced)
 
 

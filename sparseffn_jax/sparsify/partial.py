@@ -24,7 +24,7 @@ from sparseffn_jax.checkpoints.weights import open_file
 from sparseffn_jax.config import SparseFFNConfig
 from sparseffn_jax.measure.records import make_folder, write_json
 
-_SETTINGS, _STREAMS = "settings.json", "streams-"
+_SETTINGS, _STREAMS, _ERRORS = "settings.json", "streams-", "errors.json"
 
 
 class PartialConversion:
@@ -120,7 +120,9 @@ class PartialConversion:
         save_file(arrays, unfinished, metadata=metadata)
         os.replace(unfinished, file)
 
-    def save_streams(self, layer: int, streams: Sequence[np.ndarray]) -> None:
+    def save_streams(
+        self, layer: int, streams: Sequence[np.ndarray], errors: Mapping[int, float]
+    ) -> None:
         """Keeps the streams behind a layer, in the place of those behind an earlier one.
 
         Without room for them on the disk the earlier ones stay: a conversion that goes on then
@@ -129,6 +131,7 @@ class PartialConversion:
         Args:
           layer: the layer's number.
           streams: arrays of any dtype.
+          errors: error of each layer so far.
         """
         unfinished = self.folder / f"{_STREAMS}unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -137,6 +140,7 @@ class PartialConversion:
             for i, stream in enumerate(streams):
                 # NumPy's files do not know bfloat16.
                 np.save(unfinished / f"{i}.npy", stream.view(np.uint8), allow_pickle=False)
+            write_json(unfinished / _ERRORS, {str(i): error for i, error in errors.items()})
             # What a stop leaves behind would stand in the way.
             shutil.rmtree(self._streams_of(layer), ignore_errors=True)
             unfinished.rename(self._streams_of(layer))
@@ -149,8 +153,8 @@ class PartialConversion:
 
     def load_streams(
         self, layers: Collection[int], shape: tuple[int, ...], dtype: Any
-    ) -> tuple[int, list[np.ndarray]] | None:
-        """Returns the streams behind the last layer that has them, and its number.
+    ) -> tuple[int, list[np.ndarray], dict[int, float]] | None:
+        """Returns the last layer that has streams behind it, the streams, and errors by layer.
 
         Args:
           layers: numbers of the layers that the conversion replaces.
@@ -166,15 +170,19 @@ class PartialConversion:
             if (number := folder.name.removeprefix(_STREAMS)).isdigit()
         ]
         for layer in sorted(numbers, reverse=True):
-            if not all(self._is_whole(each) for each in layers if each <= layer):
+            before = {each for each in layers if each <= layer}
+            if not all(map(self._is_whole, before)):
                 continue
             try:
                 files = sorted(self._streams_of(layer).glob("*.npy"))
                 streams = [np.load(file, allow_pickle=False).view(dtype) for file in files]
-            except (OSError, ValueError):
+                stored = read_json(self._streams_of(layer) / _ERRORS)
+                errors = {int(each): float(error) for each, error in stored.items()}
+            except (CheckpointError, OSError, ValueError):
                 continue
-            if len(streams) == 2 and all(stream.shape == shape for stream in streams):
-                return layer, streams
+            fits = len(streams) == 2 and all(stream.shape == shape for stream in streams)
+            if fits and errors.keys() == before:
+                return layer, streams, errors
         return None
 
     def _is_whole(self, layer: int) -> bool:

@@ -279,8 +279,8 @@ def test_a_stopped_conversion_takes_the_text_through_no_layer_twice(
 ):
     model, params = make_model("gpt2")
     tokens, folder = tokens_for(model), tmp_path / "partial"
-    options = {"distill_steps": 0, "stream_dtype": jnp.dtype(dtype)}
-    whole = sparsify(model, params, narrow(model), tokens, **options)
+    options, seen = {"distill_steps": 0, "stream_dtype": jnp.dtype(dtype)}, ([], [])
+    whole = sparsify(model, params, narrow(model), tokens, on_layer=seen[0].append, **options)
     with monkeypatch.context() as patch:
         if harm == "no room":
 
@@ -301,9 +301,13 @@ def test_a_stopped_conversion_takes_the_text_through_no_layer_twice(
     monkeypatch.setattr(
         Streams, "reach", lambda self, i, *rest: reached.append(i) or reach(self, i, *rest)
     )
-    resumed = sparsify(model, params, narrow(model), tokens, work_dir=folder, **options)
+    resumed = sparsify(
+        *(model, params, narrow(model), tokens),
+        **{"work_dir": folder, "on_layer": seen[1].append, **options},
+    )
     assert reached == list(range(harm == "none", model.spec.n_layer))
     jax.tree.map(np.testing.assert_array_equal, resumed[1], whole[1])
+    assert [each[:2] for each in seen[0]] == [each[:2] for each in seen[1]]
     # Those behind the last layer alone are kept.
     assert [path.name for path in folder.glob("streams-*")] == [
         f"streams-{model.spec.n_layer - 1:04d}"
