@@ -9,11 +9,6 @@ from jaxtyping import install_import_hook
 # buffers stay the same. The environment tells the processes that tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
-# The CPU compiler's other way to write code for fusions takes a third less time. It has no such
-# choice from JAX 0.11 on, and ends the process at a flag that it does not know.
-if jax.__version_info__ < (0, 11):
-    flags = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 # Shapes and types in the package's signatures are checked at every call of the test run.
 install_import_hook(
