@@ -13,8 +13,12 @@ from jaxtyping import Array
 
 from sparseffn_jax.ops.activations import get_activation
 from sparseffn_jax.ops.hidden import Activate
-from sparseffn_jax.ops.plans.kernels import triton
+from sparseffn_jax.ops.plans.kernels import triton, triton_refusal
 from sparseffn_jax.ops.polynomial import slope, value, weighted_terms
+
+# That of Hopper's GPUs, for whose registers and shared memory the tiles were chosen: with those of
+# low-rank layers the compiler spills for an A100, and refuses some ranks for a B200.
+_CAPABILITIES = ("9.0",)
 
 
 class Tile(NamedTuple):
@@ -31,6 +35,20 @@ class Tile(NamedTuple):
     units: int
     warps: int
     stages: int
+
+
+def refusal(activate: Activate, dtype: Any) -> str | None:
+    """Returns the reason why no such kernel can run, or ``None`` if one may.
+
+    Args:
+      activate: the elementwise function of the hidden units.
+      dtype: dtype of the operands.
+    """
+    if not activate.degrees and activate.activation == "gelu":
+        return "Triton does not have the error function of an exact GELU"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies bfloat16 or float16, not {dtype}"
+    return triton_refusal(_CAPABILITIES)
 
 
 def call(

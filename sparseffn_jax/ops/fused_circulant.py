@@ -25,18 +25,16 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from sparseffn_jax.ops import fused
 from sparseffn_jax.ops.divided import divided
 from sparseffn_jax.ops.filters import Blocks, Filter, in_pairs, mix_all, spectral_matrices
 from sparseffn_jax.ops.fourier import Spectrum, complex_frequencies
 from sparseffn_jax.ops.fused import Tile, call, derivatives, dot, hidden_units, pad, round_up
 from sparseffn_jax.ops.hidden import Activate, Channels
-from sparseffn_jax.ops.plans.kernels import triton_refusal
 
 # Sides of blocks: powers of two, as Triton wants them, and so small that the components of a block
 # lie in registers side by side.
 _SIZES = (2, 4, 8, 16)
-# That of Hopper's GPUs, for whose registers the tile was chosen.
-_CAPABILITIES = ("9.0",)
 # Its units are blocks: as many as the shortest side of a matrix product may have.
 _TILE = Tile(rows=64, units=16, warps=8, stages=2)
 # Blocks of the inputs that a product sums over at a time; the first that divides them is taken.
@@ -88,11 +86,7 @@ def refusal(blocks: Blocks, activate: Activate, dtype: Any) -> str | None:
     """
     if blocks.size not in _SIZES:
         return f"it takes blocks of {', '.join(map(str, _SIZES))} channels, not {blocks.size}"
-    if not activate.degrees and activate.activation == "gelu":
-        return "Triton does not have the error function of an exact GELU"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it multiplies bfloat16 or float16, not {dtype}"
-    return triton_refusal(_CAPABILITIES)
+    return fused.refusal(activate, dtype)
 
 
 def hidden_components(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseffn_jax.ops import fused
 from sparseffn_jax.ops.divided import divided
 from sparseffn_jax.ops.fused import Tile, call, pad, round_up
 from sparseffn_jax.ops.fused_kernels import (
@@ -27,15 +28,11 @@ from sparseffn_jax.ops.fused_kernels import (
     weights_kernel,
 )
 from sparseffn_jax.ops.hidden import Activate, Channels
-from sparseffn_jax.ops.plans.kernels import triton_refusal
 
 # The narrowest operand of a matrix product.
 _NARROWEST = 16
 # The most hidden units of a tile: others are added until there is a multiple of them.
 _UNITS = 64
-# That of Hopper's GPUs, for whose registers and shared memory the tiles were chosen: with them the
-# compiler spills for an A100, and refuses some ranks for a B200.
-_CAPABILITIES = ("9.0",)
 # Multiprocessors of an H100, and the most shares of the tokens that are taken at the same time for
 # one tile of hidden units, so that all of them have work; each share has gradients of its own.
 _CORES, _MOST_SHARES = 132, 8
@@ -65,11 +62,7 @@ def refusal(ranks: Sequence[int], activate: Activate, dtype: Any) -> str | None:
     most = (192 if is_gated else 256) if activate.degrees else 512
     if components > most:
         return f"ranks add up to {components}, and registers hold {most} components"
-    if not activate.degrees and activate.activation == "gelu":
-        return "Triton does not have the error function of an exact GELU"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it multiplies bfloat16 or float16, not {dtype}"
-    return triton_refusal(_CAPABILITIES)
+    return fused.refusal(activate, dtype)
 
 
 def hidden_layer(
