@@ -93,63 +93,96 @@ def convert_layers(
         dtype=stream_dtype,
         place=place,
     )
-    ffns, replaced = list(model.ffns or (None,) * model.spec.n_layer), {}
-
-    def use(i: int, mlp: Any, ffn: Any, leaves: Any) -> Any:
-        # Where the dense ones lay, so that what is called with them does not send them each time.
-        if isinstance(jax.tree.leaves(mlp)[0], jax.Array):
-            leaves = jax.tree.map(jnp.asarray, leaves)
-        ffns[i], replaced[i] = ffn, leaves
-        return leaves
-
-    def convert(i: int, layer: Any) -> float:
-        # Each stage needs blocks of other sizes than the one before.
-        trim_heap()
-        activations = streams.reach(i, layer, repair)
-        trim_heap()
-        mlp = layer[FFN_NAME]
-        found = None if partial is None else partial.load(i, mlp)
-        if found is None:
-            dense = DenseFFN.from_params(mlp, model.ffn_layout, model.spec.activation)
-            ffn, leaves = fit(i, dense, activations)
-            found = ffn, _cast_like(leaves, mlp, i)
-            if partial is not None:
-                partial.save(i, mlp, *found)
-        leaves = use(i, mlp, *found)
-        module = ffn_module(model.clone(ffns=tuple(ffns)), i).clone(name=None)
-        return streams.leave(
-            activations, layer, functools.partial(compiled_ffn(module), {"params": leaves})
-        )
-
-    def take_over(i: int, mlp: Any) -> None:
-        found = None if partial is None else partial.load(i, mlp)
-        assert found is not None
-        use(i, mlp, *found)
-
-    behind, errors = -1, {}
-    if partial is not None and (kept := partial.load_streams(layers, *streams.kind)):
-        behind, state, errors = kept
-        streams.restore(state)
+    conversion = _Conversion(model, streams, fit, repair, partial)
+    behind = conversion.go_on(layers)
     for i, unread in enumerate(layers_of(model, params)):
         started = time.perf_counter()
         if i not in layers:
             if i > behind:
                 streams.skip(i, read_leaves(unread))
             continue
+        # What a call has read and computed is let go before the next layer is read: weights that
+        # are loaded on demand need not fit into memory.
         if i > behind:
-            # What a call has read and computed is let go before the next layer is read: weights
-            # that are loaded on demand need not fit into memory.
-            errors[i] = convert(i, read_leaves(unread))
-            if partial is not None:
-                partial.save_streams(i, streams.state(), errors)
+            conversion.convert(i, read_leaves(unread))
         else:
-            take_over(i, read_leaves(unread[FFN_NAME]))
+            conversion.take_over(i, read_leaves(unread[FFN_NAME]))
         if partial is not None and any(isinstance(x, Tensor) for x in jax.tree.leaves(unread)):
             # What need not fit into memory before need not after.
-            replaced[i] = partial.on_demand(i)
+            conversion.replaced[i] = partial.on_demand(i)
         if on_layer is not None:
-            on_layer(ConvertedLayer(i, errors[i], time.perf_counter() - started))
-    return model.clone(ffns=tuple(ffns)), replace_ffns(model, params, replaced)
+            on_layer(ConvertedLayer(i, conversion.errors[i], time.perf_counter() - started))
+    return conversion.model, replace_ffns(model, params, conversion.replaced)
+
+
+class _Conversion:
+    """A model whose FFNs are being replaced, one after the other.
+
+    Attributes:
+      model: the model as it is so far.
+      replaced: parameters of the FFNs that were replaced, by layer.
+      errors: squared error of each of them on its targets, over the targets' variance.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        streams: Streams,
+        fit: Callable[[int, DenseFFN, LayerActivations], tuple[Any, Any]],
+        repair: float,
+        partial: PartialConversion | None,
+    ):
+        self.model = model.clone(ffns=model.ffns or (None,) * model.spec.n_layer)
+        self.replaced: dict[int, Any] = {}
+        self.errors: dict[int, float] = {}
+        self._streams, self._fit, self._repair, self._partial = streams, fit, repair, partial
+
+    def go_on(self, layers: Collection[int]) -> int:
+        """Returns the last layer that a stopped conversion has left behind; -1 if there is none."""
+        if self._partial is None:
+            return -1
+        if (kept := self._partial.load_streams(layers, *self._streams.kind)) is None:
+            return -1
+        layer, state, self.errors = kept
+        self._streams.restore(state)
+        return layer
+
+    def convert(self, i: int, layer: Any) -> None:
+        """Replaces the FFN of a layer that the streams have not reached yet."""
+        # Each stage needs blocks of other sizes than the one before.
+        trim_heap()
+        activations = self._streams.reach(i, layer, self._repair)
+        trim_heap()
+        mlp = layer[FFN_NAME]
+        found = None if self._partial is None else self._partial.load(i, mlp)
+        if found is None:
+            dense = DenseFFN.from_params(mlp, self.model.ffn_layout, self.model.spec.activation)
+            ffn, leaves = self._fit(i, dense, activations)
+            found = ffn, _cast_like(leaves, mlp, i)
+            if self._partial is not None:
+                self._partial.save(i, mlp, *found)
+        leaves = self._use(i, mlp, *found)
+        module = ffn_module(self.model, i).clone(name=None)
+        run = functools.partial(compiled_ffn(module), {"params": leaves})
+        self.errors[i] = self._streams.leave(activations, layer, run)
+        if self._partial is not None:
+            self._partial.save_streams(i, self._streams.state(), self.errors)
+
+    def take_over(self, i: int, mlp: Any) -> None:
+        """Replaces the FFN of a layer that a stopped conversion has left behind."""
+        assert self._partial is not None
+        found = self._partial.load(i, mlp)
+        assert found is not None
+        self._use(i, mlp, *found)
+
+    def _use(self, i: int, mlp: Any, ffn: Any, leaves: Any) -> Any:
+        # Where the dense ones lay, so that what is called with them does not send them each time.
+        if isinstance(jax.tree.leaves(mlp)[0], jax.Array):
+            leaves = jax.tree.map(jnp.asarray, leaves)
+        ffns = self.model.ffns
+        self.model = self.model.clone(ffns=(*ffns[:i], ffn, *ffns[i + 1 :]))
+        self.replaced[i] = leaves
+        return leaves
 
 
 def outer_params(model: Decoder, params: Mapping[str, Any]) -> dict[str, Any]:
