@@ -2,23 +2,23 @@
 
 python campaigns/conversion.py MODEL TEXT --flops 0.4 0.6 0.8 --repair 0 0.5
 
-A narrow FFN keeps a share of the hidden units and nothing else. It is what the default has to beat,
-in which a low-rank bypass takes the place of some of the units.
+The default keeps a share of the hidden units and nothing else, unless little remains; in the other
+kind, "bypass", a low-rank bypass takes the place of some of them.
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import campaign
 from rich.console import Console
 
 import sparseffn_jax as sf
-from sparseffn_jax.bench.peers import narrow
 from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.progress import stage
 from sparseffn_jax.sparsify.sizing import size_model
 
-_KINDS = {"default": size_model, "narrow": narrow}
+_KINDS = {"default": size_model, "bypass": functools.partial(size_model, bypass=True)}
 
 
 def main() -> None:

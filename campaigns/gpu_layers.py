@@ -47,12 +47,9 @@ def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig
     def layer(**parts: Any) -> sf.SparseFFNConfig:
         return sf.SparseFFNConfig(d_model, d_ff, activation, gated=gated, bias=not gated, **parts)
 
-    def default(ratio: float) -> sf.SparseFFNConfig:
-        return sf.size_ffn(d_model, d_ff, ratio, activation, gated=gated, bias=not gated)
-
-    def narrow(ratio: float) -> sf.SparseFFNConfig:
-        width = int(d_ff * ratio) // 128 * 128
-        return layer(micro=sf.MicroRefinementConfig(sf.CoreConfig(width)))
+    def sized(ratio: float, bypass: bool | None = None) -> sf.SparseFFNConfig:
+        options: Any = {"gated": gated, "bias": not gated, "bypass": bypass}
+        return sf.size_ffn(d_model, d_ff, ratio, activation, **options)
 
     def low_rank(plan: str | None = None) -> sf.SparseFFNConfig:
         return layer(spectral=sf.SpectralConfig("low_rank", d_ff, rank, implementation=plan))
@@ -65,11 +62,11 @@ def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig
     ranks, bfloat16 = [rank] * (3 if gated else 2), jnp.dtype(jnp.bfloat16)
     fits = fused_hidden.refusal(ranks, Activate(activation), bfloat16) is None
     return {
-        "dense": default(1.0),
-        "default-0.4": default(0.4),
-        "default-0.25": default(0.25),
-        "narrow-0.4": narrow(0.4),
-        "narrow-0.25": narrow(0.25),
+        "dense": sized(1.0),
+        "default-0.4": sized(0.4),
+        "default-0.25": sized(0.25),
+        "bypass-0.4": sized(0.4, bypass=True),
+        "bypass-0.25": sized(0.25, bypass=True),
         f"low-rank-{rank}": low_rank("two_gemms"),
         **({f"low-rank-{rank} fused": low_rank()} if fits else {}),
         # The better of XLA's plans at each size.

@@ -66,9 +66,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sparse(folder):
-    """The tiny model converted, ``sparse/``."""
+    """The tiny model converted, ``sparse/``, to cores beside bypasses."""
+    layer = folder / "layer.json"
+    layer.write_text(json.dumps(sf.size_ffn(D, 4 * D, 0.4, bypass=True).to_dict()))
     run("convert", "--model", folder / "dense", "--out", folder / "sparse", "--text",
-        folder / "corpus.txt", "--distill-steps", 2, "--calibration-tokens", 1024)  # fmt: skip
+        folder / "corpus.txt", "--config", layer, "--distill-steps", 2, "--calibration-tokens",
+        1024)  # fmt: skip
     return folder / "sparse"
 
 

@@ -95,7 +95,7 @@ def grid(d_model: int, d_ff: int) -> dict[str, SparseFFNConfig]:
         "structured-1/4": core(d_ff, *whole),
         "unstructured-1/4": core(d_ff, *scattered),
         **{
-            f"default-{ratio:g}": size_ffn(d_model, d_ff, ratio, _ACTIVATION)
+            f"bypass-{ratio:g}": size_ffn(d_model, d_ff, ratio, _ACTIVATION, bypass=True)
             for ratio in (0.4, 0.2)
         },
     }

@@ -453,6 +453,7 @@ _QUARTIC = PolynomialConfig(4)
 SPARSE: Mapping[str, Method | Searched] = MappingProxyType(
     {
         "SparseFFN": SparseMethod(size_model),
+        "SparseFFN-bypass": SparseMethod(functools.partial(size_model, bypass=True)),
         "SparseFFN-low-rank": SparseMethod(functools.partial(all_units, polynomial=_QUARTIC)),
         "SparseFFN-searched": Searched(
             {

@@ -36,7 +36,7 @@ def test_the_grid_is_what_its_names_say():
     assert ratios["narrow-1/4"] == ratios["structured-1/4"] == 0.25
     assert ratios["unstructured-1/4"] == pytest.approx(0.25, abs=0.01)
     assert len(configs["circulant-16-half"].spectral.frequencies) == 5
-    assert ratios["default-0.4"] <= 0.4
+    assert ratios["bypass-0.4"] <= 0.4
     mask = configs["unstructured-1/4"].micro.core.up_mask
     assert not mask.is_structured
     assert set(np.sum(mask.blocks, axis=0)) == {3}

@@ -28,7 +28,7 @@ def settings(tiny, tmp_path_factory):
 def sides(settings):
     """The comparison, and a sparse model with its parameters."""
     ours = Comparison(settings, load_dense(settings.model), timed_tokens=8, timing_seed=0)
-    config = size_model(ours.dense.spec, 0.5)
+    config = size_model(ours.dense.spec, 0.5, bypass=True)
     calibration = ours.calibration[:, :-1]
     return ours, *sparsify(ours.model, ours.dense.params, config, calibration, distill_steps=0)
 

@@ -26,11 +26,18 @@ def shape(*sizes):
     return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
 
 
-def layer(size: tuple[int, int, bool], ratio: float, tokens: int, *, packed: bool):
+def layer(
+    size: tuple[int, int, bool],
+    ratio: float,
+    tokens: int,
+    *,
+    packed: bool,
+    bypass: bool | None = True,
+):
     """Returns a layer's function, the shapes of its arguments, and the bytes of its weights."""
     d_model, d_ff, gated = size
-    activation = "silu" if gated else "gelu_new"
-    config = size_ffn(d_model, d_ff, ratio, activation, gated=gated, bias=not gated)
+    options = {"gated": gated, "bias": not gated, "bypass": bypass}
+    config = size_ffn(d_model, d_ff, ratio, "silu" if gated else "gelu_new", **options)
     ffn = SparseFFN(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     x = shape(tokens, d_model)
     variables = jax.eval_shape(ffn.init, jax.random.key(0), x)
@@ -96,10 +103,13 @@ def test_a_decoding_step_reads_little_beside_the_weights(h100, tokens):
     assert weights < sum(k.times * k.bytes_read for k in program.kernels) < 1.1 * weights
 
 
-def test_the_default_layer_is_estimated_faster_than_dense(h100):
+@pytest.mark.parametrize("bypass", [None, True])
+def test_a_layer_is_estimated_faster_than_dense(h100, bypass):
     sparse, dense = (
         h100.seconds(compile_for(h100, run, *args))
-        for run, args, _ in (layer(LLAMA, ratio, 8192, packed=False) for ratio in (0.4, 1.0))
+        for run, args, _ in (
+            layer(LLAMA, ratio, 8192, packed=False, bypass=bypass) for ratio in (0.4, 1.0)
+        )
     )
     assert sparse < dense / 2.2
 

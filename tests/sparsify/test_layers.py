@@ -142,7 +142,7 @@ def test_repair_brings_the_model_nearer_to_the_dense_one():
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_batches_and_placement_change_the_result_by_rounding_alone(family):
     model, params = curved(make_model(family))
-    tokens, config = tokens_for(model), size_model(model.spec, 0.5)
+    tokens, config = tokens_for(model), size_model(model.spec, 0.5, bypass=True)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     sharding = NamedSharding(mesh, P("data"))
     options = [

@@ -14,11 +14,16 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.2, 0.4, 0.6, 0.75, 0.8, 0.95])
+@pytest.mark.parametrize(
+    ("ratio", "bypass"),
+    [(ratio, None) for ratio in (0.05, 0.1, 0.15, 0.2, 0.4, 0.6, 0.75, 0.8, 0.95)]
+    + [(ratio, True) for ratio in (0.1, 0.2, 0.4, 0.6, 0.75)]
+    + [(ratio, False) for ratio in (0.1, 0.4)],
+)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_layer_uses_its_budget_and_no_more(name, ratio):
+def test_a_layer_uses_its_budget_and_no_more(name, ratio, bypass):
     d_model, d_ff, gated = MODELS[name]
-    config = size_ffn(d_model, d_ff, ratio, gated=gated, bias=not gated)
+    config = size_ffn(d_model, d_ff, ratio, gated=gated, bias=not gated, bypass=bypass)
     assert 0.92 * ratio < flops_ratio(config) <= ratio
     width, rank = config.micro.core.width, config.spectral.rank if config.spectral else 0
     assert width % 16 == 0
@@ -28,22 +33,24 @@ def test_a_layer_uses_its_budget_and_no_more(name, ratio):
         assert rank < 448 or rank % 64 == 0
     else:
         assert width + rank < 896 or (width + rank) % 64 == 0
-    assert (config.spectral is None) == (ratio > 0.75)
+    assert (config.spectral is not None) == (ratio <= 0.15 if bypass is None else bypass)
     if config.spectral is not None:
         assert config.spectral.is_bypass
         assert config.spectral.rank % 8 == 0
 
 
 def test_a_bypass_grows_with_what_is_saved():
-    ranks = [size_ffn(4096, 11008, ratio).spectral.rank for ratio in (0.7, 0.6, 0.4, 0.2)]
+    ratios = (0.7, 0.6, 0.4, 0.2)
+    ranks = [size_ffn(4096, 11008, ratio, bypass=True).spectral.rank for ratio in ratios]
     assert ranks == sorted(set(ranks))
 
 
+@pytest.mark.parametrize("bypass", [None, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_no_budget_is_exceeded_by_a_small_layer(gated):
+def test_no_budget_is_exceeded_by_a_small_layer(gated, bypass):
     for d_ff in range(8, 40):
         for ratio in (0.15, 0.3, 0.5, 0.7, 0.9):
-            config = size_ffn(8, d_ff, ratio, gated=gated)
+            config = size_ffn(8, d_ff, ratio, gated=gated, bypass=bypass)
             assert flops_ratio(config) <= ratio
             assert config.micro.core.width >= 1
 
