@@ -2,8 +2,8 @@
 
 python campaigns/conversion.py MODEL TEXT --flops 0.4 0.6 0.8 --repair 0 0.5
 
-The default keeps a share of the hidden units and nothing else, unless little remains; in the other
-kind, "bypass", a low-rank bypass takes the place of some of them.
+A narrow FFN keeps a share of the hidden units and nothing else. In the other kind, "bypass", a
+low-rank bypass takes the place of some of them.
 """
 
 import argparse
@@ -14,11 +14,12 @@ import campaign
 from rich.console import Console
 
 import sparseffn_jax as sf
+from sparseffn_jax.bench.peers import narrow
 from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.progress import stage
 from sparseffn_jax.sparsify.sizing import size_model
 
-_KINDS = {"default": size_model, "bypass": functools.partial(size_model, bypass=True)}
+_KINDS = {"narrow": narrow, "bypass": functools.partial(size_model, bypass=True)}
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     campaign.add_subject(parser, calibration_tokens=16384, window=512, validation_windows=32)
     parser.add_argument("--flops", type=float, nargs="+", default=[0.4, 0.6, 0.8])
-    parser.add_argument("--ffn", nargs="+", choices=_KINDS, default=["default"])
+    parser.add_argument("--ffn", nargs="+", choices=_KINDS, default=["narrow"])
     parser.add_argument("--repair", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--distill-steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("runs/conversion.json"))
