@@ -855,7 +855,8 @@ def test_a_stopped_convert_goes_on_where_it_was(folder, sparse, monkeypatch, cap
 
     command = (
         *("convert", "--model", folder / "dense", "--out", folder / "stopped"),
-        *("--text", folder / "corpus.txt", "--distill-steps", 2, "--calibration-tokens", 1024),
+        *("--text", folder / "corpus.txt", "--config", folder / "layer.json"),
+        *("--distill-steps", 2, "--calibration-tokens", 1024),
     )
     with monkeypatch.context() as patch:
         patch.setattr("sparseffn_jax.commands.convert.counter", interrupted)

@@ -116,7 +116,7 @@ def sparsify(
       >>> text = np.random.default_rng(0).integers(97, size=(80, 16))
       >>> sparse, params = sf.sparsify(dense, params, 0.5, text, distill_steps=0)
       >>> sparse.ffns[0].micro.core.width
-      56
+      64
       >>> jax.jit(sparse.apply)({"params": params}, ids).shape
       (2, 8, 97)
     """
