@@ -7,14 +7,14 @@ Beside the clock's time stands what is estimated from the same compiled program.
 each program is compiled for that GPU instead; with --measured the clock's times are those of an
 earlier run, and no GPU is needed.
 
-Forward and training calls are queued and waited for together, so that the time is the device's and
-not that of starting a program from Python; decoded tokens follow each other within one program.
+Calls follow each other within one program, each waiting for the one before, so that the time is the
+device's and not that of starting a program from Python.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from sparseffn_jax.measure.timing import chained
 from sparseffn_jax.ops import fused_hidden
 from sparseffn_jax.ops.hidden import Activate
 
-_QUEUED, _DECODED, _ROUNDS = 30, 64, 5
+_CALLS, _DECODED, _QUEUED, _ROUNDS = 16, 64, 3, 5
 
 
 def layers(d_model: int, d_ff: int, gated: bool) -> dict[str, sf.SparseFFNConfig]:
@@ -85,33 +85,49 @@ def operands_of(config: sf.SparseFFNConfig, tokens: int, mode: Mode) -> tuple[An
         lambda leaf: 0.02 * jax.random.normal(keys[2], leaf.shape, jnp.bfloat16), shapes
     )
 
-    def training(variables: Any, x: Any, g: Any) -> Any:
+    def training(given: tuple[Any, Any], x: Any) -> Any:
+        variables, g = given
         return jax.vjp(ffn.apply, variables, x)[1](g)
 
     if mode == "training":
-        return training, ({"params": params}, x, g)
+        return training, (({"params": params}, g), x)
     if mode == "decoding":
         # As in generation: weights do not change, and are packed once.
         return ffn.apply, (ffn.pack({"params": params}, tokens, platform="gpu"), x)
     return ffn.apply, ({"params": params}, x)
 
 
+def _repeated(training: Callable[[Any, Any], Any], times: int) -> Callable[[Any, Any], Any]:
+    """Returns a function that computes gradients so many times, at inputs that change by theirs."""
+
+    def run(given: Any, x: Any) -> Any:
+        def turn(_: Any, carry: Any) -> Any:
+            x, _ = carry
+            gradients, dx = training(given, x)
+            return x + dx, gradients
+
+        gradients, _ = jax.eval_shape(training, given, x)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), gradients)
+        return jax.lax.fori_loop(0, times, turn, (x, zeros))
+
+    return run
+
+
 def measure(config: sf.SparseFFNConfig, tokens: int, mode: Mode) -> dict[str, Any]:
     """Returns a call's time and what is estimated for it, and the program's temporary memory."""
     function, operands = operands_of(config, tokens, mode)
-    queued, calls = _QUEUED, 1
-    if mode == "decoding":
-        function, queued, calls = chained(function, _DECODED), 3, _DECODED
+    calls = _DECODED if mode == "decoding" else _CALLS
+    function = _repeated(function, calls) if mode == "training" else chained(function, calls)
     traced = jax.jit(function).trace(*operands)
     program = traced.lower().compile()
     result = jax.block_until_ready(program(*operands))
     seconds = []
     for _ in range(_ROUNDS):
         started = time.perf_counter()
-        for _ in range(queued):
+        for _ in range(_QUEUED):
             result = program(*operands)
         jax.block_until_ready(result)
-        seconds.append((time.perf_counter() - started) / queued / calls)
+        seconds.append((time.perf_counter() - started) / _QUEUED / calls)
     row = {
         "us": 1e6 * float(np.median(seconds)),
         "temporary_mib": memory_of(program).temporary / 2**20,
