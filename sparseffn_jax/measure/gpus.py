@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import operator
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,9 +28,11 @@ _FILE = resources.files("sparseffn_jax") / "assets" / "gpus.json"
 # What large matrix products and streams reach of the figures on the data sheet: chosen on the 58
 # times of an H100 in campaigns/results.
 _OF_FLOPS, _OF_BYTES = 0.7, 0.8
-# What kernels that Triton compiles reach of the products: those for low-rank layers on an H200
-# (campaigns/results), and attention, which here stands for cuDNN's where the GPU is.
-_OF_FLOPS_BY_TRITON, _OF_FLOPS_BY_ATTENTION = 0.25, 0.5
+# What our own kernels reach of products and of other arithmetic, one after the other: low-rank
+# layers on an H200 (campaigns/results), and block-circulant ones, whose tiles are small.
+_BY_TRITON, _BY_CIRCULANT = (0.54, 0.36), (0.16, 0.11)
+# Attention here stands for cuDNN's where the GPU is.
+_OF_FLOPS_BY_ATTENTION = 0.5
 # Of a kernel within a program, in seconds: the next one starts when the one before has ended.
 _LAUNCH = 2e-6
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -74,7 +77,8 @@ class GPU:
         """Estimates the time of one run of a kernel, in seconds.
 
         The arithmetic of a kernel, and its traffic, overlap fully; each reaches the share of the
-        data sheet's figures that large kernels reach.
+        data sheet's figures that large kernels reach. In kernels of our own, products and other
+        arithmetic do not overlap.
 
         Args:
           kernel: the kernel.
@@ -82,13 +86,19 @@ class GPU:
         if kernel.is_collective:
             return _LAUNCH + kernel.bytes_sent / (_OF_BYTES * self.link_bytes_per_second)
         product = self.matrix_flops_per_second.get(kernel.dtype, self.flops_per_second)
-        share = _OF_FLOPS
-        if kernel.kind in TRITON:
-            is_attention = "mha" in kernel.scope
-            share = _OF_FLOPS_BY_ATTENTION if is_attention else _OF_FLOPS_BY_TRITON
+        of_products, of_others, join = _OF_FLOPS, _OF_FLOPS, max
+        if kernel.kind in TRITON and "mha" in kernel.scope:
+            of_products = _OF_FLOPS_BY_ATTENTION
+        elif kernel.kind in TRITON:
+            is_circulant = "circulant" in kernel.scope
+            of_products, of_others = _BY_CIRCULANT if is_circulant else _BY_TRITON
+            join = operator.add
+        arithmetic = join(
+            kernel.matrix_flops / (of_products * product),
+            kernel.other_flops / (of_others * self.flops_per_second),
+        )
         return _LAUNCH + max(
-            kernel.matrix_flops / (share * product),
-            kernel.other_flops / (_OF_FLOPS * self.flops_per_second),
+            arithmetic,
             kernel.bytes_moved / (_OF_BYTES * self.memory_bytes_per_second),
         )
 

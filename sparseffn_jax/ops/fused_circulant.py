@@ -29,14 +29,24 @@ from sparseffn_jax.ops import fused
 from sparseffn_jax.ops.divided import divided
 from sparseffn_jax.ops.filters import Blocks, Filter, in_pairs, mix_all, spectral_matrices
 from sparseffn_jax.ops.fourier import Spectrum, complex_frequencies
-from sparseffn_jax.ops.fused import Tile, call, derivatives, dot, hidden_units, pad, round_up
+from sparseffn_jax.ops.fused import (
+    Arithmetic,
+    Tile,
+    arithmetic,
+    call,
+    derivatives,
+    dot,
+    hidden_units,
+    pad,
+    round_up,
+)
 from sparseffn_jax.ops.hidden import Activate, Channels
 
 # Sides of blocks: powers of two, as Triton wants them, and so small that the components of a block
 # lie in registers side by side.
 _SIZES = (2, 4, 8, 16)
 # Its units are blocks: as many as the shortest side of a matrix product may have.
-_TILE = Tile(rows=64, units=16, warps=8, stages=2)
+_TILE = Tile(rows=64, units=16, warps=4, stages=2)
 # Blocks of the inputs that a product sums over at a time; the first that divides them is taken.
 _DEPTHS = (64, 32, 16)
 _NARROWEST = _DEPTHS[-1]
@@ -283,21 +293,21 @@ def _leave(
 def _forward(layer: _Layer, given: Operands) -> list[Array]:
     """Returns the components (k, q, T) of the hidden units."""
     (kept, _, tokens), basis = given.components.shape, _basis(layer.blocks)
-    padded = _padded(given)
+    padded, by = _padded(given), arithmetic(given.components.dtype, interpret=layer.interpret)
     columns, rows = padded.filters[0][0].shape[2], padded.components.shape[2]
 
-    def forward_kernel(given: Operands, z_ref: Any) -> None:
+    def circulant_kernel(given: Operands, z_ref: Any) -> None:
         n, t = _here()
-        us = [_synthesise(basis, each) for each in _filtered(layer.blocks, given, n, t)]
+        us = [_synthesise(basis, each, by) for each in _filtered(layer.blocks, given, n, t)]
         hidden = [
-            hidden_units(layer.activate, *_of_units(layer, given, place, n, at))
+            hidden_units(layer.activate, *_of_units(layer, given, place, n, at), by)
             for place, at in enumerate(zip(*us, strict=True))
         ]
-        for k, component in enumerate(_analyse(basis, hidden)):
+        for k, component in enumerate(_analyse(basis, hidden, by)):
             z_ref[k, n, t] = component.astype(z_ref.dtype)
 
     out = jax.ShapeDtypeStruct((kept, columns, rows), given.components.dtype)
-    z = _call(forward_kernel, columns, rows, (padded,), out, layer.interpret)
+    z = _call(circulant_kernel, columns, rows, (padded,), out, layer.interpret)
     return [z[:, : given.filters[0][0].shape[2], :tokens]]
 
 
@@ -310,22 +320,23 @@ def _gradients(layer: _Layer, given: Operands, dz: Float[Array, "k q T"]) -> lis
     padded, maps, size = _padded(given), len(given.filters), layer.blocks.size
     columns, rows = padded.filters[0][0].shape[2], padded.components.shape[2]
     tiles, biases, basis = rows // _TILE.rows, len(given.biases), _basis(layer.blocks)
+    by = arithmetic(dz.dtype, interpret=layer.interpret)
 
-    def gradients_kernel(given: Operands, dz_ref: Any, *out: Any) -> None:
+    def circulant_gradients_kernel(given: Operands, dz_ref: Any, *out: Any) -> None:
         (n, t), tile = _here(), pl.program_id(1)
-        us = [_synthesise(basis, each) for each in _filtered(layer.blocks, given, n, t)]
+        us = [_synthesise(basis, each, by) for each in _filtered(layer.blocks, given, n, t)]
         dz = [dz_ref[k, n, t].astype(jnp.float32) for k in range(kept)]
         dus = []
-        for place, (dh, *at) in enumerate(zip(_synthesise(basis, dz), *us, strict=True)):
+        for place, (dh, *at) in enumerate(zip(_synthesise(basis, dz, by), *us, strict=True)):
             at, coefficients = _of_units(layer, given, place, n, at)
-            _, du, terms = derivatives(layer.activate, at, coefficients, dh)
+            _, du, terms = derivatives(layer.activate, at, coefficients, dh, by)
             dus.append(du)
             for ref, each in zip(out[maps : maps + biases], du, strict=False):
                 ref[tile, place, n] = each.sum(axis=1)
             for term, each in enumerate(terms):
                 out[-1][tile, term, place, n] = each.sum(axis=1)
         for ref, du in zip(out, zip(*dus, strict=True), strict=False):
-            for k, component in enumerate(_analyse(basis, du)):
+            for k, component in enumerate(_analyse(basis, du, by)):
                 ref[k, n, t] = component.astype(ref.dtype)
 
     of_channels = [
@@ -337,7 +348,7 @@ def _gradients(layer: _Layer, given: Operands, dz: Float[Array, "k q T"]) -> lis
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in of_channels),
     ]
     operands = (padded, pad(dz, kept, columns, rows))
-    results = _call(gradients_kernel, columns, rows, operands, out, layer.interpret)
+    results = _call(circulant_gradients_kernel, columns, rows, operands, out, layer.interpret)
     return [
         *(du[:, :count, :tokens] for du in results[:maps]),
         *(each.sum(axis=0)[..., :count] for each in results[maps:]),
@@ -447,40 +458,71 @@ def _products(
         yield (a, b), [(a, a, 0, real, 1), (b, b, 0, real, 1), (a, b, 1, i, -1), (b, a, 1, i, 1)]
 
 
-# In both transforms the places i and b - i of a block go together: there cosines are the same and
-# sines differ in sign, which halves the arithmetic.
+# In both transforms the places i, -i, b/2 - i and b/2 + i of a block go together: there each vector
+# of the basis is the same but for its sign, which halves the arithmetic, and halves it again.
 
 
-def _synthesise(basis: np.ndarray, components: Sequence[Array]) -> list[Array]:
+def _synthesise(basis: np.ndarray, components: Sequence[Array], by: Arithmetic) -> list[Array]:
     """Returns the channels at each place of the blocks from their components."""
-    size, is_even, zero = len(basis), _is_even(basis), jnp.zeros_like(components[0])
-    channels = [zero] * size
-    for place in range(size // 2 + 1):
-        halves = {True: zero, False: zero}
-        for parity, weight, component in zip(is_even, basis[place], components, strict=True):
-            if abs(weight) > _ROUNDING:
-                halves[parity] += float(weight) * component
-        channels[place], channels[-place % size] = (
-            halves[True] + halves[False],
-            halves[True] - halves[False],
-        )
+    size, parities = len(basis), _parities(basis)
+    channels = [jnp.zeros_like(components[0])] * size
+    for place in range(size // 4 + 1):
+        sums: dict[tuple[bool, bool], Array] = {}
+        for parity, weight, component in zip(parities, basis[place], components, strict=True):
+            _add_to(sums, parity, float(weight), component, by)
+        for at, sign in ((place, 1), (size // 2 - place, -1)):
+            even, odd = (
+                _sum(sums.get((is_even, True)), sums.get((is_even, False)), sign)
+                for is_even in (True, False)
+            )
+            for mirrored, of_odd in ((at, 1), (-at % size, -1)):
+                if (total := _sum(even, odd, of_odd)) is not None:
+                    channels[mirrored] = total
     return channels
 
 
-def _analyse(basis: np.ndarray, channels: Sequence[Array]) -> list[Array]:
+def _analyse(basis: np.ndarray, channels: Sequence[Array], by: Arithmetic) -> list[Array]:
     """Returns components from the channels at each place; the transpose of :func:`_synthesise`."""
-    size, is_even = len(basis), _is_even(basis)
-    components = [jnp.zeros_like(channels[0])] * basis.shape[1]
-    for place in range(size // 2 + 1):
-        one, other = channels[place], channels[-place % size]
-        folds = {True: one if -place % size == place else one + other, False: one - other}
+    size, parities = len(basis), _parities(basis)
+
+    def folded(place: int, sign: int) -> Array | None:
+        mirrored = -place % size
+        return _sum(channels[place], channels[mirrored] if mirrored != place else None, sign)
+
+    sums: dict[int, Array] = {}
+    for place in range(size // 4 + 1):
+        far = size // 2 - place
+        folds = {
+            (is_even, is_same): _sum(
+                folded(place, 1 if is_even else -1),
+                folded(far, 1 if is_even else -1) if far != place else None,
+                1 if is_same else -1,
+            )
+            for is_even in (True, False)
+            for is_same in (True, False)
+        }
         for k, weight in enumerate(basis[place]):
-            if abs(weight) > _ROUNDING:
-                components[k] += float(weight) * folds[is_even[k]]
-    return components
+            _add_to(sums, k, float(weight), folds[parities[k]], by)
+    return [sums[k] for k in range(basis.shape[1])]
 
 
-def _is_even(basis: np.ndarray) -> list[bool]:
-    """Says of each component whether its vector is a cosine, and no sine."""
-    mirrored = basis[-np.arange(len(basis)) % len(basis)]
-    return [bool(np.allclose(*columns)) for columns in zip(basis.T, mirrored.T, strict=True)]
+def _parities(basis: np.ndarray) -> list[tuple[bool, bool]]:
+    """Says of each vector whether it is the same at i and at -i, and at i and at b/2 - i."""
+    places = np.arange(len(basis))
+    mirrors = -places, len(basis) // 2 - places
+    first, second = (np.isclose(basis, basis[mirror]).all(axis=0) for mirror in mirrors)
+    return list(zip(first.tolist(), second.tolist(), strict=True))
+
+
+def _add_to(sums: dict[Any, Array], key: Any, weight: float, term: Any, by: Arithmetic) -> None:
+    """Adds a weighted term to one of the sums."""
+    if abs(weight) > _ROUNDING:
+        sums[key] = by.multiply_add(weight, term, sums[key]) if key in sums else weight * term
+
+
+def _sum(one: Array | None, other: Array | None, sign: int) -> Array | None:
+    """Adds or subtracts two arrays, each of which may be missing."""
+    if other is None:
+        return one
+    signed = other if sign > 0 else -other
+    return signed if one is None else one + signed

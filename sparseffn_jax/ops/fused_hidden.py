@@ -12,7 +12,7 @@ in float32. The kernels are written in Pallas and compiled by Triton.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from sparseffn_jax.ops import fused
 from sparseffn_jax.ops.divided import divided
-from sparseffn_jax.ops.fused import Tile, call, pad, round_up
+from sparseffn_jax.ops.fused import Tile, arithmetic, call, pad, round_up
 from sparseffn_jax.ops.fused_kernels import (
     Operands,
     components_kernel,
@@ -32,7 +32,7 @@ from sparseffn_jax.ops.hidden import Activate, Channels
 # The narrowest operand of a matrix product.
 _NARROWEST = 16
 # The most hidden units of a tile: others are added until there is a multiple of them.
-_UNITS = 64
+_UNITS = 128
 # Multiprocessors of an H100, and the most shares of the tokens that are taken at the same time for
 # one tile of hidden units, so that all of them have work; each share has gradients of its own.
 _CORES, _MOST_SHARES = 132, 8
@@ -95,22 +95,20 @@ def hidden_layer(
 
 def _tiles(
     tokens: int, units: int, into: int, out_of: int, is_gated: bool, degrees: Sequence[int]
-) -> tuple[_Tiles, int]:
-    """Returns the tiles that took an H200 the least time, and the number of rows to pad to.
+) -> _Tiles:
+    """Returns the tiles that took an H200 the least time.
 
     Those that needed more registers than there are were left out, unless the clock liked them much
     better: the gradient of the components of wide gated layers took 0.56 ms with them and 0.98
     without.
     """
-    # Large tiles would leave multiprocessors without work where there are few tokens.
     components = into + out_of
+    # Large tiles would leave multiprocessors without work where there are few tokens.
     has_many, is_wide = tokens > 8192, components > 320
-    if degrees or is_gated:
-        forward = Tile(64, 64, 4, 3)
-    elif is_wide:
-        forward = Tile(128, 64, 8, 2) if has_many else Tile(64, 64, 4, 3)
+    if has_many and not degrees and not (is_gated and is_wide):
+        forward = Tile(128, 64, 8, 2 if is_wide else 3)
     else:
-        forward = Tile(64, 64, 4, 2)
+        forward = Tile(64, 64, 4, 3 if is_gated or is_wide else 2)
     # The components of the tokens, and the weights of the units that are loaded ahead.
     entries = forward.rows * into + forward.stages * forward.units * components
     if 2 * entries > _SHARED:
@@ -120,19 +118,17 @@ def _tiles(
     elif is_wide:
         of_components = Tile(128, 32, 8, 3) if has_many else Tile(64, 32, 4, 3)
     else:
-        of_components = Tile(128, 64, 8, 3) if degrees and has_many else Tile(64, 64, 4, 2)
-    if components > 384:
+        of_components = Tile(64, 64, 4, 2)
+    if components > 480:
         weights = Tile(32, 64, 8, 3)
     else:
-        weights = Tile(32 if components <= (192 if degrees else 320) else 16, 64, 4, 3)
-    rows = max(tile.rows for tile in (forward, of_components, weights))
-    count = -(-tokens // rows)
+        weights = Tile(32 if degrees or is_wide else 64, 128, 8, 3)
+    count = -(-tokens // weights.rows)
 
     def turns(shares: int) -> int:
         return -(-(units // weights.units) * shares // _CORES) * -(-count // shares)
 
-    shares = min(range(1, _MOST_SHARES + 1), key=turns)
-    return _Tiles(forward, of_components, weights, shares), rows * round_up(count, shares)
+    return _Tiles(forward, of_components, weights, min(range(1, _MOST_SHARES + 1), key=turns))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -202,13 +198,18 @@ def _run(
     return divided(kernel, rule, ("t", "u"), *leaves, *others)
 
 
-def _padded(activate: Activate, given: Operands) -> tuple[Operands, _Tiles]:
-    """Returns the operands with sides that tiles divide, and the tiles."""
+def _padded(
+    activate: Activate, given: Operands, kernel: Literal["forward", "components", "weights"]
+) -> tuple[Operands, Tile, int]:
+    """Returns operands with sides that a kernel's tiles divide, its tile, and shares of tokens."""
     tokens, units = len(given.components[0]), len(given.axes)
     ranks = [round_up(len(filter), _NARROWEST) for filter in given.filters]
     into, out_of = sum(ranks), round_up(given.axes.shape[1], _NARROWEST)
     columns = round_up(units, _UNITS)
-    tiles, rows = _tiles(tokens, columns, into, out_of, len(ranks) > 1, activate.degrees)
+    tiles = _tiles(tokens, columns, into, out_of, len(ranks) > 1, activate.degrees)
+    tile: Tile = getattr(tiles, kernel)
+    shares = tiles.shares if kernel == "weights" else 1
+    rows = round_up(tokens, tile.rows * shares)
     padded = Operands(
         tuple(pad(c, rows, rank) for c, rank in zip(given.components, ranks, strict=True)),
         tuple(pad(f, rank, columns) for f, rank in zip(given.filters, ranks, strict=True)),
@@ -216,15 +217,15 @@ def _padded(activate: Activate, given: Operands) -> tuple[Operands, _Tiles]:
         tuple(pad(bias, columns) for bias in given.biases),
         tuple(pad(c, len(c), columns if c.shape[1] > 1 else 1) for c in given.coefficients),
     )
-    return padded, tiles
+    return padded, tile, shares
 
 
 def _forward(activate: Activate, interpret: bool, given: Operands) -> list[Array]:
     """Returns the components (T, rank) of the outputs."""
-    operands, tiles = _padded(activate, given)
+    operands, tile, _ = _padded(activate, given, "forward")
     rows, rank = len(operands.components[0]), operands.axes.shape[1]
-    tile = tiles.forward
-    kernel = functools.partial(forward_kernel, activate, tile)
+    by = arithmetic(operands.axes.dtype, interpret=interpret)
+    kernel = functools.partial(forward_kernel, activate, by, tile)
     out = jax.ShapeDtypeStruct((rows, rank), operands.axes.dtype)
     z = call(kernel, tile, (rows // tile.rows,), (operands,), out, interpret=interpret)
     return [z[: len(given.components[0]), : given.axes.shape[1]]]
@@ -234,9 +235,10 @@ def _components_gradient(
     activate: Activate, interpret: bool, given: Operands, dz: Array
 ) -> list[Array]:
     """Returns the gradient (T, rank) of the components for each map into the hidden units."""
-    operands, tiles = _padded(activate, given)
-    rows, tile = len(operands.components[0]), tiles.components
-    kernel = functools.partial(components_kernel, activate, tile)
+    operands, tile, _ = _padded(activate, given, "components")
+    rows = len(operands.components[0])
+    by = arithmetic(dz.dtype, interpret=interpret)
+    kernel = functools.partial(components_kernel, activate, by, tile)
     out = [jax.ShapeDtypeStruct(c.shape, c.dtype) for c in operands.components]
     dz = pad(dz, rows, operands.axes.shape[1])
     gradients = call(kernel, tile, (rows // tile.rows,), (operands, dz), out, interpret=interpret)
@@ -250,7 +252,7 @@ def _weights_gradients(
 
     Behind them are those of biases, (m,), and coefficients, (terms, m).
     """
-    operands, tiles = _padded(activate, given)
+    operands, tile, shares = _padded(activate, given, "weights")
     rows, units = len(operands.components[0]), len(operands.axes)
     wanted = [
         *((len(given.axes), len(filter)) for filter in given.filters),
@@ -264,10 +266,11 @@ def _weights_gradients(
         *(bias.shape for bias in operands.biases),
         *((len(c), units) for c in operands.coefficients),
     ]
-    out = [jax.ShapeDtypeStruct((tiles.shares, *shape), jnp.float32) for shape in full]
-    tile, turns = tiles.weights, rows // tiles.weights.rows // tiles.shares
-    kernel = functools.partial(weights_kernel, activate, tile, turns)
-    dz, grid = pad(dz, rows, operands.axes.shape[1]), (units // tile.units, tiles.shares)
+    out = [jax.ShapeDtypeStruct((shares, *shape), jnp.float32) for shape in full]
+    turns = rows // tile.rows // shares
+    by = arithmetic(dz.dtype, interpret=interpret)
+    kernel = functools.partial(weights_kernel, activate, by, tile, turns)
+    dz, grid = pad(dz, rows, operands.axes.shape[1]), (units // tile.units, shares)
     leaves = call(kernel, tile, grid, (operands, dz), out, interpret=interpret)
     return [
         leaf.sum(axis=0)[tuple(map(slice, shape))]

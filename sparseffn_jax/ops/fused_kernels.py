@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from sparseffn_jax.ops.fused import Tile, derivatives, dot, hidden_units
+from sparseffn_jax.ops.fused import Arithmetic, Tile, derivatives, dot, hidden_units
 from sparseffn_jax.ops.hidden import Activate
 
 # The widest piece that a rank is cut into.
@@ -47,7 +47,9 @@ class _Gradients(NamedTuple):
     coefficients: list[Array]
 
 
-def forward_kernel(activate: Activate, tile: Tile, given: Operands, z_ref: Any) -> None:
+def forward_kernel(
+    activate: Activate, by: Arithmetic, tile: Tile, given: Operands, z_ref: Any
+) -> None:
     """Computes the components of the outputs of some tokens from all hidden units."""
     rows = pl.ds(pl.program_id(0) * tile.rows, tile.rows)
     components = [_pieces(ref, rows) for ref in given.components]
@@ -55,7 +57,7 @@ def forward_kernel(activate: Activate, tile: Tile, given: Operands, z_ref: Any) 
     def turn(j: Array, sums: list[Array]) -> list[Array]:
         units = pl.ds(j * tile.units, tile.units)
         us = _pre_activations(components, given, units, axis=1)
-        hidden = hidden_units(activate, us, _coefficients(activate, given, units, axis=1))
+        hidden = hidden_units(activate, us, _coefficients(activate, given, units, axis=1), by)
         return _added(sums, hidden.astype(z_ref.dtype), _pieces(given.axes, units))
 
     pieces = _cut(z_ref.shape[1])
@@ -66,7 +68,7 @@ def forward_kernel(activate: Activate, tile: Tile, given: Operands, z_ref: Any) 
 
 
 def components_kernel(
-    activate: Activate, tile: Tile, given: Operands, dz_ref: Any, *out: Any
+    activate: Activate, by: Arithmetic, tile: Tile, given: Operands, dz_ref: Any, *out: Any
 ) -> None:
     """Adds up the gradient of the components of some tokens over all hidden units."""
     rows = pl.ds(pl.program_id(0) * tile.rows, tile.rows)
@@ -78,7 +80,7 @@ def components_kernel(
         us = _pre_activations(components, given, units, axis=1)
         dh = _sum_of_products(dz, _pieces(given.axes, units))
         coefficients = _coefficients(activate, given, units, axis=1)
-        _, dus, _ = derivatives(activate, us, coefficients, dh)
+        _, dus, _ = derivatives(activate, us, coefficients, dh, by)
         return [
             [
                 total + dot(du.astype(dz_ref.dtype), filter[piece, units], (1, 1))
@@ -98,7 +100,13 @@ def components_kernel(
 
 
 def weights_kernel(
-    activate: Activate, tile: Tile, turns: int, given: Operands, dz_ref: Any, *out: Any
+    activate: Activate,
+    by: Arithmetic,
+    tile: Tile,
+    turns: int,
+    given: Operands,
+    dz_ref: Any,
+    *out: Any,
 ) -> None:
     """Adds up the gradients of the weights of some hidden units over a share of the tokens.
 
@@ -115,7 +123,7 @@ def weights_kernel(
         components, dz = [_pieces(ref, rows) for ref in given.components], _pieces(dz_ref, rows)
         us = _pre_activations(components, given, units, axis=0)
         dh = _sum_of_products(_pieces(given.axes, units), dz)
-        hidden, dus, terms = derivatives(activate, us, coefficients, dh)
+        hidden, dus, terms = derivatives(activate, us, coefficients, dh, by)
         return _Gradients(
             [
                 _added(totals, du.astype(dtype), parts)

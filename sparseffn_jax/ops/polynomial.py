@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseffn_jax.ops.elementwise import sum_to
+
+# Returns ``a * b + c`` of arrays and numbers.
+MultiplyAdd = Callable[[Any, Any, Any], Any]
 
 
 def chebyshev(
@@ -95,8 +98,15 @@ def _evaluate_backward(degrees, radius, stored, dy):
 _evaluate.defvjp(_evaluate_forward, _evaluate_backward)
 
 
+def _multiply_add(a: Any, b: Any, c: Any) -> Any:
+    return a * b + c
+
+
 def value(
-    u: Float[Array, "..."], coefficients: Mapping[int, Any], radius: float
+    u: Float[Array, "..."],
+    coefficients: Mapping[int, Any],
+    radius: float,
+    multiply_add: MultiplyAdd = _multiply_add,
 ) -> Float[Array, "..."]:
     """Returns the polynomial's value, without a rule for its derivative.
 
@@ -104,16 +114,21 @@ def value(
       u: pre-activations of any shape, in float32.
       coefficients: for every kept degree, a coefficient that broadcasts against ``u``.
       radius: half the length R > 0 of the interval [-R, R].
+      multiply_add: returns ``a * b + c`` of arrays and numbers; kernels have their own.
     """
-    y = _clenshaw(jnp.clip(u / radius, -1.0, 1.0), coefficients)
+    y = _clenshaw(_within(u, radius), coefficients, multiply_add)
     # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
     right = sum(k**2 * c for k, c in coefficients.items()) / radius
     left = sum((-1) ** (k + 1) * k**2 * c for k, c in coefficients.items()) / radius
-    return y + right * jnp.maximum(u - radius, 0.0) + left * jnp.minimum(u + radius, 0.0)
+    y = multiply_add(right, jnp.maximum(u - radius, 0.0), y)
+    return multiply_add(left, jnp.minimum(u + radius, 0.0), y)
 
 
 def slope(
-    u: Float[Array, "..."], coefficients: Mapping[int, Any], radius: float
+    u: Float[Array, "..."],
+    coefficients: Mapping[int, Any],
+    radius: float,
+    multiply_add: MultiplyAdd = _multiply_add,
 ) -> Float[Array, "..."]:
     """Returns the derivative of :func:`value` by ``u``; the arguments are the same."""
     slopes: dict[int, Any] = {}
@@ -124,11 +139,15 @@ def slope(
     if not slopes:
         return jnp.zeros_like(u)
     # Tangents go on with the slope at the ends: that of the clipped argument.
-    return _clenshaw(jnp.clip(u / radius, -1.0, 1.0), slopes)
+    return _clenshaw(_within(u, radius), slopes, multiply_add)
 
 
 def weighted_terms(
-    degrees: Sequence[int], radius: float, dy: Float[Array, "..."], u: Float[Array, "..."]
+    degrees: Sequence[int],
+    radius: float,
+    dy: Float[Array, "..."],
+    u: Float[Array, "..."],
+    multiply_add: MultiplyAdd = _multiply_add,
 ) -> list[Array]:
     """Returns ``dy * T_k(u / radius)`` for every degree k, in float32.
 
@@ -140,35 +159,38 @@ def weighted_terms(
       radius: half the length R > 0 of the interval [-R, R].
       dy: gradient of the polynomial's values.
       u: pre-activations, of the shape of ``dy``.
+      multiply_add: returns ``a * b + c`` of arrays and numbers; kernels have their own.
     """
     dy, u = dy.astype(jnp.float32), u.astype(jnp.float32)
-    t = jnp.clip(u / radius, -1.0, 1.0)
-    right = jnp.maximum(u - radius, 0.0) / radius
-    left = jnp.minimum(u + radius, 0.0) / radius
+    t = _within(u, radius)
+    right = jnp.maximum(u - radius, 0.0) * (1.0 / radius)
+    left = jnp.minimum(u + radius, 0.0) * (1.0 / radius)
     # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
     outside = right - left, right + left
-    terms = [jnp.ones_like(t), t]
+    terms, twice = [jnp.ones_like(t), t], 2.0 * t
     while len(terms) <= degrees[-1]:
-        terms.append(2.0 * t * terms[-1] - terms[-2])
-    return [dy * (terms[k] + k**2 * outside[k % 2]) if k else dy for k in degrees]
+        terms.append(multiply_add(twice, terms[-1], -terms[-2]))
+    return [dy * multiply_add(k**2, outside[k % 2], terms[k]) if k else dy for k in degrees]
 
 
-def _clenshaw(t: Array, coefficient: Mapping[int, Any]) -> Array:
+def _within(u: Array, radius: float) -> Array:
+    """Returns ``u / radius``, clipped to [-1, 1]."""
+    return jnp.clip(u * (1.0 / radius), -1.0, 1.0)
+
+
+def _clenshaw(t: Array, coefficient: Mapping[int, Any], multiply_add: MultiplyAdd) -> Array:
     """Returns ``sum_k c_k T_k(t)`` (Clenshaw 1955); a missing degree costs no addition."""
     b1, b2, twice = None, None, 2.0 * t
     for k in range(max(coefficient), 0, -1):
         b = coefficient.get(k)
         if b1 is not None:
-            b = twice * b1 if b is None else b + twice * b1
+            b = twice * b1 if b is None else multiply_add(twice, b1, b)
         if b2 is not None:
             b = b - b2
         b1, b2 = b, b1
-    y = jnp.zeros_like(t) if b1 is None else t * b1
-    if 0 in coefficient:
-        y = y + coefficient[0]
-    if b2 is not None:
-        y = y - b2
-    return y
+    constant = coefficient.get(0, jnp.zeros_like(t))
+    y = constant if b1 is None else multiply_add(t, b1, constant)
+    return y if b2 is None else y - b2
 
 
 def basis(u: np.ndarray, degrees: Sequence[int], radius: float) -> np.ndarray:

@@ -152,7 +152,7 @@ COMPILED = {
 
 # An H200 takes less time with these than with tiles whose sums fit its registers. Compilers before
 # that of JAX 0.11 also spill some of a polynomial's.
-SPILLING = {"few tokens", "LLaMA"}
+SPILLING = {"GPT-2", "few tokens", "LLaMA"}
 if jax.__version_info__ < (0, 11):
     SPILLING |= {"polynomial", "gated polynomial"}
 
@@ -184,7 +184,9 @@ def test_operations_of_the_kernels_are_those_of_its_products():
     counts = count_kernels(jax.jit(gradient_of(activate)).trace(dz, *given).jaxpr)
     one = 2 * tokens * units * rank
     products = {name: count.dot / one for (name, _), count in counts.items()}
-    assert products == {"forward_kernel": 2, "components_kernel": 3, "weights_kernel": 4}
+    # Tokens are added until all multiprocessors have shares of the same size.
+    assert products.pop("weights_kernel") == pytest.approx(4, rel=0.02)
+    assert products == {"forward_kernel": 2, "components_kernel": 3}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ _COMPLEX_GEMM = 9.0
 # What it costs to take one number through a transform, mostly to memory and back. On a GPU it goes
 # there after every step, as the programs that XLA compiles for an H100 show.
 _FFT = {"cpu": 150.0, "gpu": 1800.0}
-_TRANSFORM = {"cpu": 80.0, "gpu": 900.0}
+_TRANSFORM = {"cpu": 80.0, "gpu": 600.0}
 # What it costs to copy one weight into the matrix of its frequency, and, on a GPU, to put it into
 # its place in a dense matrix beyond the copies that the cost model counts as products.
 _COPIED = 40.0
@@ -37,8 +37,9 @@ _CALL = {"cpu": 2.4e5, "gpu": 1e9}
 # What products cost in the kernel that keeps hidden units on the chip, what each hidden unit costs
 # there besides, as an H200 measured, and how many tokens a GPU needs to be busy with it.
 _FUSED_GEMM, _FUSED_UNIT, _FUSED_TOKENS = 1.7, 360.0, 8192
-# Rows that keep a GPU busy with the kernels of block-circulant layers.
-_FUSED_ROWS = 4096
+# The same of block-circulant layers: products have few rows there, and each hidden unit goes
+# through as many transforms as there are maps.
+_CIRCULANT_GEMM, _CIRCULANT_UNIT, _CIRCULANT_TOKENS = 4.0, 420.0, 4096
 # Bytes of hidden activations that a tile of tokens may have on CPU: what the cores' own caches hold
 # while the operations on them are still large enough to spread over the cores.
 _TILE_BYTES = {"low_rank": 6 << 20, "block_circulant": 3 << 20, "block_sparse": 3 << 20}
@@ -185,12 +186,13 @@ def fused_circulant_costs(
     moved = _MOVED["gpu"]
     # Hidden units are written and read before their function, and behind it.
     between = 4 * moved * tokens * width * block_size * len(up)
-    rows = max(tokens, _FUSED_ROWS * devices)
+    rows = max(tokens, _CIRCULANT_TOKENS * devices)
     # Both ends go through a transform, and are read or written once more as components.
     ends = (d_in + d_out) * (block_size + 2 * components)
     traffic = moved * rows * (ends + 2 * width * components)
-    into = _FUSED_GEMM * products * sum(p * q for p, q in up)
-    fused = rows * (into + _SMALL_GEMM * products * width * d_out)
+    into = _CIRCULANT_GEMM * products * sum(p * q for p, q in up)
+    units = _CIRCULANT_UNIT * width * block_size * len(sides)
+    fused = rows * (into + units + _SMALL_GEMM * products * width * d_out)
     return {
         **{plan: cost + between for plan, cost in others.items()},
         "fused": traffic + fused + (len(sides) + 3) * _CALL["gpu"],
