@@ -510,8 +510,10 @@ def _parities(basis: np.ndarray) -> list[tuple[bool, bool]]:
     """Says of each vector whether it is the same at i and at -i, and at i and at b/2 - i."""
     places = np.arange(len(basis))
     mirrors = -places, len(basis) // 2 - places
-    first, second = (np.isclose(basis, basis[mirror]).all(axis=0) for mirror in mirrors)
-    return list(zip(first.tolist(), second.tolist(), strict=True))
+    return [
+        (np.allclose(vector, vector[mirrors[0]]), np.allclose(vector, vector[mirrors[1]]))
+        for vector in basis.T
+    ]
 
 
 def _add_to(sums: dict[Any, Array], key: Any, weight: float, term: Any, by: Arithmetic) -> None:

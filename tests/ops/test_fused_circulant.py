@@ -211,9 +211,7 @@ def test_the_estimate_is_below_that_of_a_dense_layer():
 def test_it_is_chosen_where_it_pays():
     blocks = Blocks(16, tuple(range(9)))
 
-    def is_fused(
-        tokens, p=48, q=192, maps=1, dtype="bfloat16", activation="silu", platform="gpu"
-    ):
+    def is_fused(tokens, p=48, q=192, maps=1, dtype="bfloat16", activation="silu", platform="gpu"):
         up, down = (
             Filter(*(jax.ShapeDtypeStruct((f, *sides), dtype) for f in (9, 7)))
             for sides in ((p, q), (q, p))
