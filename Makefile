@@ -2,7 +2,8 @@
 PYTHON ?= python3
 # Needs transformers < 5, the last line with Flax models; the CLI runs the rest of the package.
 FLAX_TESTS := tests/models/test_flax.py tests/checkpoints tests/test_cli.py
-PYTEST := -m pytest -q -n auto
+# The tests of a file share what they set up, and what they compile.
+PYTEST := -m pytest -q -n auto --dist loadfile
 
 .PHONY: demo bench test lint format docs clean
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
-@pytest.mark.parametrize(("only", "inputs"), [("", 300), ("gguf", 400), ("text", 400)])
+@pytest.mark.parametrize(("only", "inputs"), [("", 150), ("gguf", 200), ("text", 200)])
 def test_damaged_models_give_nothing_but_the_loaders_own_error(tmp_path, only, inputs):
     out, script = tmp_path / "fuzz.json", ROOT / "campaigns" / "fuzz_loaders.py"
     options = ["--inputs", str(inputs), "--only", only, "--out", out]
@@ -23,6 +23,6 @@ def test_damaged_models_give_nothing_but_the_loaders_own_error(tmp_path, only, i
     )
     assert campaign.returncode == 0, campaign.stdout[-4000:] + campaign.stderr[-2000:]
     results = json.loads(out.read_text())["results"]
-    assert results["refused"] > 200
+    assert results["refused"] > 100
     assert results["refused"] + results["loaded"] == inputs
     assert results["loaded"] > 10

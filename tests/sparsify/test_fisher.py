@@ -28,12 +28,13 @@ def test_fisher_is_the_second_moment_of_the_gradient_at_the_output(family):
             logits = model.apply({"params": params}, window[None, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, window[None, 1:]).sum()
 
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
     matrices = output_fisher(model, params, windows, batch_size=2)
     assert len(matrices) == spec.n_layer
     for layer, matrix in enumerate(matrices):
         zeros = jnp.zeros((1, windows.shape[1] - 1, spec.d_model))
         grads = np.concatenate(
-            [np.asarray(jax.grad(loss)(zeros, layer, window)[0], np.float64) for window in windows]
+            [np.asarray(gradient(zeros, layer, window)[0], np.float64) for window in windows]
         )
         expected = grads.T @ grads / len(grads)
         np.testing.assert_allclose(matrix, expected, atol=1e-5 * np.abs(expected).max())

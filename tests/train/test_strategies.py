@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from communication import data_parallel_bytes
-from filelock import FileLock
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformers import LlamaConfig
@@ -56,45 +55,32 @@ def finish(*workers):
 
 
 @pytest.fixture(scope="module")
-def eight(shared_folder):
+def eight(tmp_path_factory):
     """What a process with eight devices saw, and its folder."""
-    out = shared_folder / "eight"
-    seen = out / "seen.json"
-    with FileLock(shared_folder / "eight.lock"):
-        if not seen.exists():
-            out.mkdir(exist_ok=True)
-            finish(start(out))
-    return json.loads(seen.read_text()), out
+    out = tmp_path_factory.mktemp("eight")
+    finish(start(out))
+    return json.loads((out / "seen.json").read_text()), out
 
 
 @pytest.fixture(scope="module")
-def counted(shared_folder):
+def counted(tmp_path_factory):
     """What a process with four devices saw where some targets do not count."""
-    out = shared_folder / "counted"
-    with FileLock(shared_folder / "counted.lock"):
-        if not (out / "seen.json").exists():
-            out.mkdir(exist_ok=True)
-            finish(start(out, "--devices", 4, "--counted"))
+    out = tmp_path_factory.mktemp("counted")
+    finish(start(out, "--devices", 4, "--counted"))
     return json.loads((out / "seen.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def two_processes(shared_folder):
-    """What each of two processes saw together, their folder, and who held another folder."""
-    out = shared_folder / "two"
-    seen = [out / f"seen{i}.json" for i in (0, 1)]
-    holder = out / "holder"
-    with FileLock(shared_folder / "two.lock"):
-        if not holder.exists():
-            out.mkdir(exist_ok=True)
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            options = ("--devices", 4, "--port", port)
-            with hold_run_folder(out / "held"):
-                finish(*(start(out, *options, "--process", i) for i in (0, 1)))
-            holder.write_text(str(os.getpid()))
-    return [json.loads(file.read_text()) for file in seen], out, holder.read_text()
+def two_processes(tmp_path_factory):
+    """What each of two processes saw together, and their folder; this one held another."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--devices", 4, "--port", port)
+    with hold_run_folder(out / "held"):
+        finish(*(start(out, *options, "--process", i) for i in (0, 1)))
+    return [json.loads((out / f"seen{i}.json").read_text()) for i in (0, 1)], out
 
 
 @pytest.mark.parametrize("strategy", ["pmap", "mesh"])
@@ -145,7 +131,7 @@ def test_a_loss_on_some_targets_is_the_same_under_pmap(counted):
 
 @pytest.mark.parametrize("strategy", ["pmap", "mesh"])
 def test_two_processes_train_as_one_device(eight, two_processes, strategy):
-    (first, second), out, _ = two_processes
+    (first, second), out = two_processes
     single = eight[0]["single"]
     assert first[strategy] == second[strategy]
     for what in ("losses", "validation"):
@@ -156,14 +142,12 @@ def test_two_processes_train_as_one_device(eight, two_processes, strategy):
 
 
 def test_two_processes_are_refused_a_folder_together(two_processes):
-    found, _, holder = two_processes
-    for seen in found:
-        assert f"process {holder} on host" in seen["refusal"]
+    for seen in two_processes[0]:
+        assert f"process {os.getpid()} on host" in seen["refusal"]
 
 
 def test_no_process_ends_before_the_checkpoint_is_sealed(two_processes):
-    found, _, _ = two_processes
-    assert [seen["sealed"] for seen in found] == [True, True]
+    assert [seen["sealed"] for seen in two_processes[0]] == [True, True]
 
 
 @pytest.mark.parametrize("onto", ["single", "four"])
