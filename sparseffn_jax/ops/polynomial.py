@@ -98,7 +98,8 @@ def _evaluate_backward(degrees, radius, stored, dy):
 _evaluate.defvjp(_evaluate_forward, _evaluate_backward)
 
 
-def _multiply_add(a: Any, b: Any, c: Any) -> Any:
+def multiply_and_add(a: Any, b: Any, c: Any) -> Any:
+    """Returns ``a * b + c``; kernels have an instruction for it."""
     return a * b + c
 
 
@@ -106,7 +107,7 @@ def value(
     u: Float[Array, "..."],
     coefficients: Mapping[int, Any],
     radius: float,
-    multiply_add: MultiplyAdd = _multiply_add,
+    multiply_add: MultiplyAdd = multiply_and_add,
 ) -> Float[Array, "..."]:
     """Returns the polynomial's value, without a rule for its derivative.
 
@@ -114,7 +115,7 @@ def value(
       u: pre-activations of any shape, in float32.
       coefficients: for every kept degree, a coefficient that broadcasts against ``u``.
       radius: half the length R > 0 of the interval [-R, R].
-      multiply_add: returns ``a * b + c`` of arrays and numbers; kernels have their own.
+      multiply_add: returns ``a * b + c`` of arrays and numbers.
     """
     y = _clenshaw(_within(u, radius), coefficients, multiply_add)
     # T_k'(1) = k^2 and T_k'(-1) = (-1)^(k+1) k^2.
@@ -128,7 +129,7 @@ def slope(
     u: Float[Array, "..."],
     coefficients: Mapping[int, Any],
     radius: float,
-    multiply_add: MultiplyAdd = _multiply_add,
+    multiply_add: MultiplyAdd = multiply_and_add,
 ) -> Float[Array, "..."]:
     """Returns the derivative of :func:`value` by ``u``; the arguments are the same."""
     slopes: dict[int, Any] = {}
@@ -147,7 +148,7 @@ def weighted_terms(
     radius: float,
     dy: Float[Array, "..."],
     u: Float[Array, "..."],
-    multiply_add: MultiplyAdd = _multiply_add,
+    multiply_add: MultiplyAdd = multiply_and_add,
 ) -> list[Array]:
     """Returns ``dy * T_k(u / radius)`` for every degree k, in float32.
 
@@ -159,7 +160,7 @@ def weighted_terms(
       radius: half the length R > 0 of the interval [-R, R].
       dy: gradient of the polynomial's values.
       u: pre-activations, of the shape of ``dy``.
-      multiply_add: returns ``a * b + c`` of arrays and numbers; kernels have their own.
+      multiply_add: returns ``a * b + c`` of arrays and numbers.
     """
     dy, u = dy.astype(jnp.float32), u.astype(jnp.float32)
     t = _within(u, radius)
@@ -188,8 +189,9 @@ def _clenshaw(t: Array, coefficient: Mapping[int, Any], multiply_add: MultiplyAd
         if b2 is not None:
             b = b - b2
         b1, b2 = b, b1
-    constant = coefficient.get(0, jnp.zeros_like(t))
-    y = constant if b1 is None else multiply_add(t, b1, constant)
+    if b1 is None:
+        return jnp.broadcast_to(coefficient[0], t.shape)
+    y = multiply_add(t, b1, coefficient[0]) if 0 in coefficient else t * b1
     return y if b2 is None else y - b2
 
 
