@@ -216,12 +216,14 @@ class _Walk:
         times: int,
     ) -> Iterator[Kernel]:
         if i.opcode == "while":
-            (trips,) = re.findall(r'"known_trip_count":\{"n":"(\d+)"', i.attributes) or [1]
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes)
             body = self._called(i, "body")
             state = self._invariant(body, given[0])
-            for inner in (self._called(i, "condition"), body):
+            # XLA counts turns on the host where it knows how many there are.
+            for inner in [body] if trips else [self._called(i, "condition"), body]:
                 (parameter,) = inner.parameters()
-                yield from self.kernels(inner, {parameter.name: state}, times * int(trips))
+                turns = int(trips.group(1)) if trips else 1
+                yield from self.kernels(inner, {parameter.name: state}, times * turns)
             known[i.name] = state
         elif i.opcode == "conditional":
             names = i.names("branch_computations") or [
