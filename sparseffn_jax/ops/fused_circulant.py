@@ -30,7 +30,6 @@ from sparseffn_jax.ops.divided import divided
 from sparseffn_jax.ops.filters import Blocks, Filter, in_pairs, mix_all, spectral_matrices
 from sparseffn_jax.ops.fourier import Spectrum, complex_frequencies
 from sparseffn_jax.ops.fused import (
-    Arithmetic,
     Tile,
     arithmetic,
     call,
@@ -40,6 +39,7 @@ from sparseffn_jax.ops.fused import (
     pad,
     round_up,
 )
+from sparseffn_jax.ops.fused_transforms import analyse, synthesise
 from sparseffn_jax.ops.hidden import Activate, Channels
 
 # Sides of blocks: powers of two, as Triton wants them, and so small that the components of a block
@@ -52,8 +52,6 @@ _DEPTHS = (64, 32, 16)
 _NARROWEST = _DEPTHS[-1]
 # The most components that a product at the ends takes of a block.
 _GROUP = 4
-# Entries of a basis below it are zero: in double precision sines are not.
-_ROUNDING = 1e-12
 
 
 class Operands(NamedTuple):
@@ -298,12 +296,12 @@ def _forward(layer: _Layer, given: Operands) -> list[Array]:
 
     def circulant_kernel(given: Operands, z_ref: Any) -> None:
         n, t = _here()
-        us = [_synthesise(basis, each, by) for each in _filtered(layer.blocks, given, n, t)]
+        us = [synthesise(basis, each, by) for each in _filtered(layer.blocks, given, n, t)]
         hidden = [
             hidden_units(layer.activate, *_of_units(layer, given, place, n, at), by)
             for place, at in enumerate(zip(*us, strict=True))
         ]
-        for k, component in enumerate(_analyse(basis, hidden, by)):
+        for k, component in enumerate(analyse(basis, hidden, by)):
             z_ref[k, n, t] = component.astype(z_ref.dtype)
 
     out = jax.ShapeDtypeStruct((kept, columns, rows), given.components.dtype)
@@ -324,10 +322,10 @@ def _gradients(layer: _Layer, given: Operands, dz: Float[Array, "k q T"]) -> lis
 
     def circulant_gradients_kernel(given: Operands, dz_ref: Any, *out: Any) -> None:
         (n, t), tile = _here(), pl.program_id(1)
-        us = [_synthesise(basis, each, by) for each in _filtered(layer.blocks, given, n, t)]
+        us = [synthesise(basis, each, by) for each in _filtered(layer.blocks, given, n, t)]
         dz = [dz_ref[k, n, t].astype(jnp.float32) for k in range(kept)]
         dus = []
-        for place, (dh, *at) in enumerate(zip(_synthesise(basis, dz, by), *us, strict=True)):
+        for place, (dh, *at) in enumerate(zip(synthesise(basis, dz, by), *us, strict=True)):
             at, coefficients = _of_units(layer, given, place, n, at)
             _, du, terms = derivatives(layer.activate, at, coefficients, dh, by)
             dus.append(du)
@@ -336,7 +334,7 @@ def _gradients(layer: _Layer, given: Operands, dz: Float[Array, "k q T"]) -> lis
             for term, each in enumerate(terms):
                 out[-1][tile, term, place, n] = each.sum(axis=1)
         for ref, du in zip(out, zip(*dus, strict=True), strict=False):
-            for k, component in enumerate(_analyse(basis, du, by)):
+            for k, component in enumerate(analyse(basis, du, by)):
                 ref[k, n, t] = component.astype(ref.dtype)
 
     of_channels = [
@@ -456,75 +454,3 @@ def _products(
         real, a = frequencies.index(f), first + 2 * i
         b = a + 1
         yield (a, b), [(a, a, 0, real, 1), (b, b, 0, real, 1), (a, b, 1, i, -1), (b, a, 1, i, 1)]
-
-
-# In both transforms the places i, -i, b/2 - i and b/2 + i of a block go together: there each vector
-# of the basis is the same but for its sign, which halves the arithmetic, and halves it again.
-
-
-def _synthesise(basis: np.ndarray, components: Sequence[Array], by: Arithmetic) -> list[Array]:
-    """Returns the channels at each place of the blocks from their components."""
-    size, parities = len(basis), _parities(basis)
-    channels = [jnp.zeros_like(components[0])] * size
-    for place in range(size // 4 + 1):
-        sums: dict[tuple[bool, bool], Array] = {}
-        for parity, weight, component in zip(parities, basis[place], components, strict=True):
-            _add_to(sums, parity, float(weight), component, by)
-        for at, sign in ((place, 1), (size // 2 - place, -1)):
-            even, odd = (
-                _sum(sums.get((is_even, True)), sums.get((is_even, False)), sign)
-                for is_even in (True, False)
-            )
-            for mirrored, of_odd in ((at, 1), (-at % size, -1)):
-                if (total := _sum(even, odd, of_odd)) is not None:
-                    channels[mirrored] = total
-    return channels
-
-
-def _analyse(basis: np.ndarray, channels: Sequence[Array], by: Arithmetic) -> list[Array]:
-    """Returns components from the channels at each place; the transpose of :func:`_synthesise`."""
-    size, parities = len(basis), _parities(basis)
-
-    def folded(place: int, sign: int) -> Array | None:
-        mirrored = -place % size
-        return _sum(channels[place], channels[mirrored] if mirrored != place else None, sign)
-
-    sums: dict[int, Array] = {}
-    for place in range(size // 4 + 1):
-        far = size // 2 - place
-        folds = {
-            (is_even, is_same): _sum(
-                folded(place, 1 if is_even else -1),
-                folded(far, 1 if is_even else -1) if far != place else None,
-                1 if is_same else -1,
-            )
-            for is_even in (True, False)
-            for is_same in (True, False)
-        }
-        for k, weight in enumerate(basis[place]):
-            _add_to(sums, k, float(weight), folds[parities[k]], by)
-    return [sums[k] for k in range(basis.shape[1])]
-
-
-def _parities(basis: np.ndarray) -> list[tuple[bool, bool]]:
-    """Says of each vector whether it is the same at i and at -i, and at i and at b/2 - i."""
-    places = np.arange(len(basis))
-    mirrors = -places, len(basis) // 2 - places
-    return [
-        (np.allclose(vector, vector[mirrors[0]]), np.allclose(vector, vector[mirrors[1]]))
-        for vector in basis.T
-    ]
-
-
-def _add_to(sums: dict[Any, Array], key: Any, weight: float, term: Any, by: Arithmetic) -> None:
-    """Adds a weighted term to one of the sums."""
-    if abs(weight) > _ROUNDING:
-        sums[key] = by.multiply_add(weight, term, sums[key]) if key in sums else weight * term
-
-
-def _sum(one: Array | None, other: Array | None, sign: int) -> Array | None:
-    """Adds or subtracts two arrays, each of which may be missing."""
-    if other is None:
-        return one
-    signed = other if sign > 0 else -other
-    return signed if one is None else one + signed
