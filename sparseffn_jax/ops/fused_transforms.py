@@ -70,10 +70,10 @@ def analyse(basis: np.ndarray, channels: Sequence[Array], by: Arithmetic) -> lis
 def _parities(basis: np.ndarray) -> list[tuple[bool, bool]]:
     """Says of each vector whether it is the same at i and at -i, and at i and at b/2 - i."""
     places = np.arange(len(basis))
-    mirrors = -places, len(basis) // 2 - places
+    first, second = basis[-places], basis[len(basis) // 2 - places]
     return [
-        (np.allclose(vector, vector[mirrors[0]]), np.allclose(vector, vector[mirrors[1]]))
-        for vector in basis.T
+        (np.allclose(vector, once), np.allclose(vector, other))
+        for vector, once, other in zip(basis.T, first.T, second.T, strict=True)
     ]
 
 

@@ -204,7 +204,7 @@ def test_the_estimate_is_below_that_of_a_dense_layer():
 
     dense = seconds(micro=sf.MicroRefinementConfig(sf.CoreConfig(3072)))
     ours = seconds(spectral=sf.SpectralConfig("block_circulant", 3072, block_size=16))
-    # An H200 measured 1.06 and 1.04.
+    # An H200 measured 1.12 and 1.17.
     assert (dense / ours > 1.0).all(), dense / ours
 
 
