@@ -187,24 +187,27 @@ def estimate_damages(
         seen, unseen = _on_axes(fitted, axes), _on_axes(check, axes)
         given, units = slice(0, rank), slice(rank, None)
         left = seen.without(units, given) if rank else seen
+        # The bypass makes up for the targets, and for what the units that stay say of them.
+        both = np.hstack([seen.xy[given], seen.xx[given, units]])
+        of_targets, of_units = np.hsplit(ridge_solve(seen.xx[given, given], both), [d_model])
         for kept in elimination_path(left, grid.widths):
+            bypass = of_targets - of_units[:, kept.units] @ kept.weight
             rows = np.append(np.arange(rank), rank + kept.units)
-            weight = kept.weight
-            if rank:
-                unexplained = seen.select(rows).residual(given, units, weight)
-                weight = np.vstack([ridge_solve(unexplained.xx, unexplained.xy), weight])
-            error = variance + _error(seen.select(rows), unseen.select(rows), weight)
+            error = variance + _error(seen, unseen, rows, np.vstack([bypass, kept.weight]))
             damages[len(kept.units), rank] = 0.5 * max(error, 0.0)
     return damages | {(grid.widths[0], 0): 0.0}
 
 
-def _error(seen: Moments, unseen: Moments, weight: Float[np.ndarray, "i o"]) -> float:
-    """Returns the squared error on unseen text of what was fitted to seen text.
+def _error(
+    seen: Moments, unseen: Moments, rows: Int[np.ndarray, " i"], weight: Float[np.ndarray, "i o"]
+) -> float:
+    """Returns the squared error on unseen text of some features' weights, fitted to seen text.
 
     The targets' own variance, which no weight changes, is left out.
     """
-    products = weight * (unseen.xx @ weight - 2.0 * unseen.xy)
-    shift = unseen.y_mean - seen.y_mean - (unseen.x_mean - seen.x_mean) @ weight
+    checked = unseen.select(rows)
+    products = weight * (checked.xx @ weight - 2.0 * checked.xy)
+    shift = unseen.y_mean - seen.y_mean - (checked.x_mean - seen.x_mean[rows]) @ weight
     return float(np.sum(products) + np.sum(np.square(shift)))
 
 
