@@ -77,7 +77,7 @@ def run(
     if options.model is None:
         console.print("No --model: a tiny random one stands in, and writes nonsense")
         dense, tokenizer = stand_in, byte_tokenizer()
-        params: Any = dense.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        params: Any = jax.jit(dense.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     else:
         loaded, tokenizer = sf.load_pretrained(options.model), sf.load_tokenizer(options.model)
         dense, params = loaded.model(), loaded.params

@@ -70,7 +70,7 @@ class NNXModel(nnx.Module):
 def train_linen(batch: Batch, steps: int, learning_rate: float = 1e-3) -> list[float]:
     """Trains :class:`LinenModel`; returns the loss before every step."""
     model, optimizer = LinenModel(), optax.adam(learning_rate)
-    params = model.init(jax.random.key(0), batch.x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), batch.x)["params"]
     state = optimizer.init(params)
 
     @jax.jit

@@ -28,7 +28,7 @@ def tiny(tmp_path_factory):
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = sf.GPT2LMHeadModel(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     sf.save_pretrained(folder / "dense", model, params, tokenizer=tokenizer)
     return {"model": str(folder / "dense"), "text": str(folder / "corpus.txt")}
 

@@ -116,7 +116,7 @@ def test_the_model_bench_takes_a_model_of_the_users(tmp_path):
         num_hidden_layers=2, num_attention_heads=2, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = sf.LlamaForCausalLM(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     sf.save_pretrained(tmp_path / "dense", model, params)
     settings = model_bench.ModelBenchSettings(
         model=str(tmp_path / "dense"), circulant_block=8, window=8, prompt=4, decoded=3, repeats=1,
@@ -140,7 +140,7 @@ def test_pytorch_computes_what_ours_does(tmp_path):
         eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model = sf.GPT2LMHeadModel(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     params = jax.tree.map(lambda x: x * 6.0 if x.ndim == 2 else x, params)
     sf.save_pretrained(tmp_path, model, params)
     theirs = pytorch_model.PyTorchModel(config, "float32")

@@ -41,7 +41,7 @@ def test_is_low_rank_in_every_block():
     config = MonarchConfig(D, M, "gelu_new", blocks=4, rank=2)
     (x,), (x64,) = draw(0, (2, 5, D))
     layer = MonarchFFN(config)
-    params = layer.init(jax.random.key(0), x)["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
     assert_close(layer.apply({"params": params}, x), reference(params, config, x64))
     weights = sum(params[part][name].size for part in ("up", "down") for name in params[part])
     assert weights / (2 * D * M) == pytest.approx(config.flops_ratio)

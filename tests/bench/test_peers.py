@@ -117,7 +117,7 @@ def dense_model(spec):
 @pytest.fixture(scope="module", params=[SHAPE, GATED], ids=["plain", "gated"])
 def dense(request):
     model = dense_model(request.param)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     return model, jax.tree.map(lambda x: np.asarray(x) * (6.0 if x.ndim == 2 else 1.0), params)
 
 

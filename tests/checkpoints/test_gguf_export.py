@@ -187,7 +187,7 @@ def test_a_bypass_is_units_of_a_dense_ffn(family, activation, units):
     config = layer(family, 24, 3, activation=activation)
     module = sf.SparseFFN(config)
     x = 3 * np.random.default_rng(0).standard_normal((50, D))
-    leaves = module.init(jax.random.key(0), jnp.zeros((1, D)))["params"]
+    leaves = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, D)))["params"]
     leaves = jax.tree.map(lambda leaf: leaf + 0.1, leaves)
     layout = make_model(family)[0].ffn_layout
     assert dense_width(config) == 24 + 3 * units

@@ -269,10 +269,10 @@ def test_cached_decoding_equals_the_full_forward(name, variant, sparse):
         pieces.append(logits)
     actual, full = jnp.concatenate(pieces, 1), run(model, params, ids, mask, positions)
     real = np.asarray(mask, bool)
-    np.testing.assert_allclose(actual[real], full[real], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(actual[real], full[real], atol=5e-5, rtol=0)
     # Padding has no influence at all: the last row alone, without its seven padded positions.
     alone = run(model, params, ids[2:, 7:])
-    np.testing.assert_allclose(actual[2:, 7:], alone, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(actual[2:, 7:], alone, atol=5e-5, rtol=0)
 
 
 def test_without_positions_decoding_counts_on():

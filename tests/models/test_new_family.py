@@ -154,7 +154,7 @@ def model_and_params():
         eos_token_id=0,
     )
     model = MadeUpForCausalLM(config)
-    return model, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def windows():

@@ -64,7 +64,7 @@ def test_shares_are_those_of_a_hand_count(config, exact, padded):
 def program_of(config):
     layer = sf.SparseFFN(config, dtype=jnp.bfloat16)
     x = jnp.ones((128, 256), jnp.bfloat16)
-    return layer.apply, layer.init(jax.random.key(0), x), x
+    return layer.apply, jax.jit(layer.init)(jax.random.key(0), x), x
 
 
 def test_a_layer_for_a_gpu_warns_once():

@@ -420,7 +420,7 @@ def test_one_kernel_for_a_low_rank_layer_equals_a_plan_for_each_map(gated, polyn
         return SparseFFN(config, dtype=jnp.bfloat16)
 
     (x, dy), _ = draw(0, (2, 37, 48), (2, 37, 48), dtype="bfloat16")
-    variables = layer("fused").init(jax.random.key(0), x)
+    variables = jax.jit(layer("fused").init)(jax.random.key(0), x)
     found, wanted = (
         value_and_vjp(layer(plan).apply, (variables, x), dy) for plan in ("fused", "two_gemms")
     )
@@ -457,7 +457,7 @@ def test_a_call_with_another_plan_packs_its_own_weights():
     config = SparseFFNConfig(48, 96, spectral=SpectralConfig("block_circulant", 96, block_size=8))
     layer = SparseFFN(config)
     (one, many), _ = draw(0, (1, 48), (3000, 48))
-    params = layer.init(jax.random.key(0), one)
+    params = jax.jit(layer.init)(jax.random.key(0), one)
     variables = layer.pack(params, 1)
     (name,) = variables["packed"]["spectral"]
     with recorded() as chosen:
@@ -496,7 +496,7 @@ def test_a_plan_is_chosen_for_each_platform():
 
 def test_a_training_layer_has_no_packed_weights():
     layer = SparseFFN(CONFIGS["all"])
-    variables = layer.init(jax.random.key(0), jnp.ones((2, D)))
+    variables = jax.jit(layer.init)(jax.random.key(0), jnp.ones((2, D)))
     assert set(variables) == {"params"}
 
 

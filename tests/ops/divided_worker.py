@@ -11,7 +11,7 @@ PLACES = [(BATCH, "tensor"), (BATCH, None), (None, "tensor"), ("data", BATCH), (
 
 
 def main():
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     for layer in ("gated with biases", "gated polynomial"):
         for place in PLACES:
             divided(layer, *place)

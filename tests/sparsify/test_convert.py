@@ -119,7 +119,7 @@ def dense():
         eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     # A freshly drawn model is nearly linear; a trained one is not.
     return model, jax.tree.map(lambda x: np.asarray(x) * (8.0 if x.ndim == 2 else 1.0), params)
 
@@ -128,7 +128,7 @@ def dense():
 def gated():
     config = make_config("llama", max_position_embeddings=WINDOW)
     model = FAMILIES["llama"](config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     return model, jax.tree.map(lambda x: np.asarray(x) * (8.0 if x.ndim == 2 else 1.0), params)
 
 

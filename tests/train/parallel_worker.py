@@ -18,7 +18,7 @@ def main():
     parser.add_argument("--counted", action="store_true")
     arguments = parser.parse_args()
     count = f"--xla_force_host_platform_device_count={arguments.devices}"
-    os.environ["XLA_FLAGS"] = f"{count} --xla_cpu_multi_thread_eigen=false"
+    os.environ["XLA_FLAGS"] += f" {count} --xla_cpu_multi_thread_eigen=false"
 
     import jax
 

@@ -227,7 +227,7 @@ def test_remat_is_for_decoders(tokens, tmp_path):
             return jnp.broadcast_to(logits, (*input_ids.shape, VOCAB_SIZE))
 
     model, rows = Unigram(), np.resize(tokens, (40, 17))
-    params = model.init(jax.random.key(0), rows)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), rows)["params"]
     with pytest.raises(ValueError, match="remat=True is for a Decoder, which a Unigram is not"):
         train(model, params, rows, CONFIG, tmp_path / "run", remat=True)
     with pytest.raises(ValueError, match="the model does not say how long windows may be"):

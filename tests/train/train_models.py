@@ -1,6 +1,7 @@
 """Models and texts small enough to train in a second."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,12 @@ SPARSE_FFN = SparseFFNConfig(
 )
 
 
+@functools.cache
 def make_model(ffns=(SPARSE_FFN,), dtype=jnp.float32, **overrides):
-    """Returns a GPT-2 with a layer for each of ``ffns``, and parameters for it."""
+    """Returns a GPT-2 with a layer for each of ``ffns``, and parameters for it.
+
+    Each is made once: what trains leaves the parameters that it was given as they are.
+    """
     config = GPT2Config(
         vocab_size=VOCAB_SIZE,
         n_positions=WINDOW,
