@@ -5,9 +5,10 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# Compiling takes most of the time of these tests. Without LLVM's optimisations, and with the older
-# of XLA's two ways to write a fusion's code, the HLO and its buffers stay the same, and a training
-# step compiles in half of the time. The environment tells the processes that tests start.
+# Compiling takes most of the time of these tests. Without LLVM's optimisations the HLO and its
+# buffers stay the same. With the older of XLA's two ways to write a fusion's code they nearly do,
+# and a training step compiles in half of the time. The environment tells the processes that tests
+# start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
