@@ -187,7 +187,7 @@ def estimate_damages(
         seen, unseen = _on_axes(fitted, axes), _on_axes(check, axes)
         given, units = slice(0, rank), slice(rank, None)
         left = seen.without(units, given) if rank else seen
-        # The bypass makes up for the targets, and for what the units that stay say of them.
+        # What the bypass says of the targets and of every unit, once for all widths.
         both = np.hstack([seen.xy[given], seen.xx[given, units]])
         of_targets, of_units = np.hsplit(ridge_solve(seen.xx[given, given], both), [d_model])
         for kept in elimination_path(left, grid.widths):
