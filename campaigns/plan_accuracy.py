@@ -20,6 +20,7 @@ from sparseffn_jax.measure.costs import flops_ratio
 from sparseffn_jax.progress import counter
 from sparseffn_jax.sparsify.fisher import output_fisher
 from sparseffn_jax.sparsify.planning import Planner, config_of, estimate_layers, size_grid, size_of
+from sparseffn_jax.sparsify.trials import try_out
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     def flops(config: sf.SparseFFNConfig | None) -> float:
         return 1.0 if config is None else flops_ratio(config)
 
-    planner.try_out(planner.plan(flops, budget=0.5 * spec.n_layer).configs)
+    try_out([(planner, planner.plan(flops, budget=0.5 * spec.n_layer).configs)])
 
     sizes = [size for size in damages[0] if size != (spec.d_ff, 0)]
     costs = np.array([flops(config_of(spec, size)) for size in sizes])

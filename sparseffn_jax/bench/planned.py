@@ -24,8 +24,8 @@ from sparseffn_jax.sparsify.planning import (
     candidates,
     config_of,
     size_grid,
-    try_out_best,
 )
+from sparseffn_jax.sparsify.trials import try_out_best
 
 
 @dataclasses.dataclass(frozen=True)

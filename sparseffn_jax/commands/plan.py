@@ -37,8 +37,8 @@ from sparseffn_jax.sparsify.planning import (
     config_of,
     size_grid,
     size_of,
-    try_out_best,
 )
+from sparseffn_jax.sparsify.trials import try_out_best
 from sparseffn_jax.train.data import TextCounts
 
 # A plan whose measured speed-up falls short of the one asked for by more than the first share, or

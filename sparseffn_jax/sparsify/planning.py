@@ -11,12 +11,10 @@ and an integer programme is that of Puzzle (Bercovich et al. 2024, 2411.19146).
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -29,15 +27,12 @@ from sparseffn_jax.config import (
     SparseFFNConfig,
     SpectralConfig,
 )
-from sparseffn_jax.defaults import REPAIR
-from sparseffn_jax.evaluate.losses import make_evaluator
-from sparseffn_jax.models.decoder import FFN_NAME, Decoder, ffn_module, layers_of
+from sparseffn_jax.models.decoder import FFN_NAME, Decoder, layers_of
 from sparseffn_jax.models.spec import DecoderSpec
 from sparseffn_jax.sparsify.budget import Candidate, choose
 from sparseffn_jax.sparsify.closed_form import Moments, reduced_rank_regression, ridge_solve
 from sparseffn_jax.sparsify.dense import DenseFFN
-from sparseffn_jax.sparsify.fit import fit_layer
-from sparseffn_jax.sparsify.layers import compiled_ffn, convert_layers, outer_params
+from sparseffn_jax.sparsify.layers import outer_params
 from sparseffn_jax.sparsify.selection import elimination_path
 from sparseffn_jax.sparsify.streams import LayerActivations, Streams
 
@@ -49,13 +44,14 @@ _MOST_RANKS = 5
 # Directions that the loss does not feel on the text still count as much as this share of the mean.
 _FISHER_FLOOR = 1e-3
 # Share of the calibration text that layers are fitted on; the rest shows what they are worth.
-_FIT_SHARE = 0.75
+FIT_SHARE = 0.75
 # A layer that is cut much further than in the trial is repaired less than the trial shows. On
 # SmolLM2 at 0.4 of the FLOPs the loss rises by 0.471 nats with a plan that expects no repair, by
 # 0.490 with the shares of a trial as they are, and by 0.453 with their square roots.
 _TRUST = 0.5
 
 Size = tuple[int, int]
+Configs = tuple[SparseFFNConfig | None, ...]
 
 
 class Grid(NamedTuple):
@@ -175,7 +171,7 @@ def estimate_damages(
     root, d_model = root_of(fisher), fisher.shape[0]
     fitted, check = (
         _with_targets(Moments.of(_features_and_outputs(dense, part), centred=centred), root)
-        for part in _parts(activations)
+        for part in fit_and_check(activations)
     )
     # What the dense FFN returns is linear in its units.
     down, hidden = dense.down.weight @ root, check.xx[d_model:, d_model:]
@@ -211,9 +207,13 @@ def _error(
     return float(np.sum(products) + np.sum(np.square(shift)))
 
 
-def _parts(activations: LayerActivations) -> tuple[LayerActivations, LayerActivations]:
-    """Splits what is known of a layer into a part to fit on and a part to check on."""
-    split = round(_FIT_SHARE * len(activations.x))
+def fit_and_check(activations: LayerActivations) -> tuple[LayerActivations, LayerActivations]:
+    """Splits what is known of a layer into a part to fit on and a part to check on.
+
+    Args:
+      activations: what the layer receives, and should return, on calibration text.
+    """
+    split = round(FIT_SHARE * len(activations.x))
     first, second = (
         dataclasses.replace(activations, x=activations.x[rows], target=activations.target[rows])
         for rows in (slice(None, split), slice(split, None))
@@ -272,7 +272,7 @@ class Plan:
     layers: tuple[Candidate, ...]
 
     @property
-    def configs(self) -> tuple[SparseFFNConfig | None, ...]:
+    def configs(self) -> Configs:
         """The configuration of each layer; ``None`` keeps it dense."""
         return tuple(layer.config for layer in self.layers)
 
@@ -280,18 +280,6 @@ class Plan:
     def damage(self) -> float:
         """The predicted rise of the loss, in nats a token."""
         return sum(layer.damage for layer in self.layers)
-
-
-class Trial(NamedTuple):
-    """What a trial conversion without gradient steps shows, on text that it was not fitted to.
-
-    Attributes:
-      damage: the damage that the last replaced layer sees, in nats a token.
-      loss: the converted model's cross-entropy, in nats a token.
-    """
-
-    damage: float
-    loss: float
 
 
 class Planner:
@@ -316,8 +304,8 @@ class Planner:
         *,
         batch_size: int = 4,
     ):
-        self._model, self._params, self._tokens = model, params, tokens
-        self._fisher, self._damages, self._batch_size = fisher, damages, batch_size
+        self.model, self.params, self.tokens = model, params, tokens
+        self.fisher, self.batch_size, self._damages = fisher, batch_size, damages
         # Until a trial says otherwise, what a layer loses is lost.
         self._left = np.ones(model.spec.n_layer)
 
@@ -331,7 +319,7 @@ class Planner:
         Raises:
           ValueError: if no plan keeps to the limits.
         """
-        configs = [config_of(self._model.spec, size) for size in self._damages[0]]
+        configs = [config_of(self.model.spec, size) for size in self._damages[0]]
         costs = [cost(config) for config in configs]
         layers = [
             [
@@ -347,56 +335,17 @@ class Planner:
         """For each layer the share of its damage that the layers behind it leave."""
         return np.append(np.cumprod(self._left[:0:-1])[::-1], 1.0)
 
-    def try_out(
-        self,
-        configs: Sequence[SparseFFNConfig | None],
-        repair: float = REPAIR,
-        on_layer: Callable[[int, int], None] | None = None,
-    ) -> Trial:
-        """Converts the model in closed form, and learns how much each layer repairs.
-
-        Nothing is learnt of layers that stay dense.
+    def learn(self, layer: int, config: SparseFFNConfig, before: float, behind: float) -> None:
+        """Notes how much of the damage before a layer it repairs, as a trial conversion shows.
 
         Args:
-          configs: the configuration of each layer.
-          repair: share of earlier losses that a layer makes up for, above 0.
-          on_layer: function that is called with the numbers of layers done and to be done.
-
-        Returns:
-          What the trial shows.
+          layer: the layer's number.
+          config: its configuration in the trial.
+          before: the damage that the replaced layer before it leaves, in nats a token, above 0.
+          behind: the damage behind the layer.
         """
-        model, seen, before = self._model, 0.0, 0.0
-        ffns = tuple(configs)
-
-        def fit(layer: int, dense: DenseFFN, activations: LayerActivations) -> Any:
-            nonlocal before, seen
-            config = ffns[layer]
-            assert config is not None
-            seen_part, check = _parts(activations)
-            fitted, leaves = fit_layer(dense, config, seen_part)
-            module = ffn_module(model.clone(ffns=(fitted,) * len(ffns), dtype=jnp.float32), layer)
-            leaves = jax.tree.map(jnp.asarray, leaves)
-            run = functools.partial(compiled_ffn(module.clone(name=None)), {"params": leaves})
-            seen = _damage_left(dense, run, check, self._fisher[layer], repair)
-            if before > 0.0:
-                own = self._damages[layer][size_of(config, model.spec)]
-                self._left[layer] = np.clip((seen - own) / before, 0.0, 1.0) ** _TRUST
-            before = seen
-            return fitted, leaves
-
-        layers = [i for i, config in enumerate(ffns) if config is not None]
-        converted, params = convert_layers(
-            model,
-            self._params,
-            layers,
-            fit,
-            self._tokens,
-            repair=repair,
-            batch_size=self._batch_size,
-            on_layer=on_layer and (lambda layer: on_layer(layer.layer + 1, len(ffns))),
-        )
-        unseen = self._tokens[round(_FIT_SHARE * len(self._tokens)) :]
-        return Trial(seen, make_evaluator(converted)(params, unseen, self._batch_size))
+        own = self._damages[layer][size_of(config, self.model.spec)]
+        self._left[layer] = np.clip((behind - own) / before, 0.0, 1.0) ** _TRUST
 
     def without_bypasses(self) -> "Planner":
         """Returns a planner that chooses among widths alone, and has not tried anything out."""
@@ -404,41 +353,8 @@ class Planner:
             {(width, rank): x for (width, rank), x in layer.items() if not rank}
             for layer in self._damages
         ]
-        args = self._model, self._params, self._tokens, self._fisher, damages
-        return Planner(*args, batch_size=self._batch_size)
-
-
-def try_out_best(
-    planners: Sequence[Planner],
-    plan: Callable[[Planner], Plan],
-    *,
-    trials: int = 1,
-    repair: float = REPAIR,
-    on_layer: Callable[[int, int], None] | None = None,
-) -> Planner:
-    """Tries out what each planner plans, and returns the one whose model has the least loss.
-
-    Whether bypasses pay is a matter of a few hundredths of a nat, and of a clock's prices; what is
-    estimated for single layers is not sure enough to say.
-
-    Args:
-      planners: planners, which all learn from their own trials.
-      plan: returns the plan that a planner makes for the budget in question.
-      trials: number of trial conversions for each of them, at least 1.
-      repair: as in :meth:`Planner.try_out`.
-      on_layer: function that is called with the numbers of layers done and to be done.
-    """
-    tried: dict[Any, float] = {}
-    losses = []
-    for planner in planners:
-        loss = np.inf
-        for _ in range(trials):
-            configs = plan(planner).configs
-            if configs not in tried:
-                tried[configs] = planner.try_out(configs, repair, on_layer).loss
-            loss = tried[configs]
-        losses.append(loss)
-    return planners[int(np.argmin(losses))]
+        args = self.model, self.params, self.tokens, self.fisher, damages
+        return Planner(*args, batch_size=self.batch_size)
 
 
 def estimate_layers(
@@ -474,22 +390,6 @@ def estimate_layers(
             args = dense, activations, fisher[i], grid
             damages = estimate_damages(*args, centred=spec.ffn_bias)
             yield {size: damages[size] for size in sizes}
-
-
-def _damage_left(
-    dense: DenseFFN,
-    sparse: Callable[[Array], Array],
-    activations: LayerActivations,
-    fisher: Float[np.ndarray, "d d"],
-    repair: float,
-) -> float:
-    """Returns the damage, in nats a token, that the residual stream has behind a layer."""
-    root, total = jnp.asarray(root_of(fisher), jnp.float32), 0.0
-    for x, target in activations.chunks():
-        y = dense(x)
-        lost = (target - y) / repair + y - sparse(x)
-        total += float(jnp.sum(jnp.square(lost @ root)))
-    return 0.5 * total / len(activations.x)
 
 
 def root_of(fisher: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:

@@ -1,9 +1,9 @@
 """Takes calibration text through a stack, one layer at a time.
 
-Two token streams stand side by side: the residual stream of the dense model, and that of the model
-whose layers so far have been replaced. A layer is fitted when both have reached it, and both go on
-through it. Nothing but the streams and one layer's inputs and targets is ever held for the whole
-text.
+Token streams stand side by side: the residual stream of the dense model, and that of the model
+whose layers so far have been replaced; or those of several such models, for which the dense one is
+computed once. A layer is fitted when all have reached it, and all go on through it. Nothing but the
+streams and one layer's inputs and targets is ever held for the whole text.
 
 Fitting a layer on the inputs that the replaced prefix really gives it, and to a target that undoes
 part of what the prefix did, is sequential layer-wise reconstruction as in Frantar & Alistarh 2023
@@ -68,7 +68,7 @@ class LayerActivations:
 
 
 class Streams:
-    """The two residual streams of a conversion, both before the same layer.
+    """The residual streams of one conversion or several, all before the same layer.
 
     Attributes:
       model: the dense model, whose precision is that of the computation.
@@ -83,6 +83,7 @@ class Streams:
         batch_size: int,
         dtype: Dtype = np.float32,
         place: Place = jnp.asarray,
+        conversions: int = 1,
     ):
         """Embeds the text.
 
@@ -93,12 +94,14 @@ class Streams:
           batch_size: number of windows in one forward pass.
           dtype: what the streams are stored in.
           place: function that puts a batch of windows on the devices.
+          conversions: number of conversions.
 
         Raises:
           MemoryError: if the streams and one layer's activations do not fit into host memory.
         """
-        # Both streams, and a layer's inputs and targets.
-        needed = 4 * tokens.size * model.spec.d_model * np.dtype(dtype).itemsize
+        # The dense stream, and for each conversion its own and a layer's inputs and targets.
+        arrays = 1 + 3 * conversions
+        needed = arrays * tokens.size * model.spec.d_model * np.dtype(dtype).itemsize
         what = f"a conversion on {tokens.size:,} tokens"
         if lacking := shortage(needed, free_host_bytes(), what):
             raise MemoryError(f"{lacking}: lower the number of calibration tokens")
@@ -112,8 +115,8 @@ class Streams:
         for rows in self._batches:
             x, self._table = embed(params, place(tokens[rows]))
             self._dense[rows] = x
-        # Until the first layer is replaced there is one stream.
-        self._converted: np.ndarray | None = None
+        # Until a conversion has replaced its first layer, its stream is the dense one.
+        self._converted: list[np.ndarray | None] = [None] * conversions
         self._runs: dict[Any, Callable] = {}
         # Of all layers alike.
         block = block_module(model, 0)
@@ -136,49 +139,65 @@ class Streams:
         return self._dense.shape, self._dense.dtype
 
     def state(self) -> tuple[np.ndarray, ...]:
-        """Returns both streams as they are; a step further changes these arrays."""
-        assert self._converted is not None
-        return self._dense, self._converted
+        """Returns the streams as they are; a step further changes these arrays."""
+        converted = [stream for stream in self._converted if stream is not None]
+        assert len(converted) == len(self._converted)
+        return self._dense, *converted
 
     def restore(self, state: Sequence[np.ndarray]) -> None:
-        """Puts both streams where they were when :meth:`state` returned them."""
-        self._dense, self._converted = state
+        """Puts the streams where they were when :meth:`state` returned them."""
+        self._dense, *converted = state
+        self._converted = list(converted)
 
-    def reach(self, layer: int, params: Any, repair: float) -> LayerActivations:
-        """Takes both streams to where the layer's FFN adds to them, and the dense one past it.
+    def reach(
+        self, layer: int, params: Any, repair: float, replaced: Sequence[bool] = (True,)
+    ) -> list[LayerActivations | None]:
+        """Takes the streams to where the layer's FFN adds to them, and the dense one past it.
 
         Args:
           layer: the layer's number; every earlier layer has been left behind.
           params: the layer's parameters in the dense model.
           repair: share of the target that brings the residual stream back to the dense model's;
             the rest is what the dense FFN returns on the same inputs.
+          replaced: for each conversion, whether it replaces the layer's FFN; if not, its stream
+            goes past the layer too.
+
+        Returns:
+          For each conversion what its FFN receives and should return, or ``None`` if it stays
+          dense.
 
         Raises:
           ValueError: if the activations are not finite.
         """
         run = self._run(layer)
-        before = self._dense if self._converted is None else self._converted
-        rest = np.empty_like(before) if self._converted is None else before
-        x, target = np.empty_like(before), np.empty_like(before)
+        found = [
+            tuple(np.empty_like(self._dense) for _ in range(2)) if here else None
+            for here in replaced
+        ]
+        streams = [
+            np.empty_like(self._dense) if stream is None and here else stream
+            for stream, here in zip(self._converted, replaced, strict=True)
+        ]
         for rows in self._batches:
-            dense, z, y = run(params, self._place(self._dense[rows]), self._table)
-            mine = dense
-            if self._converted is not None:
-                # One after the other: at once, they would need twice the memory.
-                dense.block_until_ready()
-                mine, z, y = run(params, self._place(before[rows]), self._table)
-            x[rows] = z
-            rest[rows], target[rows] = self._rest_and_target(params, dense, mine, y, repair)
-            # Checked as they are stored: in float16 what is too large becomes infinite.
-            if not (np.isfinite(x[rows]).all() and np.isfinite(target[rows]).all()):
-                raise ValueError(
-                    f"the activations of layer {layer} are not finite in {x.dtype}: "
-                    + ("take bfloat16 or float32" if x.dtype == np.float16 else "check the weights")
-                )
+            dense, *of_dense = run(params, self._place(self._dense[rows]), self._table)
+            for before, stream, arrays in zip(self._converted, streams, found, strict=True):
+                if stream is None:
+                    continue
+                mine, z, y = dense, *of_dense
+                if before is not None:
+                    # One after the other: at once, they would need twice the memory.
+                    dense.block_until_ready()
+                    mine, z, y = run(params, self._place(before[rows]), self._table)
+                if arrays is None:
+                    stream[rows] = mine
+                    continue
+                x, target = arrays
+                x[rows] = z
+                stream[rows], target[rows] = self._rest_and_target(params, dense, mine, y, repair)
+                _check_finite(layer, x[rows], target[rows])
             self._dense[rows] = dense
-        self._converted = rest
-        d_model = x.shape[-1]
-        return LayerActivations(x.reshape(-1, d_model), target.reshape(-1, d_model), self._place)
+        self._converted = streams
+        return [None if arrays is None else self._activations(*arrays) for arrays in found]
 
     def observe(self, layer: int, params: Any) -> LayerActivations:
         """Takes the dense stream past a layer while nothing has been replaced.
@@ -196,27 +215,29 @@ class Streams:
             self._dense[rows], x[rows], y[rows] = run(
                 params, self._place(self._dense[rows]), self._table
             )
-        d_model = x.shape[-1]
-        return LayerActivations(x.reshape(-1, d_model), y.reshape(-1, d_model), self._place)
+        return self._activations(x, y)
 
     def leave(
         self,
         activations: LayerActivations,
         params: Any,
         ffn: Callable[[Float[Array, "c d"]], Float[Array, "c d"]],
+        conversion: int = 0,
     ) -> float:
-        """Takes the converted stream past the layer that it has reached.
+        """Takes a conversion's stream past the layer that it has reached.
 
         Args:
-          activations: what :meth:`reach` returned.
+          activations: what :meth:`reach` returned for this conversion.
           params: the layer's parameters in the dense model.
           ffn: the FFN that replaces the layer's.
+          conversion: number of the conversion.
 
         Returns:
           The squared error on the targets, over their variance.
         """
-        assert self._converted is not None
-        stream = self._converted.reshape(activations.x.shape)
+        stream = self._converted[conversion]
+        assert stream is not None
+        stream = stream.reshape(activations.x.shape)
         error = 0.0
         for start, (x, target) in enumerate(activations.chunks()):
             rows = slice(start * CHUNK, start * CHUNK + len(x))
@@ -226,13 +247,9 @@ class Streams:
             error += float(jnp.sum(jnp.square(y - target)))
         return error / len(activations.x) / activations.variance
 
-    def skip(self, layer: int, params: Any) -> None:
-        """Takes both streams through a layer that stays dense."""
-        run = self._run(layer)
-        for stream in (self._dense, self._converted):
-            if stream is not None:
-                for rows in self._batches:
-                    stream[rows] = run(params, self._place(stream[rows]), self._table)[0]
+    def _activations(self, x: np.ndarray, target: np.ndarray) -> LayerActivations:
+        d_model = x.shape[-1]
+        return LayerActivations(x.reshape(-1, d_model), target.reshape(-1, d_model), self._place)
 
     def _run(self, layer: int) -> Callable:
         """Returns the layer's block, compiled once for all layers that compute the same."""
@@ -251,6 +268,14 @@ class Streams:
 
             self._runs[key] = CheckedJit(run, "a layer's forward pass", _smaller)
         return self._runs[key]
+
+
+def _check_finite(layer: int, *stored: np.ndarray) -> None:
+    """Refuses activations as they are stored: in float16 what is too large becomes infinite."""
+    if not all(np.isfinite(part).all() for part in stored):
+        dtype = stored[0].dtype
+        advice = "take bfloat16 or float32" if dtype == np.float16 else "check the weights"
+        raise ValueError(f"the activations of layer {layer} are not finite in {dtype}: {advice}")
 
 
 def _smaller(params: Any, x: Array, table: Any) -> dict[str, tuple[Any, ...]]:

@@ -1,5 +1,6 @@
 """Plans: estimates of damage against NumPy on unseen text, and what trials teach."""
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 
@@ -15,7 +16,6 @@ from sparseffn_jax.sparsify.fisher import output_fisher
 from sparseffn_jax.sparsify.planning import (
     Grid,
     Planner,
-    Trial,
     as_served,
     candidates,
     config_of,
@@ -23,9 +23,9 @@ from sparseffn_jax.sparsify.planning import (
     estimate_layers,
     size_grid,
     size_of,
-    try_out_best,
 )
 from sparseffn_jax.sparsify.streams import LayerActivations
+from sparseffn_jax.sparsify.trials import Trial, try_out, try_out_best
 
 TOKENS, D, M = 1200, 6, 20
 
@@ -148,12 +148,12 @@ def test_a_trial_teaches_what_later_layers_repair(planner):
     configs = [config_of(model.spec, (grid.widths[len(grid.widths) // 2], grid.ranks[1]))] * 2
     np.testing.assert_array_equal(plans.weights, [1.0, 1.0])
     # Of one layer alone nothing can be learnt; what it leaves is what the second one finds.
-    before = plans.try_out([configs[0], None]).damage
+    (alone,) = try_out([(plans, (configs[0], None))])
     np.testing.assert_array_equal(plans.weights, [1.0, 1.0])
-    after = plans.try_out(configs, on_layer=lambda *counts: seen.append(counts)).damage
+    (both,) = try_out([(plans, tuple(configs))], on_layer=lambda *counts: seen.append(counts))
     assert seen == [(1, 2), (2, 2)]
     own = plans._damages[1][size_of(configs[1], model.spec)]
-    share = min(max((after - own) / before, 0.0), 1.0)
+    share = min(max((both.damage - own) / alone.damage, 0.0), 1.0)
     np.testing.assert_allclose(plans.weights, [share**0.5, 1.0], rtol=1e-6)
     first = plans.plan(cost, budget=1.0).layers[0]
     alone = plans._damages[0][size_of(first.config, model.spec)]
@@ -183,7 +183,7 @@ def test_the_damage_left_by_a_trial_is_that_of_the_converted_stream():
     config = config_of(model.spec, size)
     damages = [{(model.spec.d_ff, 0): 0.0, size: 0.0}] * 2
     plans = Planner(model, params, windows[:, :-1], fisher, damages, batch_size=20)
-    left, loss = plans.try_out([None, config])
+    ((left, loss),) = try_out([(plans, (None, config))])
     tokens = windows[:, :-1]
     first, second = tokens[:60], tokens[60:]
     sparse, leaves = sf.sparsify(model, params, [None, config], first, distill_steps=0)
@@ -202,6 +202,27 @@ def test_the_damage_left_by_a_trial_is_that_of_the_converted_stream():
     assert loss == pytest.approx(sf.evaluate_loss(sparse, leaves, second, 20), rel=1e-5)
 
 
+def test_plans_that_are_tried_out_side_by_side_show_what_each_shows_alone(planner):
+    model, plans = planner
+    grid = size_grid(model.spec)
+    wide, slim = (config_of(model.spec, (width, 0)) for width in grid.widths[1:3])
+    beside = config_of(model.spec, (grid.widths[-1], grid.ranks[1]))
+    # The second begins with a dense layer, the third ends with one.
+    every = [(beside, slim), (None, wide), (slim, None)]
+
+    def untaught():
+        other = copy.copy(plans)
+        other._left = np.ones(model.spec.n_layer)
+        return other
+
+    pairs = [(untaught(), configs) for configs in every]
+    together = try_out(pairs)
+    for (learner, configs), trial in zip(pairs, together, strict=True):
+        lone = untaught()
+        np.testing.assert_array_equal([trial], try_out([(lone, configs)]))
+        np.testing.assert_array_equal(learner.weights, lone.weights)
+
+
 def test_of_spaces_the_one_whose_trial_loses_least_is_taken(monkeypatch):
     model, params = make_model("gpt2")
     sizes = {(model.spec.d_ff, 0): 0.0, (64, 8): 0.1, (64, 0): 0.2}
@@ -213,12 +234,15 @@ def test_of_spaces_the_one_whose_trial_loses_least_is_taken(monkeypatch):
     assert [list(layer) for layer in alone._damages] == [[(model.spec.d_ff, 0), (64, 0)]] * 2
     tried = []
 
-    def try_out(planner, configs, repair, on_layer):
-        tried.append((planner, configs, repair))
-        bypasses = any(config is not None and config.spectral for config in configs)
-        return Trial(0.0, loss[bypasses])
+    def try_out(plans, repair, on_layer):
+        tried.extend((planner, configs, repair) for planner, configs in plans)
+        bypasses = [
+            any(config is not None and config.spectral for config in configs)
+            for _, configs in plans
+        ]
+        return [Trial(0.0, loss[each]) for each in bypasses]
 
-    monkeypatch.setattr(Planner, "try_out", try_out)
+    monkeypatch.setitem(try_out_best.__globals__, "try_out", try_out)
 
     def plan(planner):
         return planner.plan(cost, budget=1.7)
