@@ -93,6 +93,7 @@ class Comparison:
             jax.random.key(timing_seed), (timed_tokens, dense.spec.d_model)
         )
         self._dense_stacks: dict[bool, Stack] = {}
+        self._times: dict[Any, dict[str, Any]] = {}
 
     def loss(
         self, model: Decoder, params: Any, windows: Int[np.ndarray, "n w"] | None = None
@@ -171,8 +172,14 @@ class Comparison:
         return sizer.settle(target, lambda config: self._time(method, config, _FINAL_REPEATS))
 
     def _time(self, method: Method, config: Any, repeats: int) -> dict[str, Any]:
-        model = self.model.clone(ffns=method.ffns(config, self.model.spec.n_layer))
-        return self.time_ffns(model, fresh_ffns(model), repeats=repeats).summary()
+        # Layers that are alike are timed once for all methods: on an unsteady clock one method
+        # would otherwise be given more units than another whose layers are the same.
+        ffns = tuple(method.ffns(config, self.model.spec.n_layer))
+        if (ffns, repeats) not in self._times:
+            model = self.model.clone(ffns=ffns)
+            times = self.time_ffns(model, fresh_ffns(model), repeats=repeats)
+            self._times[ffns, repeats] = times.summary()
+        return self._times[ffns, repeats]
 
     def _tune(
         self,

@@ -292,6 +292,9 @@ class Planner:
       fisher: Fisher matrix of each layer's outputs.
       damages: what :func:`estimate_layers` yields.
       batch_size: number of windows in one forward pass; it changes the result by rounding alone.
+
+    Attributes:
+      model, params, tokens, fisher, batch_size: as they were given.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sparseffn_jax.bench import quality
+from sparseffn_jax.bench import comparison, quality
 from sparseffn_jax.bench.peers import PEERS, Searched
 from sparseffn_jax.bench.quality import QualitySettings, run_quality
 from sparseffn_jax.config import SparseFFNConfig
@@ -59,6 +59,22 @@ def test_a_stopped_run_goes_on_and_ends_with_a_complete_table(settings, exact_cl
 
     with pytest.raises(ValueError, match=r"made with other settings \(steps\)"):
         run(dataclasses.replace(settings, steps=3))
+
+
+def test_methods_with_the_same_layers_are_given_the_same_size(settings, exact_clock, monkeypatch):
+    """Even if the clock says something else each time."""
+    rng, exact = np.random.default_rng(0), comparison.time_stacks
+
+    def unsteady(baseline, candidate, x, *, repeats):
+        return exact(baseline, candidate * rng.uniform(0.6, 1.4), x, repeats=repeats)
+
+    monkeypatch.setattr(comparison, "time_stacks", unsteady)
+    settings = dataclasses.replace(
+        settings, out=settings.out.with_name("same"), methods=("narrow", "narrow+repair")
+    )
+    plain, helped = run(settings)[0]["points"]
+    for name in ("config", "speedup", "speedup_quartiles"):
+        assert plain[name] == helped[name]
 
 
 def test_plans_are_methods_among_others(settings, exact_clock, tmp_path):
