@@ -399,7 +399,7 @@ def test_inspect_has_one_line_for_layers_that_are_alike(folder, sparse, capfd, m
     monkeypatch.setenv("COLUMNS", "140")
     run("inspect", "--model", sparse)
     out = capfd.readouterr().out
-    assert "core and bypass: joined" in out
+    assert "core and bypass: two_gemms" in out
     rows = [line.split("│") for line in out.splitlines() if line[:1] == "│"]
     cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
     first, total = cells[0], cells[-1]

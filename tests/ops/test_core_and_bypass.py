@@ -95,11 +95,19 @@ def test_joining_must_pay_for_the_copy_of_the_weights(platform):
     weights = weights_of(4096, 3712, 1024)
     choose = core_and_bypass.choose
     assert choose(1, weights, platform).name == "two_gemms"
-    assert choose(1, weights, platform, is_packed=True).name == "joined"
-    assert choose(65536, weights, platform).name == "joined"
     assert choose(65536, weights_of(1024, 32, 1024), platform, is_packed=True).name == "merged"
     with pytest.raises(ValueError, match="no plan 'fft': use one of joined, two_gemms, merged"):
         choose(1, weights, platform, "fft")
+
+
+def test_on_a_cpu_joining_must_pay_for_the_copy_of_the_hidden_units_too():
+    choose = core_and_bypass.choose
+    for weights in (weights_of(4096, 3712, 1024), weights_of(576, 1024, 64)):
+        assert choose(65536, weights, "gpu").name == "joined"
+        assert choose(65536, weights, "cpu").name == "two_gemms"
+        assert choose(1, weights, "gpu", is_packed=True).name == "joined"
+    # So few that x itself is most of what is read.
+    assert choose(65536, weights_of(576, 128, 64), "cpu").name == "joined"
 
 
 def test_a_plan_that_is_refused_for_a_while():
