@@ -24,8 +24,9 @@ from sparseffn_jax.train.loop import train
 
 # Windows in one forward pass, in evaluation and in calibration.
 EVALUATION_BATCH = 16
-# Pairs of runs while a size is sought, and when it has been found.
-_SIZING_REPEATS, _FINAL_REPEATS = 5, 15
+# Pairs of runs, and seconds that they take, at least: while a size is sought, and once it is found.
+_SIZING: dict[str, Any] = {"repeats": 5, "least_seconds": 2.0}
+_FINAL: dict[str, Any] = {"repeats": 15, "least_seconds": 6.0}
 
 
 class Tuned(NamedTuple):
@@ -132,7 +133,13 @@ class Comparison:
         return self._tune(name, model, params, *how)
 
     def time_ffns(
-        self, model: Decoder, params: Any, *, train: bool = False, repeats: int = 15
+        self,
+        model: Decoder,
+        params: Any,
+        *,
+        train: bool = False,
+        repeats: int = 15,
+        least_seconds: float = 0.0,
     ) -> PairedTimes:
         """Times the FFNs of all of a model's layers in turn with the dense model's.
 
@@ -141,11 +148,13 @@ class Comparison:
           params: its parameters, or those of its FFNs alone.
           train: whether gradients are timed instead of outputs.
           repeats: number of pairs of runs.
+          least_seconds: what all timed runs together take at least.
         """
         if train not in self._dense_stacks:
             self._dense_stacks[train] = ffn_stack(self.model, self.dense.params, train=train)
         stack = ffn_stack(model, params, train=train)
-        return time_stacks(self._dense_stacks[train], stack, self._activations, repeats=repeats)
+        how = {"repeats": repeats, "least_seconds": least_seconds}
+        return time_stacks(self._dense_stacks[train], stack, self._activations, **how)
 
     def sizer(self, method: Method) -> Sizer:
         """Returns a search for the size of a method that is as fast as is wanted.
@@ -155,7 +164,7 @@ class Comparison:
         """
         return Sizer(
             lambda ratio: method.size(self.model.spec, ratio),
-            lambda config: self._time(method, config, _SIZING_REPEATS)["speedup"],
+            lambda config: self._time(method, config, _SIZING)["speedup"],
         )
 
     def settle(self, method: Method, sizer: Sizer, target: float) -> Settled | None:
@@ -169,17 +178,17 @@ class Comparison:
         Returns:
           The configuration and its times, or ``None`` if the method is never that fast.
         """
-        return sizer.settle(target, lambda config: self._time(method, config, _FINAL_REPEATS))
+        return sizer.settle(target, lambda config: self._time(method, config, _FINAL))
 
-    def _time(self, method: Method, config: Any, repeats: int) -> dict[str, Any]:
+    def _time(self, method: Method, config: Any, how: dict[str, Any]) -> dict[str, Any]:
         # Layers that are alike are timed once for all methods: on an unsteady clock one method
         # would otherwise be given more units than another whose layers are the same.
         ffns = tuple(method.ffns(config, self.model.spec.n_layer))
-        if (ffns, repeats) not in self._times:
+        key = ffns, *how.values()
+        if key not in self._times:
             model = self.model.clone(ffns=ffns)
-            times = self.time_ffns(model, fresh_ffns(model), repeats=repeats)
-            self._times[ffns, repeats] = times.summary()
-        return self._times[ffns, repeats]
+            self._times[key] = self.time_ffns(model, fresh_ffns(model), **how).summary()
+        return self._times[key]
 
     def _tune(
         self,

@@ -67,7 +67,12 @@ def fresh_ffns(model: Decoder, seed: int = 0, count: int | None = None) -> dict[
 
 
 def time_stacks(
-    baseline: Stack, candidate: Stack, x: Float[Array, "t d"], *, repeats: int = 15
+    baseline: Stack,
+    candidate: Stack,
+    x: Float[Array, "t d"],
+    *,
+    repeats: int = 15,
+    least_seconds: float = 0.0,
 ) -> PairedTimes:
     """Times two stacks in turn on the same activations, as :func:`time_pair` does.
 
@@ -76,5 +81,8 @@ def time_stacks(
       candidate: the stack that is compared.
       x: (t, d_model) activations.
       repeats: number of pairs of runs.
+      least_seconds: what all timed runs together take at least.
     """
-    return time_pair(lambda: baseline(x), lambda: candidate(x), repeats=repeats)
+    return time_pair(
+        lambda: baseline(x), lambda: candidate(x), repeats=repeats, least_seconds=least_seconds
+    )

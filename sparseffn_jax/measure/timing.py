@@ -26,6 +26,16 @@ class PairedTimes:
         """Speed-up of the candidate: the median ratio of the times in a repetition."""
         return float(np.median(np.divide(self.baseline, self.candidate)))
 
+    @property
+    def relative_error(self) -> float:
+        """Standard error of the speed-up over the speed-up, by the quartiles of the ratios.
+
+        Of a median, as for notched box plots (McGill, Tukey and Larsen 1978).
+        """
+        ratios = np.divide(self.baseline, self.candidate)
+        lower, median, upper = np.quantile(ratios, [0.25, 0.5, 0.75])
+        return float(1.25 * (upper - lower) / (1.35 * median * np.sqrt(len(ratios))))
+
     def __add__(self, other: "PairedTimes") -> "PairedTimes":
         """Returns the pairs of both measurements."""
         return PairedTimes(self.baseline + other.baseline, self.candidate + other.candidate)
@@ -55,7 +65,11 @@ def chained(function: Callable[[Any, Any], Any], times: int) -> Callable[[Any, A
 
 
 def time_pair(
-    baseline: Callable[[], Any], candidate: Callable[[], Any], *, repeats: int = 15
+    baseline: Callable[[], Any],
+    candidate: Callable[[], Any],
+    *,
+    repeats: int = 15,
+    least_seconds: float = 0.0,
 ) -> PairedTimes:
     """Times two functions in turn, as :func:`time_in_turn` does.
 
@@ -65,12 +79,14 @@ def time_pair(
       candidate: function that runs the program to be compared with the reference and returns its
         outputs, which are waited for.
       repeats: number of times that each function is timed.
+      least_seconds: what all timed runs together take at least; short ones are timed more often.
     """
-    return PairedTimes(*time_in_turn([baseline, candidate], repeats=repeats))
+    functions = [baseline, candidate]
+    return PairedTimes(*time_in_turn(functions, repeats=repeats, least_seconds=least_seconds))
 
 
 def time_in_turn(
-    functions: Sequence[Callable[[], Any]], *, repeats: int = 15
+    functions: Sequence[Callable[[], Any]], *, repeats: int = 15, least_seconds: float = 0.0
 ) -> list[tuple[float, ...]]:
     """Times functions in turn.
 
@@ -81,16 +97,19 @@ def time_in_turn(
     Args:
       functions: functions that each run a program and return its outputs, which are waited for.
       repeats: number of times that each function is timed.
+      least_seconds: what all timed runs together take at least; short ones are timed more often.
 
     Returns:
       The times of each function, in seconds, run by run.
     """
     times: list[list[float]] = [[] for _ in functions]
-    for repeat in range(repeats):
+    repeat = 0
+    while repeat < repeats or sum(map(sum, times)) < least_seconds:
         for turn in range(len(functions)):
             number = (turn + repeat) % len(functions)
             jax.block_until_ready(functions[number]())
             started = time.perf_counter()
             jax.block_until_ready(functions[number]())
             times[number].append(time.perf_counter() - started)
+        repeat += 1
     return [tuple(each) for each in times]

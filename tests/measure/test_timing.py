@@ -1,5 +1,6 @@
 import types
 
+import numpy as np
 import pytest
 
 from sparseffn_jax.measure import timing
@@ -28,6 +29,21 @@ def test_turns_begin_untimed_and_their_order_changes(clock):
     runs = [taking(clock, log, "a", 9.0, 2.0), taking(clock, log, "b", 7.0, 1.0)]
     assert timing.time_in_turn(runs, repeats=3) == [(2.0,) * 3, (1.0,) * 3]
     assert "".join(log) == "aabb" + "bbaa" + "aabb"
+
+
+def test_short_programs_run_until_enough_time_has_passed(clock):
+    log = []
+    runs = [taking(clock, log, "a", 9.0, 2.0), taking(clock, log, "b", 7.0, 1.0)]
+    assert timing.time_pair(*runs, repeats=3, least_seconds=10.0).baseline == (2.0,) * 4
+    assert timing.time_pair(*runs, repeats=3, least_seconds=9.0).baseline == (2.0,) * 3
+
+
+def test_the_error_of_a_speedup_is_what_its_repetitions_show():
+    rng = np.random.default_rng(0)
+    times = rng.normal(1.0, 0.05, (2000, 25))
+    pairs = [timing.PairedTimes((2.0,) * 25, tuple(each)) for each in times]
+    spread = np.std([pair.speedup for pair in pairs]) / 2.0
+    assert np.mean([pair.relative_error for pair in pairs]) == pytest.approx(spread, rel=0.1)
 
 
 def test_the_speedup_is_the_median_over_pairs():
