@@ -24,7 +24,7 @@ from sparseffn_jax.train.loop import train
 
 # Windows in one forward pass, in evaluation and in calibration.
 EVALUATION_BATCH = 16
-# Pairs of runs, and seconds that they take, at least: while a size is sought, and once it is found.
+# Pairs of runs, and seconds that they are to take: while a size is sought, and once it is found.
 _SIZING: dict[str, Any] = {"repeats": 5, "least_seconds": 2.0}
 _FINAL: dict[str, Any] = {"repeats": 15, "least_seconds": 6.0}
 
@@ -147,8 +147,8 @@ class Comparison:
           model: a sparse model.
           params: its parameters, or those of its FFNs alone.
           train: whether gradients are timed instead of outputs.
-          repeats: number of pairs of runs.
-          least_seconds: what all timed runs together take at least.
+          repeats: number of pairs of runs, at least.
+          least_seconds: as in :func:`~sparseffn_jax.measure.timing.time_in_turn`.
         """
         if train not in self._dense_stacks:
             self._dense_stacks[train] = ffn_stack(self.model, self.dense.params, train=train)

@@ -80,8 +80,8 @@ def time_stacks(
       baseline: the stack that is compared with.
       candidate: the stack that is compared.
       x: (t, d_model) activations.
-      repeats: number of pairs of runs.
-      least_seconds: what all timed runs together take at least.
+      repeats: number of pairs of runs, at least.
+      least_seconds: as in :func:`~sparseffn_jax.measure.timing.time_in_turn`.
     """
     return time_pair(
         lambda: baseline(x), lambda: candidate(x), repeats=repeats, least_seconds=least_seconds

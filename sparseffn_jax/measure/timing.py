@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+# Programs that are over at once run at most so many times as often as is asked for.
+_MOST_OFTEN = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class PairedTimes:
@@ -78,8 +81,8 @@ def time_pair(
         for.
       candidate: function that runs the program to be compared with the reference and returns its
         outputs, which are waited for.
-      repeats: number of times that each function is timed.
-      least_seconds: what all timed runs together take at least; short ones are timed more often.
+      repeats: number of times that each function is timed, at least.
+      least_seconds: as in :func:`time_in_turn`.
     """
     functions = [baseline, candidate]
     return PairedTimes(*time_in_turn(functions, repeats=repeats, least_seconds=least_seconds))
@@ -96,15 +99,18 @@ def time_in_turn(
 
     Args:
       functions: functions that each run a program and return its outputs, which are waited for.
-      repeats: number of times that each function is timed.
-      least_seconds: what all timed runs together take at least; short ones are timed more often.
+      repeats: number of times that each function is timed, at least.
+      least_seconds: what all timed runs together are to take: short ones go on until they do, or
+        have run eight times as often as ``repeats``.
 
     Returns:
       The times of each function, in seconds, run by run.
     """
     times: list[list[float]] = [[] for _ in functions]
     repeat = 0
-    while repeat < repeats or sum(map(sum, times)) < least_seconds:
+    while repeat < repeats or (
+        repeat < _MOST_OFTEN * repeats and sum(map(sum, times)) < least_seconds
+    ):
         for turn in range(len(functions)):
             number = (turn + repeat) % len(functions)
             jax.block_until_ready(functions[number]())

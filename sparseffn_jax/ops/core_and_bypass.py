@@ -4,7 +4,7 @@ Both read x, and both write outputs that are added. Joined, they are two product
 one by all maps of x side by side, one of hidden units and components side by side by all maps out
 of them. Neither the inputs nor the sum then goes to memory more often than in a dense FFN. To put
 the weights side by side costs a copy of them, which a call of few tokens saves only if
-:func:`pack` has made it.
+:func:`pack` has made it. On a CPU hidden units are copied too, to stand beside the components.
 
 :func:`choose` picks a plan, :func:`pack` brings weights into the form that the plan multiplies by,
 and :func:`apply` runs the layer.

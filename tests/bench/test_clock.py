@@ -54,7 +54,7 @@ def test_a_planned_model_is_timed_with_its_own_ffns(model, monkeypatch):
     windows = np.random.default_rng(0).integers(VOCAB, size=(2, 13))
     losses = []
 
-    def time_pair(dense, sparse, *, repeats):
+    def time_pair(dense, sparse, **_):
         losses.extend([dense(), sparse()])
         return PairedTimes((3.0,), (2.0,))
 
@@ -70,7 +70,7 @@ def test_a_planned_model_is_trained_with_its_own_ffns(model, monkeypatch):
     windows = np.random.default_rng(0).integers(VOCAB, size=(2, 13))
     losses = []
 
-    def time_pair(dense, sparse, *, repeats):
+    def time_pair(dense, sparse, **_):
         losses.extend(float(run()["loss"]) for run in (dense, sparse, dense))
         return PairedTimes((3.0,), (2.0,))
 
@@ -108,12 +108,19 @@ def test_a_width_that_suits_the_machine_is_cheap_with_a_bypass_and_without():
         return (0.9 if width % 64 == 0 else 1.1) * width / 400 + rank / 240
 
     timed = [(w, 0) for w in widths] + [(16, 8), (384, 8)]
-    exact = smooth_prices(pairs_of({s: time(*s) for s in timed}), [(w, 8) for w in widths])
-    for (width, rank), price in exact.items():
-        assert price == pytest.approx(time(width, rank), rel=0.03)
-    # The same steps count for less if they could be noise.
-    noisy = smooth_prices(pairs_of({s: time(*s) for s in timed}, 0.4, 9), [(128, 0), (144, 0)])
-    assert time(128, 0) < noisy[128, 0] < noisy[144, 0] < time(144, 0)
+    exact = smooth_prices(
+        pairs_of({s: time(*s) for s in timed}), [(w, r) for w in widths for r in (0, 8)]
+    )
+    for size, price in exact.items():
+        assert price == pytest.approx(time(*size), rel=0.03)
+
+    # The step of a width whose times scatter widely around the same median counts for less.
+    pairs = pairs_of({s: time(*s) for s in timed})
+    scattered = tuple(time(128, 0) * np.array([0.6, 0.7, 1.0, 1.3, 1.4]))
+    pairs[128, 0] = PairedTimes((1.0,) * 5, scattered)
+    prices = smooth_prices(pairs, list(exact))
+    assert 1.05 * exact[128, 0] < prices[128, 0] < 1.15 * exact[128, 0]
+    assert prices[144, 0] == pytest.approx(exact[144, 0], rel=0.03)
 
 
 def test_noise_of_the_clock_makes_no_size_cheap():

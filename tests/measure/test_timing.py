@@ -36,6 +36,7 @@ def test_short_programs_run_until_enough_time_has_passed(clock):
     runs = [taking(clock, log, "a", 9.0, 2.0), taking(clock, log, "b", 7.0, 1.0)]
     assert timing.time_pair(*runs, repeats=3, least_seconds=10.0).baseline == (2.0,) * 4
     assert timing.time_pair(*runs, repeats=3, least_seconds=9.0).baseline == (2.0,) * 3
+    assert timing.time_pair(*runs, repeats=3, least_seconds=1e9).baseline == (2.0,) * 24
 
 
 def test_the_error_of_a_speedup_is_what_its_repetitions_show():

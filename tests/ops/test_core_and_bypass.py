@@ -105,8 +105,9 @@ def test_on_a_cpu_joining_must_pay_for_the_copy_of_the_hidden_units_too():
     for weights in (weights_of(4096, 3712, 1024), weights_of(576, 1024, 64)):
         assert choose(65536, weights, "gpu").name == "joined"
         assert choose(65536, weights, "cpu").name == "two_gemms"
-        assert choose(1, weights, "gpu", is_packed=True).name == "joined"
-    # So few that x itself is most of what is read.
+        for platform in ("cpu", "gpu"):
+            assert choose(1, weights, platform, is_packed=True).name == "joined"
+    # Together they are narrower than x.
     assert choose(65536, weights_of(576, 128, 64), "cpu").name == "joined"
 
 
