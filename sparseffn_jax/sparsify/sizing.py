@@ -10,9 +10,9 @@ from sparseffn_jax.measure.costs import dense_flops
 from sparseffn_jax.models.spec import DecoderSpec
 
 # The share of the FLOPs up to which a bypass earns the units that it costs. Right after a
-# conversion it does so up to 0.75, but training gets more out of units: after it, at equal time,
-# the embedded GPT-2 loses less with a bypass at 0.12 of the FLOPs and more at 0.20, and
-# SmolLM2-135M loses more at 0.47 and 0.57 (docs/concepts/budget.md).
+# conversion it does so up to 0.75, but training gets more out of units: after it the embedded GPT-2
+# loses less with a bypass at 0.12 and 0.23 of the FLOPs and as much at 0.45, but SmolLM2-135M loses
+# more at 0.47 and 0.57, and at less it has not been measured (docs/concepts/budget.md).
 _MOST_WITH_BYPASS = 0.15
 # Found by search on both models right after conversion, at FLOPs ratios of 0.1 to 0.8. The more
 # units leave, the more of what they did is linear in the inputs: the best rank over d_model grows
