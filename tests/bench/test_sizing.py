@@ -97,3 +97,28 @@ def test_a_noisy_clock_does_not_keep_it_from_ending():
 
     assert Sizer(size, clock).meet(3.0).speedup >= 3.0
     assert len(calls) <= 12
+
+
+def test_a_size_that_missed_by_noise_is_measured_again():
+    clock = Clock(overhead=0.0, slope=1.0)
+    # With whole sixteenths of the units there is nothing between these two.
+    good, slower = Units(16), Units(32)
+    first = {good: clock.speedup(good) * 1.3, slower: clock.speedup(slower) * 0.97}
+    sizer = Sizer(lambda ratio: slower if ratio >= 0.25 else good, first.__getitem__)
+    longer = []
+
+    def measure_longer(config):
+        longer.append(config)
+        return {"speedup": clock.speedup(config)}
+
+    assert sizer.meet(4.0).config == good
+    settled = sizer.settle(4.0, measure_longer)
+    assert settled == (slower, {"speedup": 4.0})
+    assert longer == [good, slower]
+
+
+def test_what_is_slower_when_measured_longer_is_not_settled_on():
+    clock = Clock(overhead=0.05, slope=1.0)
+    sizer = Sizer(size, lambda config: 1.04 * clock(config))
+    settled = sizer.settle(2.0, lambda config: {"speedup": clock.speedup(config)})
+    assert 2.0 <= settled.times["speedup"] <= 2.0 * 1.06
