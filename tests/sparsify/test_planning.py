@@ -30,6 +30,18 @@ from sparseffn_jax.sparsify.trials import Trial, try_out, try_out_best
 TOKENS, D, M = 1200, 6, 20
 
 
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "width_step", "rank_step"),
+    [(256, 1024, 32, 32), (576, 1536, 64, 64), (4096, 14336, 512, 512), (6, 20, 1, 1)],
+)
+def test_sizes_are_multiples_of_a_power_of_two(d_model, d_ff, width_step, rank_step):
+    grid = size_grid(SimpleNamespace(d_model=d_model, d_ff=d_ff))
+    assert grid.widths[0] == d_ff
+    assert set(grid.widths) == {d_ff, *range(width_step, d_ff, width_step)}
+    assert list(grid.widths) == sorted(grid.widths, reverse=True)
+    assert grid.ranks == tuple(rank_step * i for i in range(5))
+
+
 @pytest.mark.parametrize(("gated", "most"), [(False, 14), (True, 16)])
 def test_what_costs_as_much_as_the_dense_ffn_is_no_candidate(gated, most):
     spec = SimpleNamespace(d_ff=M, gated=gated)
@@ -225,7 +237,7 @@ def test_plans_that_are_tried_out_side_by_side_show_what_each_shows_alone(planne
 
 def test_of_spaces_the_one_whose_trial_loses_least_is_taken(monkeypatch):
     model, params = make_model("gpt2")
-    sizes = {(model.spec.d_ff, 0): 0.0, (64, 8): 0.1, (64, 0): 0.2}
+    sizes = {(model.spec.d_ff, 0): 0.0, (64, 8): 0.1, (64, 0): 0.104}
     damages = [dict(sizes)] * 2
     windows = np.zeros((4, 5), int)
     full = Planner(model, params, windows, [], damages)
@@ -257,3 +269,10 @@ def test_of_spaces_the_one_whose_trial_loses_least_is_taken(monkeypatch):
     tried.clear()
     try_out_best([alone, alone], plan)
     assert len(tried) == 1
+    # What is clear without a trial is not tried out, even if it would have lost less there.
+    tried.clear()
+    loss = {True: 3.0, False: 2.9}
+    sizes = sizes | {(64, 0): 0.11}
+    clear = Planner(model, params, windows, [], [dict(sizes)] * 2)
+    assert try_out_best([clear, clear.without_bypasses()], plan, trials=2) is clear
+    assert [each[0] for each in tried] == [clear]
