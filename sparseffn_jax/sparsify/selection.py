@@ -19,6 +19,8 @@ from sparseffn_jax.sparsify.streams import LayerActivations
 
 # Rows of a matrix that are brought up to date at once.
 _ROWS = 128
+# Changes of a matrix wait until they have so many rows: making them takes all of it through memory.
+_WAITING = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,45 +134,78 @@ def elimination_path(
       overwrite: whether the moments may be lost; no copy of them is made then.
     """
     left = np.arange(len(moments.xx))
-    inverse = ridge_inverse(moments.xx, overwrite_xx=overwrite)
-    weight = inverse @ moments.xy
-    del moments
+    matrix = ridge_inverse(moments.xx, overwrite_xx=overwrite)
+    weight = matrix @ moments.xy
+    inverse = _Inverse(matrix)
+    del moments, matrix
     error = 0.0
     for width in widths:
         while (size := len(left)) > width:
             count = min(size - width, max(1, size // groups))
-            cost = np.einsum("io,io->i", weight, weight) / np.diag(inverse)
+            cost = np.einsum("io,io->i", weight, weight) / inverse.diagonal
             out = np.argsort(cost, kind="stable")[:count]
             # In place, because a copy would be as large as all else: what leaves changes places
             # with the last ones.
             stay = size - count
             here = out[out < stay]
             there = np.setdiff1d(np.arange(stay, size), out)
-            for array in (left, weight, inverse, inverse.T):
+            for array in (left, weight, *inverse.by_unit):
                 array[np.append(here, there)] = array[np.append(there, here)]
-            error += _take_out(inverse, weight, stay)
-            left, weight, inverse = left[:stay], weight[:stay], inverse[:stay, :stay]
+            error += inverse.take_out(weight, stay)
+            left, weight = left[:stay], weight[:stay]
         order = np.argsort(left)
         yield Selection(left[order], weight[order], error)
 
 
-def _take_out(
-    inverse: Float[np.ndarray, "m m"], weight: Float[np.ndarray, "m o"], stay: int
-) -> float:
-    """Lets the first ``stay`` units make up for those behind them, in place.
+class _Inverse:
+    """The inverse Gram matrix of the units that are left.
 
-    Returns:
-      By how much the squared error rises.
+    Attributes:
+      diagonal: its diagonal.
+
+    Args:
+      matrix: the inverse while no unit has left; it is overwritten.
     """
-    lost = weight[stay:]
-    made_up = np.linalg.solve(inverse[stay:, stay:], np.hstack([lost, inverse[stay:, :stay]]))
-    of_weight, of_inverse = np.hsplit(made_up, [lost.shape[1]])
-    to_lost = inverse[:stay, stay:]
-    weight[:stay] -= to_lost @ of_weight
-    for start in range(0, stay, _ROWS):
-        rows = slice(start, min(start + _ROWS, stay))
-        inverse[rows, :stay] -= to_lost[rows] @ of_inverse
-    return float(np.sum(lost * of_weight))
+
+    def __init__(self, matrix: Float[np.ndarray, "m m"]):
+        self._matrix, self.diagonal = matrix, matrix.diagonal().copy()
+        # The inverse is ``matrix - lost.T @ made_up``.
+        self._lost = self._made_up = matrix[:0]
+
+    @property
+    def by_unit(self) -> tuple[np.ndarray, ...]:
+        """Arrays with an entry for each unit, for those to write that change units' places."""
+        waiting = self._lost.T, self._made_up.T
+        return self.diagonal, self._matrix, self._matrix.T, *waiting
+
+    def take_out(self, weight: Float[np.ndarray, "m o"], stay: int) -> float:
+        """Lets the first ``stay`` units make up for those behind them.
+
+        Args:
+          weight: refitted output weights of all units, brought up to date in place.
+          stay: number of units that stay.
+
+        Returns:
+          By how much the squared error rises.
+        """
+        rows = self._matrix[stay:] - self._lost[:, stay:].T @ self._made_up
+        lost, to_lost = weight[stay:], rows[:, :stay]
+        made_up = np.linalg.solve(rows[:, stay:], np.hstack([lost, to_lost]))
+        of_weight, of_inverse = np.hsplit(made_up, [lost.shape[1]])
+        weight[:stay] -= to_lost.T @ of_weight
+        self.diagonal = self.diagonal[:stay] - np.einsum("ij,ij->j", to_lost, of_inverse)
+        self._matrix = self._matrix[:stay, :stay]
+        self._lost = np.vstack([self._lost[:, :stay], to_lost])
+        self._made_up = np.vstack([self._made_up[:, :stay], of_inverse])
+        if len(self._lost) >= _WAITING:
+            self._bring_up_to_date()
+        return float(np.sum(lost * of_weight))
+
+    def _bring_up_to_date(self) -> None:
+        for start in range(0, len(self._matrix), _ROWS):
+            rows = slice(start, start + _ROWS)
+            self._matrix[rows] -= self._lost[:, rows].T @ self._made_up
+        self._lost = self._made_up = self._matrix[:0]
 
 
 def choose_units(

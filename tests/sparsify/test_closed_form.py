@@ -210,8 +210,9 @@ def test_elimination_removes_what_the_others_can_make_up_for(seed):
     assert not np.array_equal(lost.xx, moments.xx)
 
 
-def test_groups_leave_as_a_refit_of_what_stays():
-    """Groups of many units, some of which are among the last ones already."""
+@pytest.mark.parametrize("groups", [4, 64])
+def test_groups_leave_as_a_refit_of_what_stays(groups):
+    """Groups of many units, some of which are among the last ones already, and of few."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2000, 300)) @ (np.eye(300) + 0.1 * rng.standard_normal((300, 300)))
     y = x @ rng.standard_normal((300, 5))
@@ -219,7 +220,7 @@ def test_groups_leave_as_a_refit_of_what_stays():
     kept = copy.deepcopy(moments)
     gram = moments.xx + RIDGE * np.trace(moments.xx) / 300 * np.eye(300)
     whole = np.sum(moments.xy * np.linalg.solve(gram, moments.xy))
-    for selection in elimination_path(moments, [260, 200, 40], groups=4):
+    for selection in elimination_path(moments, [260, 200, 40], groups):
         units = selection.units
         assert (np.diff(units) > 0).all()
         refitted = np.linalg.solve(gram[np.ix_(units, units)], moments.xy[units])
