@@ -177,10 +177,10 @@ def estimate_damages(
     # What the dense FFN returns is linear in its units.
     down, hidden = dense.down.weight @ root, check.xx[d_model:, d_model:]
     variance = float(np.sum(down * (hidden @ down)))
-    beside = _beside_half(fitted, d_model)
+    every_axis, _ = reduced_rank_regression(_beside_half(fitted, d_model), grid.ranks[-1])
     damages: dict[Size, float] = {}
     for rank in grid.ranks:
-        axes = reduced_rank_regression(beside, rank)[0] if rank else np.zeros((d_model, 0))
+        axes = every_axis[:, :rank]
         seen, unseen = _on_axes(fitted, axes), _on_axes(check, axes)
         given, units = slice(0, rank), slice(rank, None)
         left = seen.without(units, given) if rank else seen
