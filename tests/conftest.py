@@ -1,3 +1,4 @@
+import gc
 import os
 
 import hypothesis
@@ -31,6 +32,16 @@ hypothesis.settings.register_profile(
     "sparseffn", deadline=None, derandomize=True, max_examples=8, print_blob=True
 )
 hypothesis.settings.load_profile("sparseffn")
+
+# Tracing makes many objects, and each full collection would walk all that is imported as well:
+# that took a tenth of the time.
+gc.set_threshold(20_000, 50, 1000)
+
+
+def pytest_collection_finish():
+    """Leaves what is imported by now out of all further collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
