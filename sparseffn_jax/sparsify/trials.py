@@ -133,13 +133,15 @@ def try_out_best(
       repair: as in :func:`try_out`.
       on_layer: function that is called with the numbers of layers done and to be done.
     """
-    first = [plan(planner).damage for planner in planners]
-    most = (1.0 + _UNDECIDED) * min(first)
-    planners = [each for each, damage in zip(planners, first, strict=True) if damage <= most]
+    first = [plan(planner) for planner in planners]
+    most = (1.0 + _UNDECIDED) * min(each.damage for each in first)
+    likely = [i for i, each in enumerate(first) if each.damage <= most]
+    planners, plans = [planners[i] for i in likely], [first[i].configs for i in likely]
     tried: dict[Configs, float] = {}
     losses: list[float] = []
-    for _ in range(trials):
-        plans = [plan(planner).configs for planner in planners]
+    for trial in range(trials):
+        if trial:
+            plans = [plan(planner).configs for planner in planners]
         new: dict[Configs, Planner] = {}
         for planner, configs in zip(planners, plans, strict=True):
             if configs not in tried:
