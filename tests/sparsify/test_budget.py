@@ -8,10 +8,12 @@ import pytest
 from sparseffn_jax.config import CoreConfig, MicroRefinementConfig, SparseFFNConfig
 from sparseffn_jax.sparsify.budget import Candidate, choose
 
-CONFIGS = [
-    None,
-    *(SparseFFNConfig(8, 32, micro=MicroRefinementConfig(CoreConfig(k))) for k in (4, 8, 16)),
-]
+
+def config_of_width(width):
+    return SparseFFNConfig(8, 32, micro=MicroRefinementConfig(CoreConfig(width)))
+
+
+CONFIGS = [None, *map(config_of_width, (4, 8, 16))]
 
 
 def draw(seed, scale=1.0):
@@ -46,6 +48,33 @@ def test_the_least_damage_within_a_budget(seed, scale, most_shapes):
 
     chosen = choose(layers, budget=budget, most_shapes=most_shapes)
     assert tuple(chosen) == best(layers, "damage", allowed)
+
+
+def test_many_layers_of_evenly_spaced_costs_against_dynamic_programming():
+    """To prove the best of very many choices that are nearly as good once took minutes."""
+    rng, steps = np.random.default_rng(0), np.arange(1, 25)
+    layers, start, step, budget = 30, 0.0137, 0.9712 / 24, 18.0
+    # Layers differ in scale and in how fast their damage falls; the front ones count for less.
+    falls = rng.uniform(4.0, 12.0, (layers, 1))
+    noise = 1.0 + 0.02 * rng.standard_normal((layers, 24))
+    damages = np.linspace(0.2, 1.0, layers)[:, None] * np.exp(-steps / falls) * noise
+    candidates = [
+        [
+            Candidate(config_of_width(int(k)), start + step * k, damage)
+            for k, damage in zip(steps, row, strict=True)
+        ]
+        for row in damages
+    ]
+    chosen = choose(candidates, budget=budget)
+    assert total(chosen, "cost") <= budget * (1.0 + 1e-9)
+    # The least sum of damages with so many steps in all.
+    most = int((budget - layers * start) / step)
+    least = np.full(most + 1, np.inf)
+    least[0] = 0.0
+    for row in damages:
+        added = [np.append(np.full(k, np.inf), least[:-k]) + row[k - 1] for k in steps]
+        least = np.min(added, axis=0)
+    assert least.min() <= total(chosen, "damage") <= 1.001 * least.min()
 
 
 @pytest.mark.parametrize("seed", range(4))
