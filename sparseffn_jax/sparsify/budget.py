@@ -16,9 +16,9 @@ from sparseffn_jax.config import SparseFFNConfig
 # Share of a limit by which a sum may exceed it: that of rounding, far below any cost's exactness.
 _ROUNDING = 1e-9
 # Share of the sum by which the choice may miss the best one, far below what damages are known to.
-# To prove the last of it, the solver once took minutes: where each width costs as much more as the
+# To prove the last of it the solver once took minutes: where each width costs as much more as the
 # next, very many choices are nearly as good.
-_GAP = 1e-3
+_GAP = 2e-3
 
 
 class Candidate(NamedTuple):
@@ -53,7 +53,7 @@ def choose(
         ``None`` for any number.
 
     Returns:
-      The chosen candidates, one a layer; their sum is within a thousandth of the least possible.
+      The chosen candidates, one a layer; their sum is within 0.2 % of the least possible.
 
     Raises:
       ValueError: if no choice keeps to the limits; the message states the least that one needs.
